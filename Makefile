@@ -1,0 +1,77 @@
+# `make demo` and `make test` start from nothing; every set-up step leaves a stamp, so a second call is instant.
+PYTHON ?= python3
+# Elsewhere on Linux, PyPI's wheel brings CUDA along. The CPU one:
+#   make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" demo
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+NATIVE := build/native
+SANITIZE := build/sanitize
+
+.PHONY: demo test bench native strict lint sanitize pytest clean
+.DEFAULT_GOAL := test
+
+demo: $(STAMPS)/demo native
+	$(BIN)/python -m examples.g2p train $(ARGS)
+
+bench: $(STAMPS)/dev native
+	$(BIN)/python -m benchmarks run $(ARGS)
+
+test: lint sanitize pytest
+
+pytest: $(STAMPS)/dev strict | lint sanitize # the summary line comes last
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMPS)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+native: $(NATIVE)/build.ninja
+	$(BIN)/cmake --build $(NATIVE)
+
+# Warnings are errors here, not in `native`: a user's newer compiler may warn of more.
+strict: $(NATIVE)/build.ninja
+	$(BIN)/cmake -DFASTSEQ_WERROR=ON $(NATIVE) >/dev/null
+	$(BIN)/cmake --build $(NATIVE)
+
+sanitize: $(SANITIZE)/build.ninja
+	$(BIN)/cmake --build $(SANITIZE)
+	$(SANITIZE)/fastseq_native_test
+
+clean:
+	rm -rf build dist *.egg-info fastseq/_C.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+$(NATIVE)/build.ninja: $(STAMPS)/build
+	$(BIN)/cmake -S . -B $(NATIVE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DFASTSEQ_OUTPUT_DIR=$(CURDIR)/fastseq \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+
+$(SANITIZE)/build.ninja: $(STAMPS)/build
+	$(BIN)/cmake -S . -B $(SANITIZE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DFASTSEQ_SANITIZE=ON
+
+# What pyproject.toml's build-system asks for: without build isolation the installs below find it here.
+$(STAMPS)/build:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastseq needs Python >= 3.10: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) 'setuptools>=77' pybind11 ninja cmake
+	mkdir -p $(STAMPS) && touch $@
+
+# torch by itself and first: no later command then has a reason to choose another one.
+$(STAMPS)/torch: $(STAMPS)/build
+	$(PIP) $(TORCH)
+	$(PIP) 'numpy<2.4'
+	touch $@
+
+# The Python part only: the native module is built in place, incrementally, by `make native`.
+$(STAMPS)/demo: $(STAMPS)/torch pyproject.toml
+	FASTSEQ_NATIVE=0 $(PIP) --no-build-isolation -e '.[demo]'
+	touch $@
+
+$(STAMPS)/dev: $(STAMPS)/torch pyproject.toml
+	FASTSEQ_NATIVE=0 $(PIP) --no-build-isolation -e '.[dev]'
+	touch $@

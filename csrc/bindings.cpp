@@ -1,0 +1,176 @@
+// The Python face of the native core. Takes raw addresses: the callers in fastseq/ops allocate and check every tensor.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/isa.h"
+#include "cpu/scratch.h"
+#include "cpu/sequence.h"
+
+namespace py = pybind11;
+
+namespace fastseq {
+namespace {
+
+using Address = std::uintptr_t;
+
+void* at(Address address) { return reinterpret_cast<void*>(address); }
+
+void* at(Address address, int64_t bytes) { return address ? reinterpret_cast<void*>(address + static_cast<Address>(bytes)) : nullptr; }
+
+View view(const py::tuple& v, int64_t bytes = 0) {  // (address, step stride, row stride), strides in elements
+  return {at(v[0].cast<Address>(), bytes), v[1].cast<int64_t>(), v[2].cast<int64_t>()};
+}
+
+Shape shape_of(int cell, int dtype, bool state_is_f32, int64_t input, int64_t hidden) {
+  return {static_cast<CellKind>(cell), static_cast<DType>(dtype), state_is_f32, input, hidden};
+}
+
+SequencePlan plan(int64_t steps, int64_t rows, Address lengths, Address batch_sizes) {
+  return batch_sizes ? SequencePlan::packed(steps, rows, static_cast<const int64_t*>(at(batch_sizes)))
+                     : SequencePlan::padded(steps, rows, static_cast<const int64_t*>(at(lengths)));
+}
+
+// Where direction d of a layer finds its part of the layer's tensors; all but x and the weights are [D, ...] and contiguous.
+struct Part {
+  int64_t element, state, gates, cells;
+
+  Part(const Shape& shape, int64_t rows, int64_t tokens, int d) {
+    const int64_t bytes = shape.dtype == DType::f32 ? 4 : 2;
+    element = d * shape.hidden * bytes;  // within a row of out
+    state = d * rows * shape.hidden * (shape.state_is_f32 ? 4 : bytes);
+    gates = d * tokens * 4 * shape.hidden * bytes;
+    cells = d * tokens * shape.hidden * 4;
+  }
+};
+
+// Addresses of w_ih, w_hh, b_ih, b_hh of direction d among a layer's flat list; 0 where there is none.
+struct Weights {
+  void* own[4] = {};
+
+  Weights(const py::tuple& flat, int directions, int d) {
+    const size_t per = flat.size() / directions;
+    for (size_t i = 0; i < per; ++i) own[i] = at(flat[d * per + i].cast<Address>());
+  }
+};
+
+void forward(int cell, int dtype, bool state_is_f32, int64_t steps, int64_t rows, int64_t tokens, int64_t input, int64_t hidden,
+             Address lengths, Address batch_sizes, const py::tuple& x, const py::tuple& out, const py::tuple& weights, int directions,
+             Address h0, Address c0, Address h_n, Address c_n, Address gates, Address cells, int threads) {
+  const Shape shape = shape_of(cell, dtype, state_is_f32, input, hidden);
+  ForwardPass passes[2];
+  for (int d = 0; d < directions; ++d) {
+    const Part part(shape, rows, tokens, d);
+    const Weights w(weights, directions, d);
+    passes[d] = {{d == 1, w.own[0], w.own[1], w.own[2], w.own[3], at(h0, part.state), at(c0, part.state)},
+                 view(x),
+                 view(out, part.element),
+                 at(h_n, part.state),
+                 at(c_n, part.state),
+                 at(gates, part.gates),
+                 static_cast<float*>(at(cells, part.cells))};
+  }
+  const py::gil_scoped_release released;
+  const SequencePlan order = plan(steps, rows, lengths, batch_sizes);
+  kernels().forward(shape, order.view(), passes, directions, threads);
+}
+
+void backward(int cell, int dtype, bool state_is_f32, int64_t steps, int64_t rows, int64_t tokens, int64_t input, int64_t hidden,
+              Address lengths, Address batch_sizes, const py::tuple& x, const py::tuple& out, const py::tuple& d_out,
+              const py::tuple& d_x, const py::tuple& weights, int directions, Address h0, Address c0, Address d_h_n, Address d_c_n,
+              Address gates, Address cells, Address d_h0, Address d_c0, const py::tuple& d_weights, int threads) {
+  const Shape shape = shape_of(cell, dtype, state_is_f32, input, hidden);
+  BackwardPass passes[2];
+  for (int d = 0; d < directions; ++d) {
+    const Part part(shape, rows, tokens, d);
+    const Weights w(weights, directions, d), dw(d_weights, directions, d);
+    passes[d] = {{d == 1, w.own[0], w.own[1], w.own[2], w.own[3], at(h0, part.state), at(c0, part.state)},
+                 view(x),
+                 view(out, part.element),
+                 view(d_out, part.element),
+                 view(d_x),
+                 d > 0,
+                 at(d_h_n, part.state),
+                 at(d_c_n, part.state),
+                 at(gates, part.gates),
+                 static_cast<const float*>(at(cells, part.cells)),
+                 at(d_h0, part.state),
+                 at(d_c0, part.state),
+                 dw.own[0],
+                 dw.own[1],
+                 dw.own[2],
+                 dw.own[3]};
+  }
+  const py::gil_scoped_release released;
+  const SequencePlan order = plan(steps, rows, lengths, batch_sizes);
+  kernels().backward(shape, order.view(), passes, directions, threads);
+}
+
+// One step without the tuples of a layer: cells and T=1 layers pay for every argument. `out` 0: the state is the output.
+void step(int cell, int dtype, int64_t rows, int64_t input, int64_t hidden, Address x, int64_t x_row, Address w_ih, Address w_hh,
+          Address b_ih, Address b_hh, Address h0, Address c0, Address out, Address h_n, Address c_n, Address gates, Address cells,
+          int threads) {
+  const Shape shape = shape_of(cell, dtype, dtype == static_cast<int>(DType::f32), input, hidden);
+  const ForwardPass pass{{false, at(w_ih), at(w_hh), at(b_ih), at(b_hh), at(h0), at(c0)},
+                         {at(x), 0, x_row},
+                         {at(out ? out : h_n), 0, hidden},
+                         at(h_n),
+                         at(c_n),
+                         at(gates),
+                         static_cast<float*>(at(cells))};
+  const py::gil_scoped_release released;
+  const SequencePlan order = SequencePlan::padded(1, rows, nullptr);
+  kernels().forward(shape, order.view(), &pass, 1, threads);
+}
+
+void step_backward(int cell, int dtype, int64_t rows, int64_t input, int64_t hidden, Address x, int64_t x_row, Address w_ih,
+                   Address w_hh, Address b_ih, Address b_hh, Address h0, Address c0, Address d_out, int64_t d_out_row, Address d_h_n,
+                   Address d_c_n, Address gates, Address cells, Address d_x, Address d_h0, Address d_c0, Address d_w_ih,
+                   Address d_w_hh, Address d_b_ih, Address d_b_hh, int threads) {
+  const Shape shape = shape_of(cell, dtype, dtype == static_cast<int>(DType::f32), input, hidden);
+  const BackwardPass pass{{false, at(w_ih), at(w_hh), at(b_ih), at(b_hh), at(h0), at(c0)},
+                          {at(x), 0, x_row},
+                          {nullptr, 0, 0},
+                          {at(d_out), 0, d_out_row},
+                          {at(d_x), 0, input},
+                          false,
+                          at(d_h_n),
+                          at(d_c_n),
+                          at(gates),
+                          static_cast<const float*>(at(cells)),
+                          at(d_h0),
+                          at(d_c0),
+                          at(d_w_ih),
+                          at(d_w_hh),
+                          at(d_b_ih),
+                          at(d_b_hh)};
+  const py::gil_scoped_release released;
+  const SequencePlan order = SequencePlan::padded(1, rows, nullptr);
+  kernels().backward(shape, order.view(), &pass, 1, threads);
+}
+
+py::dict features() {
+  py::dict result;
+  for (const auto& [name, present] : cpu_features()) result[name] = present;
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native CPU kernels of fastseq: raw addresses in, nothing checked here. Use fastseq.functional.";
+  m.def("choose_isa", &choose_isa, "Use this ISA variant; '' chooses the fastest that the CPU has.");
+  m.def("isa", [] { return kernels().isa; });
+  m.def("isa_available", &available_isas);
+  m.def("cpu_features", &features);
+  m.def("rnn_forward", &forward);
+  m.def("rnn_backward", &backward);
+  m.def("rnn_step", &step);
+  m.def("rnn_step_backward", &step_backward);
+  m.def("poison_scratch", &poison_scratch, "For tests: fill this thread's kept scratch memory with NaN.");
+  m.def(
+      "tile_rate", [](int dtype, int64_t repeats) { return kernels().tile_rate(static_cast<DType>(dtype), repeats); },
+      py::call_guard<py::gil_scoped_release>(),
+      "FLOP/s of the register tile on operands in the first-level cache: dtype 0 fp32, 1 bf16.");
+}
+
+}  // namespace fastseq

@@ -1,0 +1,127 @@
+// Element math of the recurrent cells, shared by every driver on host and device.
+// A cell is a pure function of its pre-activations and its state; `M` supplies the value type and its sigmoid and tanh
+// (a SIMD vector on the CPU, a float in a CUDA thread), so no driver holds a formula.
+//
+// Columns. A cell has G gates (rows of the weights / H) and kColumns pre-activation columns. Gate g of the input product adds
+// to column kInput[g], gate g of the recurrent product to column kHidden[g]; the gradients use the same columns.
+#pragma once
+
+#if defined(__CUDACC__)
+#define FS_HD __host__ __device__ __forceinline__
+#else
+#define FS_HD inline __attribute__((always_inline))
+#endif
+
+namespace fastseq {
+
+// Hochreiter & Schmidhuber 1997 with the forget gate of Gers 2000; gates in torch's order i, f, g, o.
+//   c' = f c + i g,  h' = o tanh(c')
+template <class M>
+struct Lstm {
+  using V = typename M::V;
+  static constexpr int kGates = 4, kColumns = 4;
+  static constexpr int kInput[kGates] = {0, 1, 2, 3}, kHidden[kGates] = {0, 1, 2, 3};
+  static constexpr bool kCellState = true;
+
+  static FS_HD void forward(const V (&pre)[kColumns], V& h, V& c, V (&saved)[kColumns]) {
+    saved[0] = M::sigmoid(pre[0]);
+    saved[1] = M::sigmoid(pre[1]);
+    saved[2] = M::tanh(pre[2]);
+    saved[3] = M::sigmoid(pre[3]);
+    c = saved[1] * c + saved[0] * saved[2];
+    h = saved[3] * M::tanh(c);
+  }
+
+  // before, after: the cell state c, c'. carry: in dL/dc' from later steps, out dL/dc.
+  static FS_HD void backward(const V (&saved)[kColumns], V before, V after, V dh, V& carry, V (&dpre)[kColumns]) {
+    const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
+    const V squashed = M::tanh(after);
+    const V dc = carry + dh * o * (1.f - squashed * squashed);
+    dpre[0] = dc * g * i * (1.f - i);
+    dpre[1] = dc * before * f * (1.f - f);
+    dpre[2] = dc * i * (1.f - g * g);
+    dpre[3] = dh * squashed * o * (1.f - o);
+    carry = dc * f;
+  }
+
+  // What of dL/dh of a step does not go through its gates.
+  static FS_HD V direct(V) { return V{} ; }
+};
+
+// Cho 2014 in torch's form (reset after the product); gates r, z, n; columns r, z, U_n h + b_hn, W_n x + b_in.
+//   n = tanh(W_n x + b_in + r (U_n h + b_hn)),  h' = (1 - z) n + z h
+template <class M>
+struct Gru {
+  using V = typename M::V;
+  static constexpr int kGates = 3, kColumns = 4;
+  static constexpr int kInput[kGates] = {0, 1, 3}, kHidden[kGates] = {0, 1, 2};
+  static constexpr bool kCellState = false;
+
+  // saved: r, z, U_n h + b_hn, n
+  static FS_HD void forward(const V (&pre)[kColumns], V& h, V&, V (&saved)[kColumns]) {
+    saved[0] = M::sigmoid(pre[0]);
+    saved[1] = M::sigmoid(pre[1]);
+    saved[2] = pre[2];
+    saved[3] = M::tanh(pre[3] + saved[0] * pre[2]);
+    h = saved[3] + saved[1] * (h - saved[3]);
+  }
+
+  // before: the state h. carry: in and out, the part of dL/dh that bypasses the gates (z dL/dh').
+  static FS_HD void backward(const V (&saved)[kColumns], V before, V, V dh, V& carry, V (&dpre)[kColumns]) {
+    const V r = saved[0], z = saved[1], u = saved[2], n = saved[3];
+    dh = dh + carry;
+    const V dn = dh * (1.f - z) * (1.f - n * n);
+    dpre[0] = dn * u * r * (1.f - r);
+    dpre[1] = dh * (before - n) * z * (1.f - z);
+    dpre[2] = dn * r;
+    dpre[3] = dn;
+    carry = dh * z;
+  }
+
+  static FS_HD V direct(V carry) { return carry; }
+};
+
+// Cho 2014, eq. 5 to 8: the reset gate before the product; gates and columns r, z, n. Bahdanau 2014, A.1.1 and A.2 have the same
+// with 1 - z for z; here z keeps the state, as in Cho and in torch.
+//   n = tanh(W_n x + b_in + U_n (r h) + b_hn),  h' = (1 - z) n + z h
+// U_n reads r h: each pass has two phases with that product between them. Its sequence driver comes with the decoder.
+template <class M>
+struct GruResetBefore {
+  using V = typename M::V;
+  static constexpr int kGates = 3, kColumns = 3, kSaved = 4;
+  static constexpr int kInput[kGates] = {0, 1, 2}, kHidden[kGates] = {0, 1, 2};
+  static constexpr bool kCellState = false;
+
+  // pre: columns r and z. saved: r, z, r h, (n); the third is what U_n reads.
+  static FS_HD void reset(const V (&pre)[kColumns], V h, V (&saved)[kSaved]) {
+    saved[0] = M::sigmoid(pre[0]);
+    saved[1] = M::sigmoid(pre[1]);
+    saved[2] = saved[0] * h;
+  }
+
+  // pre: column n, U_n (r h) included.
+  static FS_HD void candidate(const V (&pre)[kColumns], V& h, V (&saved)[kSaved]) {
+    saved[3] = M::tanh(pre[2]);
+    h = saved[3] + saved[1] * (h - saved[3]);
+  }
+
+  // dpre: columns z and n. before, carry: as in Gru::backward.
+  static FS_HD void candidate_backward(const V (&saved)[kSaved], V before, V dh, V& carry, V (&dpre)[kColumns]) {
+    const V z = saved[1], n = saved[3];
+    dh = dh + carry;
+    dpre[1] = dh * (before - n) * z * (1.f - z);
+    dpre[2] = dh * (1.f - z) * (1.f - n * n);
+    carry = dh * z;
+  }
+
+  // d_reset: dL/d(r h) = U_n^T dpre_n. dpre: column r. carry: gains the part of dL/dh that comes through r h.
+  static FS_HD void reset_backward(const V (&saved)[kSaved], V d_reset, V& carry, V (&dpre)[kColumns]) {
+    const V r = saved[0];
+    dpre[0] = d_reset * saved[2] * (1.f - r);
+    carry = carry + d_reset * r;
+  }
+
+  static FS_HD V direct(V carry) { return carry; }
+};
+
+}  // namespace fastseq

@@ -1,0 +1,78 @@
+// What the forward and the backward driver share: dispatch by cell and dtype, state buffers, teams for one or two directions.
+#pragma once
+
+#include "../cells.h"
+#include "pack.h"
+#include "partition.h"
+#include "rnn.h"
+#include "scratch.h"
+
+namespace fastseq {
+namespace FS_ISA {
+
+
+template <class X>
+struct Tag {
+  using type = X;
+};
+
+template <class F>
+FS_INLINE void dispatch(const Shape& shape, F&& f) {
+  const bool lstm = shape.cell == CellKind::lstm;
+  if (shape.dtype == DType::f32) {
+    lstm ? f(Tag<Lstm<SimdMath>>{}, Tag<float>{}) : f(Tag<Gru<SimdMath>>{}, Tag<float>{});
+  } else {
+    lstm ? f(Tag<Lstm<SimdMath>>{}, Tag<bf16>{}) : f(Tag<Gru<SimdMath>>{}, Tag<bf16>{});
+  }
+}
+
+// h0, c0, h_n, c_n and their gradients: in T or in fp32; a null source reads as zero.
+template <class T>
+FS_INLINE vf load_state(const Shape& shape, const void* from, int64_t at, int n) {
+  if (!from) return vf{};
+  return shape.state_is_f32 ? load(static_cast<const float*>(from) + at, n) : load(static_cast<const T*>(from) + at, n);
+}
+
+template <class T>
+FS_INLINE void store_state(const Shape& shape, void* to, int64_t at, vf x, int n) {
+  shape.state_is_f32 ? store(static_cast<float*>(to) + at, x, n) : store(static_cast<T*>(to) + at, x, n);
+}
+
+// The gate of the input (recurrent) product that adds to a pre-activation column, or -1.
+template <class Cell>
+constexpr int input_gate(int column) {
+  for (int g = 0; g < Cell::kGates; ++g)
+    if (Cell::kInput[g] == column) return g;
+  return -1;
+}
+
+template <class Cell>
+constexpr int hidden_gate(int column) {
+  for (int g = 0; g < Cell::kGates; ++g)
+    if (Cell::kHidden[g] == column) return g;
+  return -1;
+}
+
+struct Barriers {
+  Barrier all, direction[2], step[2][kMaxThreads];
+};
+
+// Runs body(direction, team, split, step barriers of the team's row groups) on one parallel region. Two directions are
+// independent: with two threads or more they run side by side, each on its half of the team.
+template <class Plan, class Body>
+void run_directions(int directions, Plan&& plan, int threads, Body&& body) {
+  const bool halves = directions == 2 && threads >= 2;
+  const int wanted = halves ? 2 * plan(threads / 2).size() : plan(threads).size();
+  Barriers barriers;
+  parallel(wanted, [&](int rank, int size) {
+    if (directions == 2 && size >= 2) {
+      const int half = size / 2, d = rank / half;
+      if (d < 2) body(d, Team{rank % half, half, &barriers.direction[d]}, plan(half), barriers.step[d]);
+    } else {
+      for (int d = 0; d < directions; ++d) body(d, Team{rank, size, &barriers.direction[0]}, plan(size), barriers.step[0]);
+    }
+  });
+}
+
+}  // namespace FS_ISA
+}  // namespace fastseq

@@ -1,0 +1,94 @@
+#include "isa.h"
+
+#include <stdexcept>
+
+#define FS_DECLARE(isa)                                                                                       \
+  namespace isa {                                                                                             \
+  void rnn_forward(const Shape&, const Sequence&, const ForwardPass*, int directions, int threads);           \
+  void rnn_backward(const Shape&, const Sequence&, const BackwardPass*, int directions, int threads);         \
+  double tile_rate(DType, int64_t repeats);                                                                   \
+  }
+#define FS_ENTRY(isa, supported) \
+  Kernels { #isa, supported, isa::rnn_forward, isa::rnn_backward, isa::tile_rate }
+
+namespace fastseq {
+
+FS_DECLARE(base)
+#if defined(FS_HAVE_X86)
+FS_DECLARE(avx2)
+FS_DECLARE(avx512)
+#if defined(FS_HAVE_AVX512_BF16)
+FS_DECLARE(avx512_bf16)
+#endif
+#endif
+
+namespace {
+
+bool always() { return true; }
+#if defined(FS_HAVE_X86)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#if defined(FS_HAVE_AVX512_BF16)
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+#endif
+
+const Kernels kTable[] = {
+    FS_ENTRY(base, always),
+#if defined(FS_HAVE_X86)
+    FS_ENTRY(avx2, has_avx2),
+    FS_ENTRY(avx512, has_avx512),
+#if defined(FS_HAVE_AVX512_BF16)
+    FS_ENTRY(avx512_bf16, has_avx512_bf16),
+#endif
+#endif
+};
+
+const Kernels* chosen = nullptr;
+
+}  // namespace
+
+const Kernels& kernels() {
+  if (!chosen) choose_isa("");
+  return *chosen;
+}
+
+std::vector<const char*> available_isas() {
+  std::vector<const char*> names;
+  for (const Kernels& k : kTable)
+    if (k.supported()) names.push_back(k.isa);
+  return names;
+}
+
+void choose_isa(const std::string& name) {
+  std::string available;
+  const Kernels* found = nullptr;
+  for (const Kernels& k : kTable) {
+    if (!k.supported()) continue;
+    available += std::string(available.empty() ? "" : ", ") + k.isa;
+    if (name.empty() || name == k.isa) found = &k;
+  }
+  if (!found) throw std::invalid_argument("FASTSEQ_ISA=" + name + " is not available here; choose one of: " + available);
+  chosen = found;
+}
+
+std::vector<std::pair<const char*, bool>> cpu_features() {
+#if defined(FS_HAVE_X86)
+  return {{"avx2", __builtin_cpu_supports("avx2") != 0},
+          {"fma", __builtin_cpu_supports("fma") != 0},
+          {"avx512f", __builtin_cpu_supports("avx512f") != 0},
+          {"avx512bw", __builtin_cpu_supports("avx512bw") != 0},
+          {"avx512vl", __builtin_cpu_supports("avx512vl") != 0},
+#if defined(FS_HAVE_AVX512_BF16)
+          {"avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0},
+#endif
+          {"avx512dq", __builtin_cpu_supports("avx512dq") != 0}};
+#else
+  return {};
+#endif
+}
+
+}  // namespace fastseq

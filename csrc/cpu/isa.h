@@ -1,0 +1,25 @@
+// Chooses among the ISA variants of the kernels, once, at import.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "rnn.h"
+
+namespace fastseq {
+
+struct Kernels {
+  const char* isa;
+  bool (*supported)();
+  void (*forward)(const Shape&, const Sequence&, const ForwardPass*, int, int);
+  void (*backward)(const Shape&, const Sequence&, const BackwardPass*, int, int);
+  double (*tile_rate)(DType, int64_t);
+};
+
+const Kernels& kernels();                       // the chosen variant
+std::vector<const char*> available_isas();      // slowest first
+void choose_isa(const std::string& name);       // "" chooses the fastest; throws std::invalid_argument naming the available ones
+std::vector<std::pair<const char*, bool>> cpu_features();
+
+}  // namespace fastseq

@@ -1,0 +1,216 @@
+// Fused LSTM/GRU backward over a whole sequence: what forward saved is only read.
+//
+// Two phases share a team. The recurrence walks against forward's order: a register tile multiplies the gate gradients of the
+// step before by W_hh, and the cell's backward runs on its accumulators. It leaves every gate gradient in one buffer; the
+// weight and input gradients (backward_products.h) are then large products over all tokens.
+#include "backward_products.h"
+
+namespace fastseq {
+namespace FS_ISA {
+namespace {
+
+constexpr double kSmallProducts = 2e6;  // FLOPs below which a second thread costs more than it brings
+
+template <class Cell, class T>
+class Backward {
+  static constexpr int kColumns = Cell::kColumns;
+
+ public:
+  Backward(const Shape& shape, const Sequence& seq, const BackwardPass& pass, const BackwardBuffers<Cell, T>& buffers, Team team,
+           Partition split, Barrier* step_barriers)
+      : shape_(shape), seq_(seq), pass_(pass), buf_(buffers), team_(team), H_(shape.hidden), blocks_(seq.rows, kTileRows) {
+    carries_ = seq.steps > 1 || wants_initial();
+    idle_ = team.rank >= split.size();
+    row_groups_ = split.row_groups, row_rank_ = team.rank / split.unit_groups;
+    panels_ = share(buf_.panels, team.rank % split.unit_groups, split.unit_groups);
+    step_team_ = {team.rank % split.unit_groups, split.unit_groups, step_barriers + (idle_ ? 0 : row_rank_)};
+  }
+
+  void run() {
+    prepare();
+    team_.sync();
+    if (idle_) return;
+    int64_t before = 0;  // rows active at the step just done
+    for (int64_t s = 0; s < seq_.steps + wants_initial(); ++s) {
+      const int64_t t = time(s), active = s < seq_.steps ? seq_.active(t) : 0;
+      step(s, t, before, active);
+      before = active;
+      step_team_.sync();
+    }
+    if (wants_initial()) finish_empty_rows();
+  }
+
+ private:
+  bool wants_initial() const { return pass_.d_h0 || pass_.d_c0; }
+
+  // Walks against forward: the last step of the sequence first, unless forward was reversed.
+  int64_t time(int64_t s) const { return pass_.dir.reverse ? s : seq_.steps - 1 - s; }
+  int64_t earlier(int64_t t) const { return pass_.dir.reverse ? t + 1 : t - 1; }  // the step before t in forward's order
+
+  int lanes(int64_t u) const { return H_ - u < W ? static_cast<int>(H_ - u) : W; }
+
+  void prepare() {
+    const Range own = share(buf_.panels, team_.rank, team_.size);
+    const T* w = static_cast<const T*>(pass_.dir.w_hh);
+    for (int64_t p = own.begin; p < own.end; ++p) {
+      if (!carries_ || reads_in_place<T>(seq_.tokens(), H_, p)) continue;
+      for (int g = 0; g < Cell::kGates; ++g) {
+        pack_rows<T>([&](int64_t k) { return w + (g * H_ + k) * H_ + p * kPanel; }, H_, H_ - p * kPanel,
+                     buf_.w_hh + (p * buf_.depth() + Cell::kHidden[g] * buf_.gate_units) * kPanel, kPanel);
+      }
+    }
+    const Range rows = share(seq_.rows, team_.rank, team_.size);
+    for (int64_t r = rows.begin; r < rows.end; ++r) prepare_row(r);
+    if (team_.rank == 0) std::memset(buf_.zeros, 0, sizeof(uint32_t) * buf_.row_units());
+  }
+
+  void prepare_row(int64_t r) {
+    const int64_t from = seq_.order[r] * H_;
+    for (int64_t u = 0; u < H_; u += W) {
+      const int n = lanes(u);
+      store(buf_.pending + r * buf_.width + u, load_state<T>(shape_, pass_.d_h_n, from + u, n), W);
+      store(buf_.carry + r * buf_.width + u, load_state<T>(shape_, Cell::kCellState ? pass_.d_c_n : nullptr, from + u, n), W);
+      store(buf_.h0 + r * H_ + u, load_state<T>(shape_, pass_.dir.h0, from + u, n), n);
+    }
+  }
+
+  template <class F>
+  FS_INLINE void for_own_blocks(int64_t rows, F&& f) const {
+    own_blocks(row_groups_ == 1 ? Blocks(rows, kTileRows) : blocks_, row_rank_, row_groups_, rows, f);
+  }
+
+  // Rows [0, before) carry a gradient through W_hh; rows [before, active) start here from dL/dh_n; rows [active, before) are
+  // through, and what arrives is dL/dh_0.
+  void step(int64_t s, int64_t t, int64_t before, int64_t active) const {
+    const int64_t from = s == 0 ? t : time(s - 1);
+    for (int64_t i = panels_.begin; i < panels_.end; ++i) {
+      const int64_t p = s & 1 ? panels_.begin + panels_.end - 1 - i : i;
+      for_own_blocks(before > active ? before : active, [&](int64_t begin, int64_t end) {
+        with_rows<kTileRows>(end - begin, [&](auto count) {
+          constexpr int MR = decltype(count)::value;
+          vf acc[MR][kVectors];
+          arriving<MR>(from, before, p, begin, acc);
+          for (int m = 0; m < MR; ++m) {
+            const int64_t r = begin + m;
+            for (int v = 0; v < kVectors; ++v) {
+              const int64_t u = p * kPanel + v * W;
+              if (u >= H_) break;
+              r < active ? through_cell(t, r, u, acc[m][v]) : to_initial_state(r, u, acc[m][v]);
+            }
+          }
+        });
+      });
+    }
+  }
+
+  template <int MR>
+  FS_INLINE void arriving(int64_t from, int64_t before, int64_t p, int64_t begin, vf (&acc)[MR][kVectors]) const {
+    const uint32_t* gates[MR];
+    for (int m = 0; m < MR; ++m) {
+      const bool starts = begin + m >= before;
+      gates[m] = starts ? buf_.zeros : buf_.gate_row(seq_.offsets[from] + begin + m);
+      for (int v = 0; v < kVectors; ++v)
+        acc[m][v] = starts ? load_vector<vf>(buf_.pending + (begin + m) * buf_.width + p * kPanel + v * W) : vf{};
+    }
+    if (begin >= before) return;
+    const bool in_place = reads_in_place<T>(seq_.tokens(), H_, p);
+    const uint32_t* panel = in_place ? static_cast<const uint32_t*>(pass_.dir.w_hh) + p * kPanel : buf_.w_hh + p * buf_.depth() * kPanel;
+    multiply<T, MR, kVectors>(gates, 1, panel, in_place ? H_ : kPanel, buf_.depth(), acc);
+  }
+
+  FS_INLINE void through_cell(int64_t t, int64_t r, int64_t u, vf dh) const {
+    const int n = lanes(u);
+    const int64_t token = seq_.offsets[t] + r;
+    if (pass_.d_out.data) dh += load(pass_.d_out.template at<T>(seq_, t, r) + u, n);
+    vf saved[kColumns], dpre[kColumns], after = {}, previous;
+    for (int j = 0; j < kColumns; ++j) saved[j] = load(static_cast<const T*>(pass_.gates) + (token * kColumns + j) * H_ + u, n);
+    const int64_t e = earlier(t);
+    const bool has_earlier = e >= 0 && e < seq_.steps && r < seq_.active(e);
+    if constexpr (Cell::kCellState) {
+      after = load(pass_.cells + token * H_ + u, n);
+      previous = has_earlier ? load(pass_.cells + (seq_.offsets[e] + r) * H_ + u, n)
+                             : load_state<T>(shape_, pass_.dir.c0, seq_.order[r] * H_ + u, n);
+    } else {
+      previous = has_earlier ? load(pass_.out.template at<T>(seq_, e, r) + u, n)
+                             : load_state<T>(shape_, pass_.dir.h0, seq_.order[r] * H_ + u, n);
+    }
+    float* carried = buf_.carry + r * buf_.width + u;
+    vf carry = load_vector<vf>(carried);
+    Cell::backward(saved, previous, after, dh, carry, dpre);
+    store(carried, carry, W);
+    T* row = reinterpret_cast<T*>(buf_.gate_row(token));
+    for (int j = 0; j < kColumns; ++j) {
+      T* to = row + j * buf_.gate_units * Dot<T>::kPerUnit + u;
+      store(to, dpre[j], n);
+      if (Dot<T>::kPerUnit == 2 && n < W && H_ % 2) to[n] = T{};  // the half unit past an odd H
+    }
+  }
+
+  FS_INLINE void to_initial_state(int64_t r, int64_t u, vf dh) const {
+    const int64_t at = seq_.order[r] * H_ + u;
+    const vf carry = load_vector<vf>(buf_.carry + r * buf_.width + u);
+    if (pass_.d_h0) store_state<T>(shape_, pass_.d_h0, at, dh + Cell::direct(carry), lanes(u));
+    if constexpr (Cell::kCellState)
+      if (pass_.d_c0) store_state<T>(shape_, pass_.d_c0, at, carry, lanes(u));
+  }
+
+  void finish_empty_rows() const {
+    const int64_t first = seq_.steps ? seq_.active(0) : 0;
+    for_own_blocks(seq_.rows, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin > first ? begin : first; r < end; ++r)
+        for (int64_t u = panels_.begin * kPanel; u < panels_.end * kPanel && u < H_; u += W)
+          to_initial_state(r, u, load_vector<vf>(buf_.pending + r * buf_.width + u));
+    });
+  }
+
+  const Shape& shape_;
+  const Sequence& seq_;
+  const BackwardPass& pass_;
+  const BackwardBuffers<Cell, T>& buf_;
+  Team team_, step_team_;
+  int64_t H_;
+  Blocks blocks_;
+  Range panels_;
+  int row_groups_, row_rank_;
+  bool idle_, carries_;  // carries: some gradient goes through W_hh
+};
+
+template <class Cell, class T>
+void run(const Shape& shape, const Sequence& seq, const BackwardPass* passes, int directions, int threads) {
+  using B = BackwardBuffers<Cell, T>;
+  threads = usable_threads(threads);
+  Scratch scratch;
+  for (int d = 0; d < directions; ++d) B(scratch.measure, shape, seq);
+  ProductBuffers<Cell, T>(scratch.measure, shape, threads);
+  Carver carve = scratch.allocate();
+  const B first(carve, shape, seq), second = directions == 2 ? B(carve, shape, seq) : first;
+  const B* buffers[2] = {&first, &second};
+  const ProductBuffers<Cell, T> products(carve, shape, threads);
+
+  const Blocks blocks(seq.rows, kTileRows);
+  const int64_t tile_rows = blocks.count ? (seq.rows + blocks.count - 1) / blocks.count : 0;
+  auto plan = [&](int size) {
+    return Partition::choose(size, blocks.count, first.panels, tile_rows * (first.depth() * kVectors / 2 + 400),
+                             first.depth() * kPanel * 4);
+  };
+  run_directions(directions, plan, threads, [&](int d, Team team, Partition split, Barrier* steps) {
+    Backward<Cell, T>(shape, seq, passes[d], *buffers[d], team, split, steps).run();
+  });
+  const double flops = 2.0 * seq.tokens() * Cell::kGates * shape.hidden * (2 * shape.input + shape.hidden);
+  Barrier barrier;
+  parallel(flops < kSmallProducts ? 1 : threads, [&](int rank, int size) {
+    for (int d = 0; d < directions; ++d)
+      Products<Cell, T>(shape, seq, passes[d], *buffers[d], products, Team{rank, size, &barrier}).run();
+  });
+}
+
+}  // namespace
+
+void rnn_backward(const Shape& shape, const Sequence& seq, const BackwardPass* passes, int directions, int threads) {
+  dispatch(shape, [&](auto cell, auto element) {
+    run<typename decltype(cell)::type, typename decltype(element)::type>(shape, seq, passes, directions, threads);
+  });
+}
+
+}  // namespace FS_ISA
+}  // namespace fastseq

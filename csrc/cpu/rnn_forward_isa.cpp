@@ -1,0 +1,314 @@
+// Fused LSTM/GRU forward over a whole sequence. State stays in fp32; outputs keep the input dtype.
+//
+// Time is cut into chunks of about kChunkRows tokens. In each, one product projects the chunk's inputs into a small scratch
+// (never the whole sequence), then the steps follow: a register tile of the recurrent product holds all gates of W units of
+// several rows, so that the cell's element math runs on the accumulators and no pre-activation goes through memory.
+#include "driver.h"
+#include "rnn_step.h"
+
+namespace fastseq {
+namespace FS_ISA {
+namespace {
+
+constexpr int64_t kChunkRows = 64;
+
+template <class Cell>
+constexpr int kTileRows = kAccumulators / Cell::kGates;
+
+// What the threads of one direction share. Panels: [W-unit panel][unit of depth][gate][W].
+template <class Cell, class T>
+struct Buffers {
+  int64_t panels, depth_x, depth_h;  // depths in 32-bit units
+  uint32_t *w_ih, *w_hh;
+  float* bias;         // [panels][kColumns][W]
+  float* projected;    // [slots][panels][G][W], each row group its own slots: they do not wait for each other
+  uint32_t* operand[2];  // [B][depth_h] h in T, of the last step and of this one
+  float *h, *c;        // [B][panels * W]
+  const uint32_t** x_rows;  // [threads][slots] the inputs of a chunk
+  uint32_t* x_copy;    // [threads][slots][depth_x], where x's rows end within a unit
+  int64_t slots;       // of those two, a thread
+
+  Buffers(Carver& carve, const Shape& shape, const Sequence& seq, int threads) {
+    constexpr int kG = Cell::kGates;
+    panels = (shape.hidden + W - 1) / W;
+    depth_x = units<T>(shape.input), depth_h = units<T>(shape.hidden);
+    const int64_t row_slots = Blocks(seq.rows, kTileRows<Cell>).count * kTileRows<Cell>;
+    slots = kChunkRows + row_slots + kTileRows<Cell>;
+    w_ih = carve.take<uint32_t>(panels * depth_x * kG * W);
+    w_hh = carve.take<uint32_t>(panels * depth_h * kG * W);
+    bias = carve.take<float>(panels * Cell::kColumns * W);
+    projected = carve.take<float>((threads * (kChunkRows + kTileRows<Cell>) + row_slots) * panels * kG * W);
+    for (auto& buffer : operand) buffer = carve.take<uint32_t>(seq.rows * depth_h);
+    h = carve.take<float>(seq.rows * panels * W);
+    c = Cell::kCellState ? carve.take<float>(seq.rows * panels * W) : nullptr;
+    x_rows = carve.take<const uint32_t*>(threads * slots);
+    x_copy = shape.input % Dot<T>::kPerUnit ? carve.take<uint32_t>(threads * slots * depth_x) : nullptr;
+  }
+};
+
+template <class Cell, class T>
+class Forward {
+  static constexpr int kG = Cell::kGates, kMR = kTileRows<Cell>;
+
+ public:
+  Forward(const Shape& shape, const Sequence& seq, const ForwardPass& pass, const Buffers<Cell, T>& buffers, Team team,
+          Partition split, Barrier* step_barriers)
+      : shape_(shape), seq_(seq), pass_(pass), buf_(buffers), team_(team), H_(shape.hidden),
+        blocks_(seq.rows, kMR), width_(buffers.panels * W) {
+    idle_ = team.rank >= split.size();
+    row_groups_ = split.row_groups, row_rank_ = team.rank / split.unit_groups;
+    const int64_t group_slots = kChunkRows + (blocks_.count + row_groups_ - 1) / row_groups_ * kMR;
+    projected_ = buf_.projected + (idle_ ? 0 : row_rank_) * group_slots * buf_.panels * kG * W;
+    x_rows_ = buf_.x_rows + team.rank * buf_.slots;
+    x_copy_ = buf_.x_copy ? buf_.x_copy + team.rank * buf_.slots * buf_.depth_x : nullptr;
+    panels_ = share(buf_.panels, team.rank % split.unit_groups, split.unit_groups);
+    step_team_ = {team.rank % split.unit_groups, split.unit_groups, step_barriers + (idle_ ? 0 : row_rank_)};
+  }
+
+  void run() {
+    prepare();
+    team_.sync();
+    if (!idle_) {
+      const int64_t T_ = seq_.steps;
+      for (int64_t s = 0; s < T_;) {
+        const int64_t end = chunk_end(s);
+        project(s, end);
+        int64_t slot = 0;
+        for (; s < end; ++s) {
+          slot = step(s, slot);
+          step_team_.sync();
+        }
+      }
+      finish();
+    }
+  }
+
+ private:
+  int64_t time(int64_t s) const { return pass_.dir.reverse ? seq_.steps - 1 - s : s; }
+
+  // Rows of this thread's group that are active at time t.
+  int64_t own_active(int64_t t) const {
+    int64_t rows = 0;
+    for_own_blocks(seq_.active(t), [&](int64_t begin, int64_t end) { rows += end - begin; });
+    return rows;
+  }
+
+  int64_t chunk_end(int64_t s) const {
+    int64_t rows = own_active(time(s));
+    for (++s; s < seq_.steps; ++s) {
+      rows += own_active(time(s));
+      if (rows > kChunkRows) break;
+    }
+    return s;
+  }
+
+  // Packs the weights and spreads the initial state, each thread its share.
+  void prepare() {
+    const Range own = share(buf_.panels, team_.rank, team_.size);
+    for (int64_t p = own.begin; p < own.end; ++p) {
+      const int64_t u = p * W;
+      const int n = lanes(p);
+      for (int g = 0; g < kG; ++g) {
+        const int64_t row = g * H_ + u;
+        pack_transposed(static_cast<const T*>(pass_.dir.w_ih) + row * shape_.input, shape_.input, n, shape_.input,
+                        buf_.w_ih + (p * buf_.depth_x * kG + g) * W, kG * W);
+        pack_transposed(static_cast<const T*>(pass_.dir.w_hh) + row * H_, H_, n, H_,
+                        buf_.w_hh + (p * buf_.depth_h * kG + g) * W, kG * W);
+      }
+      prepare_bias(p, n);
+    }
+    const Range rows = share(seq_.rows, team_.rank, team_.size);
+    for (int64_t r = rows.begin; r < rows.end; ++r) prepare_row(r);
+  }
+
+  void prepare_bias(int64_t p, int n) {
+    vf sums[Cell::kColumns] = {};
+    for (int g = 0; g < kG && pass_.dir.b_ih; ++g) {
+      sums[Cell::kInput[g]] += load(static_cast<const T*>(pass_.dir.b_ih) + g * H_ + p * W, n);
+      sums[Cell::kHidden[g]] += load(static_cast<const T*>(pass_.dir.b_hh) + g * H_ + p * W, n);
+    }
+    for (int j = 0; j < Cell::kColumns; ++j) store(buf_.bias + (p * Cell::kColumns + j) * W, sums[j], W);
+  }
+
+  void prepare_row(int64_t r) {
+    uint32_t* operands[2] = {buf_.operand[0] + r * buf_.depth_h, buf_.operand[1] + r * buf_.depth_h};
+    for (uint32_t* operand : operands) operand[buf_.depth_h - 1] = 0;  // the half unit past an odd H
+    const int64_t from = seq_.order[r] * H_;
+    for (int64_t p = 0; p < buf_.panels; ++p) {
+      const int n = lanes(p);
+      const vf h = load_state<T>(shape_, pass_.dir.h0, from + p * W, n);
+      store(buf_.h + r * width_ + p * W, h, W);
+      for (uint32_t* operand : operands) store(reinterpret_cast<T*>(operand) + p * W, h, n);
+      if constexpr (Cell::kCellState)
+        store(buf_.c + r * width_ + p * W, load_state<T>(shape_, pass_.dir.c0, from + p * W, n), W);
+    }
+  }
+
+  int lanes(int64_t p) const { return H_ - p * W < W ? static_cast<int>(H_ - p * W) : W; }
+
+  // f(first row, last row) for this thread's row blocks among the first `active` rows.
+  template <class F>
+  FS_INLINE void for_own_blocks(int64_t active, F&& f) const {
+    own_blocks(row_groups_ == 1 ? Blocks(active, kMR) : blocks_, row_rank_, row_groups_, active, f);
+  }
+
+  // W_ih x + bias, for the input's gates, all steps of the chunk, one slot a row and step: a panel of weights serves them all
+  // while it is in the cache.
+  void project(int64_t s, int64_t end) {
+    int64_t slots = 0;
+    for (; s < end; ++s) {
+      const int64_t t = time(s);
+      for_own_blocks(seq_.active(t), [&](int64_t begin, int64_t last) {
+        for (int64_t r = begin; r < last; ++r, ++slots) x_rows_[slots] = operand_of_x(t, r, slots);
+      });
+    }
+    const Blocks tiles(slots, kMR);
+    for (int64_t p = panels_.begin; p < panels_.end; ++p)
+      for (int64_t i = 0; i < tiles.count; ++i) project_tile(p, tiles.begin(i), tiles.begin(i + 1));
+  }
+
+  const uint32_t* operand_of_x(int64_t t, int64_t position, int64_t slot) const {
+    const T* x = pass_.x.template at<T>(seq_, t, position);
+    if (!x_copy_) return reinterpret_cast<const uint32_t*>(x);
+    uint32_t* copy = x_copy_ + slot * buf_.depth_x;
+    copy[buf_.depth_x - 1] = 0;
+    std::memcpy(copy, x, sizeof(T) * shape_.input);
+    return copy;
+  }
+
+  FS_INLINE void project_tile(int64_t p, int64_t begin, int64_t end) const {
+    with_rows<kMR>(end - begin, [&](auto count) {
+      constexpr int kRows = decltype(count)::value;
+      vf acc[kRows][kG];
+      for (int g = 0; g < kG; ++g) {
+        const vf bias = load_vector<vf>(buf_.bias + (p * Cell::kColumns + Cell::kInput[g]) * W);
+        for (int m = 0; m < kRows; ++m) acc[m][g] = bias;
+      }
+      multiply<T, kRows, kG>(x_rows_ + begin, 1, buf_.w_ih + p * buf_.depth_x * kG * W, kG * W, buf_.depth_x, acc);
+      for (int m = 0; m < kRows; ++m)
+        for (int g = 0; g < kG; ++g) store(slot_of(begin + m, p) + g * W, acc[m][g], W);
+    });
+  }
+
+  FS_INLINE float* slot_of(int64_t slot, int64_t p) const { return projected_ + (slot * buf_.panels + p) * kG * W; }
+
+  // One step: every own panel of units for every own block of active rows, whose projections start at `first`. Panels alternate
+  // in direction: what the cache still holds of the last step is what this one reads first. Returns the slot past its last.
+  int64_t step(int64_t s, int64_t first) const {
+    const int64_t t = time(s);
+    int64_t slot = first;
+    for (int64_t i = panels_.begin; i < panels_.end; ++i) {
+      const int64_t p = s & 1 ? panels_.begin + panels_.end - 1 - i : i;
+      slot = first;
+      for_own_blocks(seq_.active(t), [&](int64_t begin, int64_t end) {
+        with_rows<kMR>(end - begin, [&](auto count) { step_tile<decltype(count)::value>(s, t, p, begin, slot); });
+        slot += end - begin;
+      });
+    }
+    return slot;
+  }
+
+  template <int MR>
+  FS_INLINE void step_tile(int64_t s, int64_t t, int64_t p, int64_t begin, int64_t slot) const {
+    const uint32_t* h[MR];
+    vf acc[MR][kG];
+    for (int m = 0; m < MR; ++m) {
+      h[m] = buf_.operand[s & 1] + (begin + m) * buf_.depth_h;
+      for (int g = 0; g < kG; ++g) {
+        const bool joined = input_gate<Cell>(Cell::kHidden[g]) >= 0;
+        acc[m][g] = load_vector<vf>(joined ? slot_of(slot + m, p) + g * W
+                                           : buf_.bias + (p * Cell::kColumns + Cell::kHidden[g]) * W);
+      }
+    }
+    multiply<T, MR, kG>(h, 1, buf_.w_hh + p * buf_.depth_h * kG * W, kG * W, buf_.depth_h, acc);
+    for (int m = 0; m < MR; ++m)
+      finish_row(s, t, p, begin + m, acc[m], slot_of(slot + m, p));
+  }
+
+  FS_INLINE void finish_row(int64_t s, int64_t t, int64_t p, int64_t r, const vf (&acc)[kG], const float* projected) const {
+    const int n = lanes(p);
+    const int64_t u = p * W;
+    vf pre[Cell::kColumns], saved[Cell::kColumns];
+    for (int j = 0; j < Cell::kColumns; ++j) {
+      const int g = hidden_gate<Cell>(j);
+      pre[j] = g >= 0 ? acc[g] : load_vector<vf>(projected + input_gate<Cell>(j) * W);
+    }
+    float* h_state = buf_.h + r * width_ + u;
+    float* c_state = Cell::kCellState ? buf_.c + r * width_ + u : nullptr;
+    vf h = load_vector<vf>(h_state), c = {};
+    if constexpr (Cell::kCellState) c = load_vector<vf>(c_state);
+    Cell::forward(pre, h, c, saved);
+    store(h_state, h, W);
+    if constexpr (Cell::kCellState) store(c_state, c, W);
+    store(reinterpret_cast<T*>(buf_.operand[(s + 1) & 1] + r * buf_.depth_h) + u, h, n);
+    store(pass_.out.template at<T>(seq_, t, r) + u, h, n);
+    if (pass_.gates) {
+      const int64_t token = seq_.offsets[t] + r;
+      for (int j = 0; j < Cell::kColumns; ++j)
+        store(static_cast<T*>(pass_.gates) + (token * Cell::kColumns + j) * H_ + u, saved[j], n);
+      if constexpr (Cell::kCellState) store(pass_.cells + token * H_ + u, c, n);
+    }
+  }
+
+  void finish() const {
+    for_own_blocks(seq_.rows, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        for (int64_t p = panels_.begin; p < panels_.end; ++p) {
+          const int64_t to = seq_.order[r] * H_ + p * W;
+          store_state<T>(shape_, pass_.h_n, to, load_vector<vf>(buf_.h + r * width_ + p * W), lanes(p));
+          if constexpr (Cell::kCellState)
+            store_state<T>(shape_, pass_.c_n, to, load_vector<vf>(buf_.c + r * width_ + p * W), lanes(p));
+        }
+      }
+    });
+  }
+
+  const Shape& shape_;
+  const Sequence& seq_;
+  const ForwardPass& pass_;
+  const Buffers<Cell, T>& buf_;
+  Team team_, step_team_;
+  int64_t H_;
+  Blocks blocks_;
+  int64_t width_;
+  float* projected_;
+  const uint32_t** x_rows_;
+  uint32_t* x_copy_;
+  Range panels_;
+  int row_groups_, row_rank_;
+  bool idle_;
+};
+
+template <class Cell, class T>
+void run(const Shape& shape, const Sequence& seq, const ForwardPass* passes, int directions, int threads) {
+  using B = Buffers<Cell, T>;
+  threads = usable_threads(threads);
+  Scratch scratch;
+  for (int d = 0; d < directions; ++d) B(scratch.measure, shape, seq, threads);
+  Carver carve = scratch.allocate();
+  const B first(carve, shape, seq, threads), second = directions == 2 ? B(carve, shape, seq, threads) : first;
+  const B* buffers[2] = {&first, &second};
+
+  const Blocks blocks(seq.rows, kTileRows<Cell>);
+  const int64_t depth = buffers[0]->depth_h;
+  const int64_t tile_rows = blocks.count ? (seq.rows + blocks.count - 1) / blocks.count : 0;
+  auto plan = [&](int size) {
+    return Partition::choose(size, blocks.count, buffers[0]->panels, depth * tile_rows * Cell::kGates / 2 + 100 * tile_rows,
+                             depth * Cell::kGates * W * 4);
+  };
+  run_directions(directions, plan, threads, [&](int d, Team team, Partition split, Barrier* steps) {
+    Forward<Cell, T>(shape, seq, passes[d], *buffers[d], team, split, steps).run();
+  });
+}
+
+}  // namespace
+
+void rnn_forward(const Shape& shape, const Sequence& seq, const ForwardPass* passes, int directions, int threads) {
+  if (is_step(shape, seq, passes[0])) return rnn_step(shape, seq, passes, directions, threads);
+  dispatch(shape, [&](auto cell, auto element) {
+    run<typename decltype(cell)::type, typename decltype(element)::type>(shape, seq, passes, directions, threads);
+  });
+}
+
+}  // namespace FS_ISA
+}  // namespace fastseq
