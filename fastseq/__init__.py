@@ -1,0 +1,37 @@
+"""Recurrent sequence models at hardware speed: drop-in LSTM and GRU for PyTorch."""
+
+import importlib.metadata
+import warnings
+
+from . import backends as _backends  # noqa: F401  (before the function of that name hides the package)
+from . import dynamo, functional
+from ._version import __version__
+from .accelerate import accelerate
+from .dispatch import backends, use_backend
+from .errors import InputError
+from .explain import explain
+from .modules import GRU, LSTM, GRUCell, LSTMCell
+from .patch import patch
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "GRUCell",
+    "InputError",
+    "LSTMCell",
+    "__version__",
+    "accelerate",
+    "backends",
+    "explain",
+    "functional",
+    "patch",
+    "use_backend",
+]
+
+dynamo.install()
+if any(importlib.metadata.distributions(name="fastseq")):
+    warnings.warn(
+        "the distribution `fastseq` is installed, another and abandoned package whose files may lie among those of "
+        "`fastseq-rnn`; run: pip uninstall fastseq && pip install --force-reinstall fastseq-rnn",
+        stacklevel=2,
+    )

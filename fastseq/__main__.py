@@ -1,0 +1,64 @@
+"""`python -m fastseq`: what this machine has, what is absent and why, and what is lost thereby."""
+
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import fastseq
+from fastseq import _native, crossover, dispatch
+
+LOST = {
+    "cpu": "LSTM and GRU on the CPU run on stock PyTorch: no speed-up, no fused variable length, no fused cells",
+    "torch": "float64, projections and large LSTMs run on slower backends",
+    "reference": "no double backward, no torch.func transforms",
+}
+
+
+def report() -> str:
+    """The whole text, without a trailing newline."""
+    rows = [*_machine(), ("", ""), *_backends(), ("", ""), *_choice()]
+    return "\n".join(f"{name:<11}  {text}".rstrip() for name, text in rows)
+
+
+def _machine() -> Iterator[tuple[str, str]]:
+    yield "fastseq", f"{fastseq.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    yield "CPU", f"{_cpu_name()} ({platform.machine()}, {os.cpu_count()} logical)"
+    if _native.C is not None:
+        features: dict[str, bool] = _native.C.cpu_features()
+        yield "features", " ".join(name if has else f"no-{name}" for name, has in features.items()) or "none known"
+        yield "ISA", f"{_native.C.isa()}, of {', '.join(_native.C.isa_available())}; FASTSEQ_ISA chooses"
+    else:
+        yield "features", f"{torch.backends.cpu.get_cpu_capability()}, says torch"
+        yield "ISA", "none, there is no native module"
+    yield "threads", f"{torch.get_num_threads()}; torch.set_num_threads and OMP_NUM_THREADS choose"
+
+
+def _backends() -> Iterator[tuple[str, str]]:
+    yield "backend", "state"
+    for name, reason in fastseq.backends().items():
+        yield f"  {name}", "available" if reason is None else f"absent: {reason}"
+        if reason is not None and name in LOST:
+            yield "", f"lost: {LOST[name]}"
+
+
+def _choice() -> Iterator[tuple[str, str]]:
+    yield "auto", "takes the first that can run the call:"
+    for rule in crossover.RULES:
+        yield f"  {rule.backend}", rule.because
+    yield "  else", ", ".join(name for name in crossover.DEFAULT if dispatch.load(name).unavailable() is None)
+    yield "", "No crossover was measured on this machine: these are the built-in rules. From a source tree,"
+    yield "", "`python -m benchmarks run` times every backend here; backend= and fastseq.use_backend choose one."
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,53 @@
+"""What a backend is asked to compute: one value, built once per call and checked before any backend sees it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["GATES", "RnnCall"]
+
+GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3}
+
+
+@dataclass(slots=True)
+class RnnCall:
+    """One call of a recurrent layer stack, or of one cell. L layers, D directions, G gates, P = proj_size or H.
+
+    A layer's `input` is [T, B, I], [B, T, I] if batch_first, or packed data [N, I] with `batch_sizes`; it answers
+    (output, (h_n,)) or (output, (h_n, c_n)), output in the input's layout with D*P features, states as h0 and c0.
+    States may be fp32 beside a bf16 or fp16 input, and then come back so.
+    A cell's `input` is [B, I], h0 and c0 are [B, H]; it answers (h,) or (h, c).
+    """
+
+    cell: str  # a key of GATES
+    input: Tensor
+    h0: Tensor | None  # [L*D, B, P]; a cell: [B, H]; None: zeros
+    c0: Tensor | None  # [L*D, B, H]; a cell: [B, H]; None: zeros, and always for the GRUs
+    weights: list[Tensor]  # L*D times w_ih [G*H, I], w_hh [G*H, P] (, b_ih [G*H], b_hh [G*H]) (, w_hr [P, H])
+    lengths: Tensor | None = None  # [B] int64 on the CPU, within [0, T], in any order
+    batch_sizes: Tensor | None = None  # [T] int64 on the CPU, not increasing: the input is packed
+    has_bias: bool = True
+    num_layers: int = 1
+    dropout: float = 0.0  # between layers, when training
+    training: bool = False
+    bidirectional: bool = False
+    batch_first: bool = False
+    proj_size: int = 0
+
+    @property
+    def hidden_size(self) -> int:
+        return self.weights[0].shape[0] // GATES[self.cell]
+
+    @property
+    def batch(self) -> int:
+        """Rows B; of packed data, those of its first step."""
+        if self.batch_sizes is not None:
+            return int(self.batch_sizes[0])
+        return self.input.shape[0 if self.batch_first or self.input.dim() == 2 else 1]
+
+    @property
+    def steps(self) -> int:
+        """Time steps T; 1 for a cell."""
+        if self.batch_sizes is not None:
+            return self.batch_sizes.shape[0]
+        return 1 if self.input.dim() == 2 else self.input.shape[1 if self.batch_first else 0]

@@ -1,0 +1,180 @@
+"""The recurrences as the papers write them, in plain PyTorch: the oracle of every other backend.
+
+Any floating dtype and device; differentiable any number of times; no in-place operation and no control flow on values,
+so the transforms of torch.func apply. fp16 and bf16 are computed in fp32 and rounded once, at the end.
+
+lstm              Hochreiter and Schmidhuber 1997, with the forget gate of Gers, Schmidhuber and Cummins 2000;
+                  the projection is Sak, Senior and Beaufays 2014, eq. 6
+gru_reset_before  Cho et al. 2014, eq. 5 to 8
+gru               the same with the reset gate behind the recurrent product, as in torch.nn.GRU and cuDNN
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from . import stack
+from .call import RnnCall
+
+__all__ = ["NAME", "layer", "refuses", "rnn", "rnn_cell", "unavailable"]
+
+NAME = "reference"
+
+State = tuple[Tensor, ...]  # (h [B, P],), for the LSTM (h [B, P], c [B, H])
+
+
+def unavailable() -> str | None:
+    """Always usable."""
+    return None
+
+
+def refuses(call: RnnCall) -> str | None:
+    """Nothing."""
+    return None
+
+
+def rnn(call: RnnCall) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A layer stack."""
+    return stack.run(call, layer)
+
+
+def rnn_cell(call: RnnCall) -> tuple[Tensor, ...]:
+    """One step."""
+    x = _wide(call.input)
+    w = Weights.split(call.weights, 1)[0]
+    state = STEPS[call.cell](linear(x, w.ih, w.b_ih), _initial(call.cell, call.h0, call.c0, w, x), w)
+    return tuple(s.to(_state_dtype(call.h0, call.input)) for s in state)
+
+
+def layer(
+    cell: str,
+    x: Tensor,  # [T, B, I]; [B, T, I] if batch_first; packed data [N, I] with batch_sizes
+    h0: Tensor | None,  # [D, B, P]
+    c0: Tensor | None,  # [D, B, H]
+    weights: Sequence[Tensor],  # D times w_ih, w_hh (, b_ih, b_hh) (, w_hr)
+    lengths: Tensor | None,  # [B]
+    batch_sizes: Tensor | None,  # [T]
+    batch_first: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One layer in one or both directions: (out in x's layout, h_n [D, B, P], c_n [D, B, H] or None)."""
+    if batch_sizes is not None:
+        return _packed_layer(cell, x, h0, c0, weights, batch_sizes, bidirectional)
+    xs, mask = _wide(x.transpose(0, 1) if batch_first else x), None
+    if lengths is not None:
+        mask = (torch.arange(xs.shape[0])[:, None] < lengths).to(xs.device)[:, :, None]  # [T, B, 1]
+        xs = torch.where(mask, xs, 0.0)  # behind a length may stand NaN, and backward would multiply it by 0
+    runs = []
+    for d, w in enumerate(Weights.split(weights, 2 if bidirectional else 1)):
+        state = _initial(cell, None if h0 is None else h0[d], None if c0 is None else c0[d], w, xs[0])
+        runs.append(_scan(STEPS[cell], xs, state, w, mask, reverse=d == 1))
+    out = torch.cat([out for out, _ in runs], -1).to(x.dtype)
+    finals = [torch.stack(s).to(_state_dtype(h0, x)) for s in zip(*(state for _, state in runs), strict=True)]
+    return (out.transpose(0, 1) if batch_first else out), finals[0], finals[1] if cell == "lstm" else None
+
+
+class Weights(NamedTuple):
+    """One direction's parameters, at least fp32."""
+
+    ih: Tensor  # [G*H, I]
+    hh: Tensor  # [G*H, P]
+    b_ih: Tensor | None = None  # [G*H]
+    b_hh: Tensor | None = None  # [G*H]
+    hr: Tensor | None = None  # [P, H]
+
+    @classmethod
+    def split(cls, flat: Sequence[Tensor], directions: int) -> list["Weights"]:
+        n = len(flat) // directions  # 2, with biases 4, with a projection one more
+        parts = []
+        for d in range(directions):
+            ih, hh, *rest = (_wide(w) for w in flat[d * n : (d + 1) * n])
+            hr = rest.pop() if n % 2 else None
+            b_ih, b_hh = rest or (None, None)
+            parts.append(cls(ih, hh, b_ih, b_hh, hr))
+        return parts
+
+
+def _lstm(gx: Tensor, state: State, w: Weights) -> State:
+    h, c = state
+    i, f, g, o = (gx + linear(h, w.hh, w.b_hh)).chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    h = o.sigmoid() * c.tanh()
+    return (h if w.hr is None else linear(h, w.hr)), c
+
+
+def _gru(gx: Tensor, state: State, w: Weights) -> State:
+    (h,) = state
+    xr, xz, xn = gx.chunk(3, -1)
+    hr, hz, hn = linear(h, w.hh, w.b_hh).chunk(3, -1)
+    r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
+    n = (xn + r * hn).tanh()
+    return ((1 - z) * n + z * h,)
+
+
+def _gru_reset_before(gx: Tensor, state: State, w: Weights) -> State:
+    (h,) = state
+    hidden = h.shape[-1]
+    xr, xz, xn = gx.chunk(3, -1)
+    b_gates, b_n = (None, None) if w.b_hh is None else (w.b_hh[: 2 * hidden], w.b_hh[2 * hidden :])
+    hr, hz = linear(h, w.hh[: 2 * hidden], b_gates).chunk(2, -1)
+    r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
+    n = (xn + linear(r * h, w.hh[2 * hidden :], b_n)).tanh()
+    return ((1 - z) * n + z * h,)
+
+
+Step = Callable[[Tensor, State, Weights], State]  # (x W_ih' + b_ih [B, G*H], state, weights) -> next state
+STEPS: dict[str, Step] = {"lstm": _lstm, "gru": _gru, "gru_reset_before": _gru_reset_before}
+
+
+def _scan(step: Step, x: Tensor, state: State, w: Weights, mask: Tensor | None, reverse: bool) -> tuple[Tensor, State]:
+    """One direction over x [T, B, I]: (out [T, B, P], final state). Masked steps keep the state and give 0."""
+    gx = linear(x, w.ih, w.b_ih).unbind(0)
+    out: list[Tensor] = [x] * len(gx)
+    for t in reversed(range(len(gx))) if reverse else range(len(gx)):
+        if mask is None:
+            state = step(gx[t], state, w)
+            out[t] = state[0]
+        else:
+            m = mask[t]
+            new = step(gx[t], tuple(torch.where(m, s, 0.0) for s in state), w)
+            state = tuple(torch.where(m, n, s) for n, s in zip(new, state, strict=True))
+            out[t] = torch.where(m, new[0], 0.0)
+    return torch.stack(out), state
+
+
+def _packed_layer(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Packed data through the padded layer: gather, run with lengths, gather back."""
+    rows = torch.arange(int(batch_sizes[0]))
+    valid = rows < batch_sizes[:, None]  # [T, B]
+    place = (batch_sizes.cumsum(0) - batch_sizes)[:, None] + rows  # row b of step t lies at place[t, b]
+    padded = x[torch.where(valid, place, 0).to(x.device)]
+    out, h_n, c_n = layer(cell, padded, h0, c0, weights, valid.sum(0), None, False, bidirectional)
+    return out.flatten(0, 1)[valid.flatten().nonzero()[:, 0].to(x.device)], h_n, c_n
+
+
+def _initial(cell: str, h0: Tensor | None, c0: Tensor | None, w: Weights, x: Tensor) -> State:
+    """The state before the first step of x [B, ·]; zeros where none is given."""
+    h = x.new_zeros(x.shape[0], w.hh.shape[1]) if h0 is None else _wide(h0)
+    if cell != "lstm":
+        return (h,)
+    return h, x.new_zeros(x.shape[0], w.ih.shape[0] // 4) if c0 is None else _wide(c0)
+
+
+def _state_dtype(h0: Tensor | None, x: Tensor) -> torch.dtype:
+    """States come back in the dtype they came in."""
+    return x.dtype if h0 is None else h0.dtype
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t

@@ -1,0 +1,144 @@
+"""Which backend runs a call. `backend=` runs or raises; `auto` takes the first of `crossover` that can."""
+
+import importlib
+from collections.abc import Iterator
+from contextvars import ContextVar, Token
+from types import ModuleType, TracebackType
+
+import torch
+
+from .backends.call import RnnCall
+from .crossover import ANY, DEFAULT, RULES, Rule
+from .errors import InputError
+
+__all__ = ["BACKENDS", "backends", "candidates", "choose", "forced", "load", "obstacle", "use_backend"]
+
+BACKENDS = {"cpu": "cpu", "torch": "stock", "reference": "reference"}  # name -> module in fastseq.backends
+
+_forced: ContextVar[str | None] = ContextVar("fastseq_backend", default=None)
+
+
+def forced() -> str | None:
+    """What `auto` stands for here and now: a backend's name, or None."""
+    return _forced.get()
+
+
+class use_backend:
+    """Within the block, calls whose `backend` is "auto" run on `name`, or raise InputError where it cannot.
+
+    >>> with fastseq.use_backend("reference"):
+    ...     model(x)
+
+    Holds for this thread or task only; blocks nest. An explicit `backend=` of a module or call goes first.
+    What torch.compile traced keeps the choice that held while it was traced.
+    """
+
+    __slots__ = ("_name", "_tokens")
+
+    def __init__(self, name: str) -> None:
+        self._name = None if check_name(name) == "auto" else name
+        self._tokens: list[Token[str | None]] = []
+
+    def __enter__(self) -> None:
+        self._tokens.append(_forced.set(self._name))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _forced.reset(self._tokens.pop())
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend's name, with None where this machine can run it and the reason where it cannot."""
+    return {name: load(name).unavailable() for name in BACKENDS}
+
+
+def check_name(name: str) -> str:
+    """`name` if it is "auto" or a backend's; otherwise raise."""
+    if not isinstance(name, str):
+        raise TypeError(f"backend must be a str, got {type(name).__name__}; use one of {_names()}")
+    if name != "auto" and name not in BACKENDS:
+        raise InputError(f"unknown backend={name!r}; use one of {_names()}")
+    return name
+
+
+def load(name: str) -> ModuleType:
+    """The backend's module, imported on first use."""
+    _import(tuple(BACKENDS) if torch.compiler.is_compiling() else (name,))  # Dynamo looks into _loaded only once
+    return _loaded[name]
+
+
+_loaded: dict[str, ModuleType] = {}
+
+
+def _import(names: tuple[str, ...]) -> bool:
+    for name in names:
+        if name not in _loaded:
+            _loaded[name] = importlib.import_module(f"fastseq.backends.{BACKENDS[name]}")
+    return True
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+for _constant in (forced, _import, _threads):
+    setattr(_constant, "_dynamo_marked_constant", True)  # noqa: B010  (torch.compile asks once, while it traces)
+
+
+def obstacle(name: str, call: RnnCall) -> str | None:
+    """Why backend `name` cannot run `call`; None: it can."""
+    backend = load(name)
+    reason: str | None = backend.unavailable() or backend.refuses(call)
+    return reason
+
+
+def choose(call: RnnCall, backend: str) -> ModuleType:
+    """The backend that runs `call`: `backend` itself, or `auto`'s choice."""
+    if backend != "auto":
+        reason = obstacle(check_name(backend), call)
+        if reason is not None:
+            able = [name for name in BACKENDS if obstacle(name, call) is None]
+            raise InputError(f"backend={backend!r} cannot run this call: {reason}; use 'auto' or one of {able}")
+        return load(backend)
+    for name, _ in candidates(call):
+        if obstacle(name, call) is None:
+            return load(name)
+    raise AssertionError("the reference refuses nothing")
+
+
+def candidates(call: RnnCall) -> Iterator[tuple[str, str]]:
+    """(name, why) in `auto`'s order of preference; a name may come twice."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._get_tracing_state() is not None:
+        yield "torch", "torch.jit traces PyTorch's operators only"
+    transformed = not compiling and torch._C._functorch.peek_interpreter_stack() is not None
+    for rule in RULES:
+        if fits(rule, call) and not (transformed and rule.backend == "torch"):
+            yield rule.backend, rule.because
+    for name in DEFAULT:
+        if not (transformed and name == "torch"):  # its operators have no batching rule
+            yield name, "first that can run the call"
+
+
+def fits(rule: Rule, call: RnnCall) -> bool:
+    """Whether `call` is within all bounds of `rule`."""
+    if call.cell not in rule.cells or str(call.input.dtype).removeprefix("torch.") not in rule.dtypes:
+        return False
+    if rule.grad is not None and rule.grad != torch.is_grad_enabled():
+        return False
+    if rule.lengths is not None and rule.lengths == (call.lengths is None and call.batch_sizes is None):
+        return False
+    if not rule.hidden[0] <= call.hidden_size < rule.hidden[1]:
+        return False
+    if not rule.threads[0] <= _threads() < rule.threads[1]:
+        return False
+    if rule.batch == ANY and rule.steps == ANY:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return rule.batch[0] <= call.batch < rule.batch[1] and rule.steps[0] <= call.steps < rule.steps[1]
+
+
+def _names() -> list[str]:
+    return ["auto", *BACKENDS]

@@ -1,0 +1,198 @@
+"""The one way from a module or function to a backend.
+
+What depends only on the kind of a call (options, shapes, dtypes, devices) is checked and decided once and kept as a
+`Plan`; after that a call costs one look-up.
+"""
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .autocast import output_dtype
+from .backends.call import RnnCall
+from .checks import check_call, check_cell, lengths_on_cpu, need_tensor
+from .dispatch import choose, forced
+from .errors import InputError
+
+__all__ = [
+    "Plan",
+    "as_asked",
+    "plan",
+    "run",
+    "run_cell",
+    "set_batched",
+    "set_batched_cell",
+    "set_lengths",
+    "set_packed",
+]
+
+
+Check = Callable[[RnnCall, torch.dtype | None], None]  # check_call or check_cell
+
+
+class Plan(NamedTuple):
+    """How every call of one kind runs."""
+
+    rnn: Callable[[RnnCall], Any]  # a backend's rnn or rnn_cell
+    compute: torch.dtype | None  # what autocast has tensors cast to before; None: the call goes as it is
+    output: torch.dtype | None  # and results after
+
+
+def run(call: RnnCall, backend: str, lengths: Any = None) -> tuple[Any, tuple[Tensor, ...]]:
+    """A layer stack on all that torch.nn takes: a padded or unbatched tensor, or a PackedSequence. lengths: [B]."""
+    x = call.input
+    if isinstance(x, Tensor) and x.dim() != 2:
+        if lengths is not None:
+            set_lengths(call, lengths)
+        p = plan(call, backend, check_call)
+        return p.rnn(call) if p.compute is None else _run_cast(p, call)
+    if isinstance(x, PackedSequence):
+        return _run_packed(call, x, backend, lengths)
+    set_batched(call, lengths)
+    out, state = run(call, backend)
+    return out.squeeze(0 if call.batch_first else 1), tuple(s.squeeze(1) for s in state)
+
+
+def run_cell(call: RnnCall, backend: str) -> tuple[Tensor, ...]:
+    """One step on [B, I], or unbatched [I]."""
+    if need_tensor("input", call.input).dim() == 1:
+        set_batched_cell(call)
+        return tuple(s[0] for s in run_cell(call, backend))
+    p = plan(call, backend, check_cell)
+    return p.rnn(call) if p.compute is None else _run_cast(p, call)
+
+
+_kind = attrgetter("shape", "dtype", "device")
+_plans: dict[tuple[Any, ...], Plan] = {}
+_MOST_PLANS = 4096  # a program of ever new shapes must not grow without end
+
+
+def plan(call: RnnCall, backend: str, check: Check) -> Plan:
+    """The plan for calls like this one; made, and the call checked in full, when it is the first of its kind."""
+    x, h, c = call.input, call.h0, call.c0
+    if torch.compiler.is_compiling():
+        return _make_plan(call, backend, check)
+    try:
+        key = (
+            backend, forced(), check, call.cell, call.has_bias, call.num_layers, call.bidirectional, call.batch_first,
+            call.proj_size, call.lengths is None, None if call.batch_sizes is None else call.batch,
+            _kind(x), h is None or _kind(h), c is None or _kind(c), *map(_kind, call.weights),
+            torch.is_grad_enabled(), torch.get_num_threads(), torch._C._get_tracing_state() is None,
+            torch._C._functorch.peek_interpreter_stack() is None,
+            torch._C._is_any_autocast_enabled() and _autocast(x.device.type),
+        )  # fmt: skip
+    except AttributeError:  # not a tensor: the check will say so
+        return _make_plan(call, backend, check)
+    found = _plans.get(key)
+    if found is None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        found = _plans[key] = _make_plan(call, backend, check)
+    return found
+
+
+def _make_plan(call: RnnCall, backend: str, check: Check) -> Plan:
+    """Check `call` in full and choose its backend."""
+    asked, output = as_asked(call, check)
+    chosen = choose(asked, (forced() or "auto") if backend == "auto" else backend)
+    rnn = chosen.rnn_cell if check is check_cell else chosen.rnn
+    if output is None or chosen.NAME == "torch":  # torch's operators do autocast's casts themselves
+        return Plan(rnn, None, None)
+    return Plan(rnn, asked.input.dtype, output)
+
+
+def as_asked(call: RnnCall, check: Check) -> tuple[RnnCall, torch.dtype | None]:
+    """`call`, checked, as a backend is asked to run it: under autocast with its casts, and then the output's dtype."""
+    autocast = _autocast(call.input.device.type) if isinstance(call.input, Tensor) else None
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is None:  # traced by torch.jit, sizes are tensors
+        check(call, autocast)
+    if autocast is None or call.input.dtype == torch.float64:
+        return call, None
+    # one step reads each weight once: to cast it first would cost as much as the step
+    compute = call.weights[0].dtype if call.steps == 1 else autocast
+    state = call.input.dtype if call.h0 is None else call.h0.dtype
+    kind = "cell" if check is check_cell else "padded" if call.batch_sizes is None else "packed"
+    return _cast(call, compute), output_dtype(call.cell, kind, autocast, state, call.proj_size)
+
+
+def _autocast(device: str) -> torch.dtype | None:
+    """autocast's dtype for this kind of device; None where it is off."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _cast(call: RnnCall, dtype: torch.dtype) -> RnnCall:
+    return RnnCall(
+        call.cell, call.input.to(dtype), None if call.h0 is None else call.h0.to(dtype),
+        None if call.c0 is None else call.c0.to(dtype), [w.to(dtype) for w in call.weights], call.lengths,
+        call.batch_sizes, call.has_bias, call.num_layers, call.dropout, call.training, call.bidirectional,
+        call.batch_first, call.proj_size,
+    )  # fmt: skip
+
+
+def _run_cast(p: Plan, call: RnnCall) -> Any:
+    """`call` in p.compute, its results in p.output."""
+    assert p.compute is not None
+    with torch.autocast(call.input.device.type, enabled=False):
+        head, *rest = p.rnn(_cast(call, p.compute))
+        if rest and isinstance(rest[0], tuple):  # a layer stack: (output, states); otherwise a cell's states
+            return head.to(p.output), tuple(s.to(p.output) for s in rest[0])
+        return tuple(s.to(p.output) for s in (head, *rest))
+
+
+def _run_packed(call: RnnCall, x: PackedSequence, backend: str, lengths: Any) -> tuple[Any, tuple[Tensor, ...]]:
+    set_packed(call, x, lengths)
+    p = plan(call, backend, check_call)
+    out, state = p.rnn(call) if p.compute is None else _run_cast(p, call)
+    if x.unsorted_indices is not None:
+        state = tuple(s.index_select(1, x.unsorted_indices) for s in state)
+    return PackedSequence(out, call.batch_sizes, x.sorted_indices, x.unsorted_indices), state
+
+
+def set_lengths(call: RnnCall, lengths: Any) -> None:
+    """Lengths of the rows of a padded call."""
+    if call.input.dim() == 3:  # otherwise the check of the whole call says what is wrong
+        call.lengths = lengths_on_cpu(lengths, call.batch, call.steps)
+
+
+def set_packed(call: RnnCall, x: PackedSequence, lengths: Any) -> None:
+    """Packed input: hx comes in the caller's row order, kernels want that of the packing."""
+    if lengths is not None:
+        raise InputError("lengths with a PackedSequence, which has its own; pass one of the two")
+    call.input, call.batch_sizes, order, _ = x
+    if order is not None:
+        if call.h0 is not None:
+            call.h0 = need_tensor("h0", call.h0).index_select(1, order)
+        if call.c0 is not None:
+            call.c0 = need_tensor("c0", call.c0).index_select(1, order)
+
+
+def set_batched(call: RnnCall, lengths: Any) -> None:
+    """Unbatched input [T, I] and hx [L*D, .] as a batch of one row."""
+    if lengths is not None:
+        raise InputError("lengths with an unbatched input; cut it instead: input[:length]")
+    x = need_tensor("input", call.input, "or a PackedSequence")
+    call.input = x.unsqueeze(0 if call.batch_first else 1)
+    call.h0, call.c0 = _add_row("h0", call.h0, 1), _add_row("c0", call.c0, 1)
+
+
+def set_batched_cell(call: RnnCall) -> None:
+    """Unbatched input [I] and hx [H] as a batch of one row."""
+    call.input = call.input[None]
+    call.h0, call.c0 = _add_row("h0", call.h0, 0), _add_row("c0", call.c0, 0)
+
+
+def _add_row(name: str, state: Any, dim: int) -> Tensor | None:
+    """An unbatched state as a batch of one row."""
+    if state is None:
+        return None
+    if need_tensor(name, state).dim() != dim + 1:
+        raise InputError(
+            f"{name} has shape {tuple(state.shape)}, {state.dim()}-D, with an unbatched input; expected {dim + 1}-D"
+        )
+    return state.unsqueeze(dim)

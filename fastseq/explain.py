@@ -1,0 +1,94 @@
+"""Why a call runs on the backend it runs on."""
+
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import engine
+from .backends.call import RnnCall
+from .checks import check_call, check_cell
+from .dispatch import BACKENDS, candidates, check_name, forced, obstacle
+from .modules.cells import gru_cell_call, lstm_cell_call
+from .modules.rnn import gru_call, lstm_call
+
+__all__ = ["Explanation", "Verdict", "explain"]
+
+
+class Verdict(NamedTuple):
+    """What one backend makes of a call."""
+
+    backend: str
+    chosen: bool
+    reason: str
+
+
+class Explanation(tuple[Verdict, ...]):
+    """One verdict for each backend; str() is a table."""
+
+    @property
+    def chosen(self) -> str | None:
+        """The backend that runs the call; None where the one asked for cannot."""
+        return next((v.backend for v in self if v.chosen), None)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{'→' if v.chosen else ' '} {v.backend:<10} {v.reason}" for v in self)
+
+    __repr__ = __str__
+
+
+def explain(target: nn.Module | RnnCall, input: Any = None, hx: Any = None, *, lengths: Any = None) -> Explanation:
+    """For each backend: chosen, or the reason why not, were `target(input, hx, lengths=lengths)` called here and now.
+
+    target: a fastseq LSTM, GRU, LSTMCell or GRUCell, one of torch.nn as `accelerate` would run it, or an RnnCall.
+    Raises what the call itself would raise for a wrong input.
+
+    >>> print(fastseq.explain(torch.nn.LSTM(4, 8), torch.zeros(3, 2, 4)))
+    """
+    if isinstance(target, RnnCall):
+        call, cell = target, target.input.dim() == 2 and target.batch_sizes is None
+    else:
+        call, cell = _call(target, input, hx, lengths)
+    asked, _ = engine.as_asked(call, check_cell if cell else check_call)
+    named = getattr(target, "backend", "auto")
+    if named == "auto":
+        named = forced() or "auto"
+    return _verdicts(asked, check_name(named))
+
+
+def _call(module: nn.Module, input: Any, hx: Any, lengths: Any) -> tuple[RnnCall, bool]:
+    """The module's call as `engine` would have it, and whether it is a cell's."""
+    if isinstance(module, (nn.LSTMCell, nn.GRUCell)):
+        if lengths is not None:
+            raise TypeError("a cell takes no lengths")
+        call = (
+            lstm_cell_call(module, input, hx) if isinstance(module, nn.LSTMCell) else gru_cell_call(module, input, hx)
+        )
+        if call.input.dim() == 1:
+            engine.set_batched_cell(call)
+        return call, True
+    if not isinstance(module, (nn.LSTM, nn.GRU)):
+        raise TypeError(f"explain takes an LSTM, GRU, LSTMCell or GRUCell, got {type(module).__name__}")
+    call = lstm_call(module, input, hx) if isinstance(module, nn.LSTM) else gru_call(module, input, hx)
+    if isinstance(input, PackedSequence):
+        engine.set_packed(call, input, lengths)
+    elif input.dim() == 2:
+        engine.set_batched(call, lengths)
+    elif lengths is not None:
+        engine.set_lengths(call, lengths)
+    return call, False
+
+
+def _verdicts(call: RnnCall, named: str) -> Explanation:
+    """`named` is a backend, or "auto"."""
+    obstacles = {name: obstacle(name, call) for name in BACKENDS}
+    chosen, why = named, "named by backend= or use_backend"
+    if named == "auto":
+        chosen, why = next((name, why) for name, why in candidates(call) if obstacles[name] is None)
+    verdicts = []
+    for name, reason in obstacles.items():
+        if name == chosen:
+            verdicts.append(Verdict(name, reason is None, f"runs this call: {why}" if reason is None else reason))
+        else:
+            verdicts.append(Verdict(name, False, reason or f"could; {chosen} goes first: {why}"))
+    return Explanation(verdicts)

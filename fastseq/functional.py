@@ -1,0 +1,191 @@
+"""LSTM and GRU, whole sequences and single steps, as functions of their weights.
+
+`weights` are flat, as torch.nn's modules order them: for each layer, for each direction, w_ih [G*H, I], w_hh [G*H, P]
+(, b_ih [G*H], b_hh [G*H]) (, w_hr [P, H]); the number of layers, biases and the projection size P (or H) follow from
+them.
+"""
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .backends.call import GATES, RnnCall
+from .checks import need_tensor
+from .engine import run, run_cell
+from .errors import InputError
+
+__all__ = ["gru", "gru_cell", "lstm", "lstm_cell"]
+
+Lengths = Sequence[int] | Tensor | None
+
+
+@overload
+def lstm(
+    input: PackedSequence,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    bidirectional: bool = ...,
+    dropout: float = ...,
+    training: bool = ...,
+    backend: str = ...,
+) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
+@overload
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    lengths: Lengths = ...,
+    bidirectional: bool = ...,
+    batch_first: bool = ...,
+    dropout: float = ...,
+    training: bool = ...,
+    backend: str = ...,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
+def lstm(
+    input: Any,  # [T, B, I]; [B, T, I] if batch_first; [T, I]; or a PackedSequence
+    hx: tuple[Tensor, Tensor] | None,  # h0 [L*D, B, P], c0 [L*D, B, H]; None: zeros
+    weights: Sequence[Tensor],
+    *,
+    lengths: Lengths = None,  # [B], any order, any integer dtype
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,  # between layers, when training
+    training: bool = False,
+    backend: str = "auto",
+) -> tuple[Any, tuple[Tensor, Tensor]]:
+    """LSTM layers (Hochreiter and Schmidhuber 1997; forget gate of Gers et al. 2000): (output, (h_n, c_n)).
+
+    Output has D*P features in the input's layout; behind a row's length it is 0, and h_n, c_n are its last states.
+    Raises InputError or TypeError, naming the argument.
+    """
+    h0, c0 = state_pair(hx)
+    flat = list(weights)
+    bias, layers, proj = _structure("lstm", flat, 2 if bidirectional else 1)
+    call = RnnCall(
+        "lstm", input, h0, c0, flat, None, None, bias, layers, dropout, training, bidirectional, batch_first, proj
+    )  # fmt: skip
+    out, (h, c) = run(call, backend, lengths)
+    return out, (h, c)
+
+
+@overload
+def gru(
+    input: PackedSequence,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    bidirectional: bool = ...,
+    dropout: float = ...,
+    training: bool = ...,
+    reset_after: bool = ...,
+    backend: str = ...,
+) -> tuple[PackedSequence, Tensor]: ...
+@overload
+def gru(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    lengths: Lengths = ...,
+    bidirectional: bool = ...,
+    batch_first: bool = ...,
+    dropout: float = ...,
+    training: bool = ...,
+    reset_after: bool = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+def gru(
+    input: Any,  # as for lstm
+    hx: Tensor | None,  # [L*D, B, H]; None: zeros
+    weights: Sequence[Tensor],
+    *,
+    lengths: Lengths = None,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    reset_after: bool = True,
+    backend: str = "auto",
+) -> tuple[Any, Tensor]:
+    """GRU layers: (output, h_n). reset_after=False is Cho et al. 2014, eq. 5-8; True is torch.nn.GRU and cuDNN.
+
+    Output and faults as for `lstm`.
+    """
+    cell = gru_name(reset_after)
+    flat = list(weights)
+    bias, layers, _ = _structure(cell, flat, 2 if bidirectional else 1)
+    call = RnnCall(cell, input, hx, None, flat, None, None, bias, layers, dropout, training, bidirectional, batch_first)
+    out, (h,) = run(call, backend, lengths)
+    return out, h
+
+
+def lstm_cell(
+    input: Tensor,  # [B, I] or [I]
+    hx: tuple[Tensor, Tensor] | None,  # h, c [B, H] or [H]; None: zeros
+    weights: Sequence[Tensor],  # w_ih, w_hh (, b_ih, b_hh)
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """One LSTM step: the next (h, c)."""
+    h0, c0 = state_pair(hx)
+    flat = list(weights)
+    h, c = run_cell(RnnCall("lstm", input, h0, c0, flat, has_bias=_cell_bias(flat)), backend)
+    return h, c
+
+
+def gru_cell(
+    input: Tensor,  # [B, I] or [I]
+    hx: Tensor | None,  # [B, H] or [H]; None: zeros
+    weights: Sequence[Tensor],  # w_ih, w_hh (, b_ih, b_hh)
+    *,
+    reset_after: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """One GRU step: the next h."""
+    flat = list(weights)
+    call = RnnCall(gru_name(reset_after), input, hx, None, flat, has_bias=_cell_bias(flat))
+    return run_cell(call, backend)[0]
+
+
+def state_pair(hx: Any) -> tuple[Any, Any]:
+    """An LSTM's (h0, c0); a pair of None where `hx` is None."""
+    if hx is None:
+        return None, None
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+        kind = f"{type(hx).__name__} of length {len(hx)}" if isinstance(hx, (tuple, list)) else type(hx).__name__
+        raise TypeError(f"hx of an LSTM must be a pair (h0, c0), got {kind}")
+    return hx[0], hx[1]
+
+
+def gru_name(reset_after: bool) -> str:
+    """The cell's key in GATES."""
+    return "gru" if reset_after else "gru_reset_before"
+
+
+def _structure(cell: str, weights: list[Tensor], directions: int) -> tuple[bool, int, int]:
+    """(has_bias, num_layers, proj_size) from the flat weights' number and shapes."""
+    if len(weights) < 2:
+        raise InputError(f"{len(weights)} weights; expected at least w_ih and w_hh for each layer and direction")
+    for k, w in enumerate(weights):
+        need_tensor(f"weights[{k}]", w)
+    bias = len(weights) > 2 and weights[2].dim() == 1
+    hidden, state = weights[0].shape[0] // GATES[cell], weights[1].shape[-1]
+    proj = state if cell == "lstm" and state < hidden else 0
+    per = (4 if bias else 2) + (proj > 0)
+    layers, rest = divmod(len(weights), per * directions)
+    if rest or not layers:
+        raise InputError(
+            f"{len(weights)} weights; expected a multiple of {per} per layer times {directions} direction(s)"
+        )
+    return bias, layers, proj
+
+
+def _cell_bias(weights: list[Tensor]) -> bool:
+    """Whether a cell's flat weights hold biases."""
+    if len(weights) not in (2, 4):
+        raise InputError(f"{len(weights)} weights; a cell takes w_ih, w_hh, and optionally b_ih, b_hh")
+    return len(weights) == 4

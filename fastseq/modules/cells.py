@@ -1,0 +1,95 @@
+"""fastseq.LSTMCell and fastseq.GRUCell: torch.nn's cells with another forward."""
+
+from typing import Any, overload
+
+from torch import Tensor, device, dtype, nn
+
+from ..backends.call import RnnCall
+from ..dispatch import check_name
+from ..engine import run_cell
+from ..functional import state_pair
+from .rnn import backend_repr
+
+__all__ = ["GRUCell", "LSTMCell", "gru_cell_call", "lstm_cell_call"]
+
+
+def lstm_cell_call(module: nn.LSTMCell, input: Tensor, hx: tuple[Tensor, Tensor] | None) -> RnnCall:
+    """The call that `module` makes of (input, hx)."""
+    h0, c0 = state_pair(hx)
+    return RnnCall("lstm", input, h0, c0, _weights(module), has_bias=module.bias)
+
+
+def gru_cell_call(module: nn.GRUCell, input: Tensor, hx: Tensor | None) -> RnnCall:
+    """The call that `module` makes of (input, hx)."""
+    return RnnCall("gru", input, hx, None, _weights(module), has_bias=module.bias)
+
+
+def _weights(module: nn.RNNCellBase) -> list[Tensor]:
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if module.bias else ("weight_ih", "weight_hh")
+    parameters = module._parameters
+    try:
+        return [parameters[name] for name in names]  # type: ignore[misc]
+    except KeyError:  # parametrized
+        return [getattr(module, name) for name in names]
+
+
+class LSTMCell(nn.LSTMCell):
+    """torch.nn.LSTMCell, faster: the same arguments, parameters and results. backend as for `fastseq.LSTM`."""
+
+    backend: str = "auto"
+
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = ...,
+        device: device | str | None = ...,
+        dtype: dtype | None = ...,
+        *,
+        backend: str = ...,
+    ) -> None: ...
+    @overload
+    def __init__(self, *args: Any, backend: str = ..., **kwargs: Any) -> None: ...
+    def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
+        check_name(backend)
+        super().__init__(*args, **kwargs)
+        self.backend = backend
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """The next (h, c) [B, H] of input [B, I] and hx (h, c) [B, H]; all without B for one row."""
+        return run_cell(lstm_cell_call(self, input, hx), self.backend)  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + backend_repr(self)
+
+
+class GRUCell(nn.GRUCell):
+    """torch.nn.GRUCell, faster: the same arguments, parameters and results. backend as for `fastseq.LSTM`."""
+
+    backend: str = "auto"
+
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = ...,
+        device: device | str | None = ...,
+        dtype: dtype | None = ...,
+        *,
+        backend: str = ...,
+    ) -> None: ...
+    @overload
+    def __init__(self, *args: Any, backend: str = ..., **kwargs: Any) -> None: ...
+    def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
+        check_name(backend)
+        super().__init__(*args, **kwargs)
+        self.backend = backend
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """The next h [B, H] of input [B, I] and hx [B, H]; all without B for one row."""
+        return run_cell(gru_cell_call(self, input, hx), self.backend)[0]
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + backend_repr(self)

@@ -1,0 +1,42 @@
+"""What the operators share: the cells' numbers in the native module, addresses, and differentiable gradients."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["CELLS", "address", "is_direct", "through_reference"]
+
+CELLS = {"lstm": 0, "gru": 1}
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def is_direct(tensors: Sequence[Tensor]) -> bool:
+    """Whether these tensors' addresses hold their values: nothing compiles, traces, fakes or wraps them."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and _PLAIN.issuperset(map(type, tensors))
+    )
+
+
+def address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def through_reference(
+    forward: Callable[..., tuple[Tensor | None, ...]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> list[Any]:
+    """Gradients of forward's `inputs`, themselves differentiable: what create_graph asks for, recomputed."""
+    with torch.enable_grad():
+        # Views, for one tensor may be another's source, or come twice: gradients must stop at this layer's own inputs.
+        views = [None if t is None else t.view_as(t) for t in inputs]
+        results = forward(*views)
+        pairs = [(r, g) for r, g in zip(results, grads, strict=True) if r is not None and g is not None]
+        if not pairs:
+            return [None] * len(views)
+        wanted = [t for t in views if t is not None and t.requires_grad]
+        outputs, grad_outputs = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True, allow_unused=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in views]
