@@ -1,0 +1,23 @@
+"""What every test starts from: one seed and one thread; the thread count and ISA variant are put back."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastseq import _native
+
+needs_native = pytest.mark.skipif(_native.C is None, reason=str(_native.reason))
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> Iterator[None]:
+    """Tests neither depend on their order nor leave settings behind."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several would only wait for each other on tensors this small
+    isa = None if _native.C is None else _native.C.isa()
+    yield
+    torch.set_num_threads(threads)
+    if _native.C is not None:
+        _native.C.choose_isa(isa)

@@ -1,0 +1,347 @@
+"""The suite's own oracle: one recurrent layer written out in plain PyTorch, and the error budget that it gives.
+
+The same few lines run in float64, which is taken as the truth, and in the dtype under test, whose error against that
+truth is what plain PyTorch would have made of the same numbers. A kernel may err twice as much, plus one rounding of
+its result; nothing else is allowed for. Nothing here is shared with fastseq, its `reference` included.
+
+Letters: T steps, B rows, I features, H units, D directions, N tokens of a packed batch.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+__all__ = [
+    "Case",
+    "Layer",
+    "Mismatch",
+    "Problem",
+    "Results",
+    "Terms",
+    "allow",
+    "behind",
+    "budget",
+    "check_layer",
+    "check_second",
+    "compare",
+    "differentiate",
+    "largest",
+    "nan_in_empty",
+    "plain",
+    "run",
+    "second",
+]
+
+Layer = Callable[..., tuple[Tensor, Tensor, Tensor | None]]  # the signature of `plain`
+Measure = Callable[..., "Results"]  # of (layer, problem, dtype or nothing), as `run`
+Results = dict[str, Tensor]  # by name: out, h_n, (c_n), then d_x, d_h0, ...: the gradients
+GATES = {"lstm": 4, "gru": 3}
+EPS, TINY = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny
+SUMS = ("d_w_", "d_b_", "d_we", "d_bi")  # gradients of the weights, as named here or in torch.nn
+STATES = ("h_n", "c_n", "d_h0", "d_c0")
+
+
+class Mismatch(AssertionError):
+    """A result is outside its budget, of another shape or dtype, or not finite."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one layer."""
+
+    cell: str = "lstm"
+    dtype: torch.dtype = torch.float32
+    T: int = 6
+    B: int = 5
+    I: int = 7  # noqa: E741  (the project's letter)
+    H: int = 20
+    bidirectional: bool = False
+    rows: str = "full"  # "lengths": padded, in any order, one of them 0; "packed"
+    hx: bool = True
+    bias: bool = True
+    batch_first: bool = False
+    state: torch.dtype | None = None  # of h0 and c0; None: dtype
+    threads: int = 1
+
+    def __str__(self) -> str:
+        flags = [f for f in ("bidirectional", "hx", "bias", "batch_first") if getattr(self, f)]
+        name = str(self.dtype).removeprefix("torch.")
+        shape = f"T{self.T}-B{self.B}-I{self.I}-H{self.H}"
+        return "-".join([self.cell, name, shape, self.rows, *flags, f"threads{self.threads}"])
+
+
+@dataclass
+class Problem:
+    """The tensors of a case. `tensors` are the differentiable ones by name, in the order of a layer's arguments."""
+
+    case: Case
+    tensors: dict[str, Tensor]  # x, (h0, (c0)), w_ih.0, w_hh.0, (b_ih.0, b_hh.0), w_ih.1, ...
+    grads: dict[str, Tensor]  # of out, h_n, (c_n)
+    lengths: Tensor | None = None
+    batch_sizes: Tensor | None = None
+
+    @classmethod
+    def draw(cls, case: Case, seed: int = 0) -> "Problem":
+        """Random values of the case's dtype. What stands behind a row's length is NaN: nobody may read it."""
+        g = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = case.dtype) -> Tensor:
+            return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype)
+
+        dirs, hidden, gates = 2 if case.bidirectional else 1, case.H, GATES[case.cell]
+        lengths, batch_sizes, lead = None, None, (case.T, case.B)
+        if case.rows != "full":
+            lengths = torch.randint(1, case.T + 1, (case.B,), generator=g)
+            if case.B:
+                lengths[case.B // 2] = case.T  # T is the length of the longest row, as in packed data
+        if case.rows == "packed":
+            assert lengths is not None
+            batch_sizes = (torch.arange(case.T)[:, None] < lengths).sum(1)
+            lengths, lead = None, (int(batch_sizes.sum()),)
+        elif lengths is not None and case.B > 1:
+            lengths[0] = 0
+        if case.batch_first and case.rows != "packed":
+            lead = lead[::-1]
+        x, d_out = normal(*lead, case.I), normal(*lead, dirs * hidden)
+        if lengths is not None:
+            x[behind(lengths, case)] = torch.nan
+        tensors, grads, state = {"x": x}, {"out": d_out}, case.state or case.dtype
+        for name in ("h", "c") if case.cell == "lstm" else ("h",):
+            given = normal(dirs, case.B, hidden, dtype=state)
+            if case.hx:
+                tensors[name + "0"] = given
+            grads[name + "_n"] = normal(dirs, case.B, hidden, dtype=state)
+        for d in range(dirs):
+            tensors[f"w_ih.{d}"] = normal(gates * hidden, case.I, scale=(1 + case.I) ** -0.5)
+            tensors[f"w_hh.{d}"] = normal(gates * hidden, hidden, scale=hidden**-0.5)
+            for name in ("b_ih", "b_hh") if case.bias else ():
+                tensors[f"{name}.{d}"] = normal(gates * hidden, scale=0.5)
+        return cls(case, tensors, grads, lengths, batch_sizes)
+
+    def near(self, seed: int) -> "Problem":
+        """The same problem with every value changed by about a hundredth."""
+        g = torch.Generator().manual_seed(seed)
+
+        def shake(t: Tensor) -> Tensor:
+            return t * (1 + 0.01 * torch.randn(t.shape, generator=g)).to(t.dtype)
+
+        tensors = {n: shake(t) for n, t in self.tensors.items()}
+        grads = {n: shake(t) for n, t in self.grads.items()}
+        return Problem(self.case, tensors, grads, self.lengths, self.batch_sizes)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype of a result: states and their gradients have that of the state given, all else the input's."""
+        case = self.case
+        return (case.state if case.hx else None) or case.dtype if name in STATES else case.dtype
+
+    def call(self, layer: Layer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """out, h_n and c_n of `layer` on these tensors."""
+        weights = [t for name, t in tensors.items() if name[:2] in ("w_", "b_")]
+        out, h_n, c_n = layer(
+            self.case.cell, tensors["x"], tensors.get("h0"), tensors.get("c0"), weights, self.lengths, self.batch_sizes,
+            self.case.batch_first, self.case.bidirectional,
+        )  # fmt: skip
+        return {"out": out, "h_n": h_n} | ({} if c_n is None else {"c_n": c_n})
+
+
+def behind(lengths: Tensor, case: Case) -> Tensor:
+    """[T, B], or [B, T] if batch_first: which steps lie behind their row's length."""
+    mask = torch.arange(case.T)[:, None] >= lengths
+    return mask.T if case.batch_first else mask
+
+
+def plain(
+    cell: str,
+    x: Tensor,  # [T, B, I], [B, T, I] if batch_first, or packed [N, I]
+    h0: Tensor | None,  # [D, B, H]
+    c0: Tensor | None,
+    weights: list[Tensor],  # D times w_ih, w_hh (, b_ih, b_hh)
+    lengths: Tensor | None,  # [B]
+    batch_sizes: Tensor | None,  # [T]
+    batch_first: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One layer, step by step, every operation in x's dtype; h and c are carried in that of h0."""
+    if batch_sizes is not None:
+        valid = torch.arange(int(batch_sizes[0])) < batch_sizes[:, None]  # [T, B]
+        place = torch.zeros(valid.shape, dtype=torch.int64)
+        place[valid] = torch.arange(x.shape[0])
+        xs = x[place]
+    else:
+        xs = x.transpose(0, 1) if batch_first else x
+        valid = torch.arange(xs.shape[0])[:, None] < (xs.shape[0] if lengths is None else lengths)
+        valid = valid.expand(xs.shape[:2])
+    xs = torch.where(valid[..., None], xs, 0.0)
+    dirs = 2 if bidirectional else 1
+    per, outs, finals = len(weights) // dirs, [], []
+    for d in range(dirs):
+        out, state = _scan(cell, xs, valid[..., None], h0, c0, weights[d * per : (d + 1) * per], d)
+        outs.append(out)
+        finals.append(state)
+    out = torch.cat(outs, -1)
+    out = out[valid] if batch_sizes is not None else out.transpose(0, 1) if batch_first else out
+    h_n, *c_n = (torch.stack(s) for s in zip(*finals, strict=True))
+    return out, h_n, c_n[0] if c_n else None
+
+
+def _scan(
+    cell: str, xs: Tensor, valid: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], d: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Direction d: (out [T, B, H], [h] or [h, c]). Past a row's end its state stays and its output is 0."""
+    w_ih, w_hh, *biases = weights
+    b_ih, b_hh = biases or (None, None)
+    zeros = xs.new_zeros(xs.shape[1], w_hh.shape[1])
+    state = [zeros if s is None else s[d] for s in ((h0, c0) if cell == "lstm" else (h0,))]
+    steps: list[Tensor] = [zeros] * len(xs)
+    for t in reversed(range(len(xs))) if d else range(len(xs)):
+        gx, gh = linear(xs[t], w_ih, b_ih), linear(state[0].to(xs.dtype), w_hh, b_hh)
+        if cell == "lstm":
+            i, f, g, o = (gx + gh).chunk(4, -1)
+            c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+            new = [o.sigmoid() * c.tanh(), c]
+        else:
+            (xr, xz, xn), (hr, hz, hn) = gx.chunk(3, -1), gh.chunk(3, -1)
+            z = (xz + hz).sigmoid()
+            new = [(1 - z) * (xn + (xr + hr).sigmoid() * hn).tanh() + z * state[0]]
+        state = [torch.where(valid[t], n, s) for n, s in zip(new, state, strict=True)]
+        steps[t] = torch.where(valid[t], new[0], 0.0).to(xs.dtype)
+    return torch.stack(steps), state
+
+
+def differentiate(outputs: Mapping[str, Tensor], grads: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Results:
+    """The gradient of sum(outputs * grads) by every input, named d_<input>. Raises where one does not arrive."""
+    names = [n for n in outputs if n in grads]
+    found = torch.autograd.grad(
+        [outputs[n] for n in names], list(inputs.values()), [grads[n].to(outputs[n].dtype) for n in names],
+        retain_graph=True,
+    )  # fmt: skip
+    return {f"d_{name}": d for name, d in zip(inputs, found, strict=True)}
+
+
+def run(layer: Layer, problem: Problem, dtype: torch.dtype | None = None) -> Results:
+    """Outputs and every gradient of `layer`; with all tensors converted to `dtype` where one is given."""
+    leaves = {n: t.to(dtype or t.dtype, copy=True).requires_grad_() for n, t in problem.tensors.items()}
+    outputs = problem.call(layer, leaves)
+    return {n: o.detach() for n, o in outputs.items()} | differentiate(outputs, problem.grads, leaves)
+
+
+def second(layer: Layer, problem: Problem, dtype: torch.dtype | None = None) -> Results:
+    """First derivatives recorded with create_graph, and the derivatives by every input of a function of them."""
+    leaves = {n: t.to(dtype or t.dtype, copy=True).requires_grad_() for n, t in problem.tensors.items()}
+    outputs = problem.call(layer, leaves)
+    loss = sum((o.sin() * problem.grads[n].to(o.dtype)).sum() for n, o in outputs.items())
+    first = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
+    total = sum((d * d).sum() for d in first)
+    again = torch.autograd.grad(total, list(leaves.values()))
+    results = {f"d_{n}": d.detach() for n, d in zip(leaves, first, strict=True)}
+    return results | {f"d_d_{n}": d for n, d in zip(leaves, again, strict=True)}
+
+
+def budget(problem: Problem, measure: Measure = run) -> tuple[Results, dict[str, float]]:
+    """The float64 truth, and by how much each result may differ from it: `allow`, with `plain` as the reference.
+
+    A tensor with few elements may have a small error by luck alone; then problems with nearby values are run as well.
+    """
+    truth = measure(plain, problem, torch.float64)
+    pairs = [(measure(plain, problem), truth)]
+    for seed in range(1, 32 // min([t.numel() for t in truth.values() if t.numel()])):
+        near = problem.near(seed)
+        pairs.append((measure(plain, near), measure(plain, near, torch.float64)))
+    case = problem.case
+    terms = Terms(case.I + case.H, GATES[case.cell] * case.H, problem.tensors["x"][..., 0].numel())
+    return truth, {n: allow({n: truth[n]}, pairs, problem.dtype_of(n), terms)[n] for n in truth}
+
+
+class Terms(NamedTuple):
+    """How many products a sum of each kind of results adds up."""
+
+    outputs: int  # I + H
+    inputs: int  # G * H, in the gradients of inputs and states
+    weights: int  # T * B, in those of the weights: of factors that are such sums themselves
+
+    def of(self, name: str) -> int:
+        if name[:2] != "d_":
+            return self.outputs
+        return self.inputs + (self.weights if name[:4] in SUMS else 0)
+
+
+def allow(
+    truth: Results, pairs: Sequence[tuple[Results, Results]], dtype: torch.dtype, terms: Terms
+) -> dict[str, float]:
+    """By how much each result in `dtype` may differ from the truth, given (low-precision result, its truth) pairs.
+
+    Twice the error of the low-precision runs, relative to a tensor's largest value, and two roundings: that of the
+    result, and that of a sum of N products in fp32 in whatever order, sqrt(N) / 2 units in the last place. The error is
+    the largest of the outputs, of the gradients, or of the second derivatives: that of one tensor may be luck.
+    """
+    errors: dict[str, float] = {}
+    for low, exact in pairs:
+        for name, t in exact.items():
+            error = largest(low[name].double() - t) / max(largest(t), TINY)
+            errors[kind_of(name)] = max(error, errors.get(kind_of(name), 0.0))
+    units = {n: torch.finfo(dtype).eps + EPS * terms.of(n) ** 0.5 / 2 for n in truth}
+    return {n: (2 * errors[kind_of(n)] + units[n]) * largest(t) for n, t in truth.items()}
+
+
+@contextmanager
+def nan_in_empty() -> Iterator[None]:
+    """torch.empty gives NaN: whatever is read before it is written shows."""
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def kind_of(name: str) -> str:
+    """Outputs, gradients and second derivatives have errors of their own size each."""
+    return "second" if name.startswith("d_d_") else "gradients" if name.startswith("d_") else "outputs"
+
+
+def largest(t: Tensor) -> float:
+    """The largest magnitude; 0 of an empty tensor."""
+    return t.abs().max().item() if t.numel() else 0.0
+
+
+def compare(got: Results, truth: Results, allowed: Mapping[str, float]) -> None:
+    """Raise Mismatch unless every result is finite and differs from the truth by no more than allowed."""
+    if got.keys() != truth.keys():
+        raise Mismatch(f"results {sorted(got)}, expected {sorted(truth)}")
+    for name, exact in truth.items():
+        if got[name].shape != exact.shape:
+            raise Mismatch(f"{name} has shape {tuple(got[name].shape)}, expected {tuple(exact.shape)}")
+        error = largest(got[name].double() - exact)
+        if not (error <= allowed[name]):  # so that NaN fails
+            raise Mismatch(f"{name} errs by {error:.3g}, allowed {allowed[name]:.3g}, largest {largest(exact):.3g}")
+
+
+def check_layer(layer: Layer, problem: Problem) -> None:
+    """Outputs and every gradient of `layer` within budget; behind a row's length both are exactly 0."""
+    torch.set_num_threads(1)
+    truth, allowed = budget(problem)
+    torch.set_num_threads(problem.case.threads)
+    with nan_in_empty():
+        got = run(layer, problem)
+    compare(got, truth, allowed)
+    for name, t in got.items():
+        if t.dtype != problem.dtype_of(name):
+            raise Mismatch(f"{name} is {t.dtype}, expected {problem.dtype_of(name)}")
+    if problem.lengths is not None:
+        padding = behind(problem.lengths, problem.case)
+        for name in ("out", "d_x"):
+            if got[name][padding].count_nonzero():
+                raise Mismatch(f"{name} is not 0 behind the rows' lengths")
+
+
+def check_second(layer: Layer, problem: Problem) -> None:
+    """Second derivatives, and the first ones as recorded for them, within budget."""
+    torch.set_num_threads(1)
+    truth, allowed = budget(problem, second)
+    torch.set_num_threads(problem.case.threads)
+    compare(second(layer, problem), truth, allowed)

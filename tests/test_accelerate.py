@@ -1,0 +1,115 @@
+"""accelerate changes the class of exact torch modules and nothing else, and says what it did."""
+
+import copy
+import pickle
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import fastseq
+from tests.twins import H, I, flatten
+
+
+class Mine(nn.LSTM):
+    pass
+
+
+class Model(nn.Module):
+    """Nested, shared, subclassed and parametrized recurrent modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleDict({"words": nn.LSTM(I, H, bidirectional=True), "characters": nn.GRU(I, H)})
+        self.shared = self.encoder["characters"]
+        self.steps = nn.ModuleList([nn.LSTMCell(I, H), nn.GRUCell(I, H)])
+        self.mine = Mine(I, H)
+        self.normed = parametrizations.weight_norm(nn.GRU(I, H), "weight_hh_l0")
+        self.plain, self.linear = nn.RNN(I, H), nn.Linear(H, 2)
+        self.fast = fastseq.GRU(I, H, backend="reference")
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        layers = (self.encoder["words"], self.shared, self.mine, self.normed, self.plain, self.fast)
+        return flatten([layer(x) for layer in layers] + [cell(x[0]) for cell in self.steps])
+
+
+X = torch.randn(4, 3, I)
+EXPECTED = {
+    "encoder.words": ("accelerated", fastseq.LSTM, "is now fastseq.LSTM"),
+    "encoder.characters": ("accelerated", fastseq.GRU, "is now fastseq.GRU"),
+    "steps.0": ("accelerated", fastseq.LSTMCell, "is now fastseq.LSTMCell"),
+    "steps.1": ("accelerated", fastseq.GRUCell, "is now fastseq.GRUCell"),
+    "mine": ("skipped", Mine, "Mine is a subclass; use fastseq.patch()"),
+    "normed": ("skipped", None, "is parametrized"),
+    "plain": ("skipped", nn.RNN, "has no torch.nn.RNN"),
+    "fast": ("skipped", fastseq.GRU, "already"),
+}
+
+
+def test_classes_change_and_results_do_not() -> None:
+    model = Model()
+    before, state = model(X), model.state_dict()
+    parameters = [id(p) for p in model.parameters()]
+    report = fastseq.accelerate(model)
+    assert {c.name: c.action for c in report} == {name: action for name, (action, _, _) in EXPECTED.items()}
+    for change in report:
+        _, kind, reason = EXPECTED[change.name]
+        assert reason in change.reason
+        assert kind is None or type(model.get_submodule(change.name)) is kind
+    assert model.shared is model.encoder["characters"]
+    assert [id(p) for p in model.parameters()] == parameters
+    assert state.keys() == model.state_dict().keys()
+    for a, b in zip(model(X), before, strict=True):
+        torch.testing.assert_close(a, b)
+    assert "accelerated encoder.words" in str(report)
+
+
+def test_undo_reverts_what_was_done_and_no_more() -> None:
+    model = Model()
+    before = {name: (type(m), set(m.__dict__)) for name, m in model.named_modules()}
+    fastseq.accelerate(model)
+    assert all(c.action == "skipped" for c in fastseq.accelerate(model))  # a second time finds nothing to do
+    report = fastseq.accelerate(model, undo=True)
+    assert sorted(c.name for c in report if c.action == "reverted") == sorted(
+        name for name, (action, _, _) in EXPECTED.items() if action == "accelerated"
+    )
+    assert [c.reason for c in report if c.name == "fast"] == ["was built as fastseq.GRU"]
+    assert {name: (type(m), set(m.__dict__)) for name, m in model.named_modules()} == before
+
+
+def test_a_bare_module() -> None:
+    lstm = nn.LSTM(I, H)
+    assert [tuple(c)[:2] for c in fastseq.accelerate(lstm)] == [("", "accelerated")]
+    assert type(lstm) is fastseq.LSTM
+    assert lstm.backend == "auto"
+    lstm.backend = "reference"
+    assert fastseq.explain(lstm, X).chosen == "reference"
+
+
+def test_hooks_training_and_copies_live_on() -> None:
+    model, seen = nn.Sequential(nn.GRU(I, H)).eval(), []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(type(module)))
+    fastseq.accelerate(model)
+    assert not model[0].training
+    model(X)
+    assert seen == [fastseq.GRU]
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(nn.Sequential(model[0].__class__(I, H))))):
+        assert type(twin[0]) is fastseq.GRU
+    assert fastseq.accelerate(copy.deepcopy(model), undo=True)[0].action == "reverted"
+
+
+def test_an_optimizer_made_before_still_trains() -> None:
+    model = nn.LSTM(I, H)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fastseq.accelerate(model)
+    before = model.weight_hh_l0.detach().clone()
+    model(X)[0].square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.weight_hh_l0, before)
+
+
+def test_module_moves_and_casts() -> None:
+    model = nn.LSTM(I, H)
+    fastseq.accelerate(model)
+    assert model.double()(X.double())[0].dtype == torch.float64
+    assert model.bfloat16()(X.bfloat16())[0].dtype == torch.bfloat16

@@ -1,0 +1,126 @@
+"""Every wrong input is refused before a backend sees it, with its value, the limit and the remedy."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+
+import fastseq
+from tests.twins import BACKENDS
+
+LSTM, GRU = fastseq.LSTM(5, 6, 2), fastseq.GRU(5, 6, 2, batch_first=True)
+CELL, GRU_CELL = fastseq.LSTMCell(5, 6), fastseq.GRUCell(5, 6)
+X = torch.zeros(4, 3, 5)  # T=4, B=3; for GRU, which is batch_first, B=4, T=3
+H = torch.zeros(2, 3, 6)
+PACKED = pack_sequence([torch.zeros(2, 5), torch.zeros(1, 5)])
+
+VALUES: dict[str, tuple[Callable[[], Any], str]] = {  # name: (call, what the message must say)
+    "rank 1": (lambda: LSTM(X[0, 0]), r"shape \(5,\), 1-D; expected \[T, B, I\]"),
+    "rank 4": (lambda: GRU(X[None]), r"shape \(1, 4, 3, 5\), 4-D"),
+    "rank of a cell": (lambda: CELL(X), r"shape \(4, 3, 5\), 3-D; expected \[B, I\]"),
+    "features": (lambda: LSTM(X[..., :4]), r"4 features, .* input_size=5"),
+    "features of a cell": (lambda: GRU_CELL(X[0, :, :4]), r"4 features, .* input_size=5"),
+    "no steps": (lambda: LSTM(X[:0]), r"T=0 .* lengths="),
+    "no steps, batch first": (lambda: GRU(X[:, :0]), r"T=0"),
+    "no steps, unbatched": (lambda: LSTM(X[:0, 0]), r"T=0"),
+    "integer input": (lambda: LSTM(X.long()), r"torch.int64; .*input.float\(\)"),
+    "complex input": (lambda: LSTM(X.to(torch.complex64)), r"torch.complex64"),
+    "boolean input": (lambda: CELL(X[0].bool()), r"torch.bool"),
+    "input dtype": (lambda: LSTM(X.double()), r"weights\[0\] is torch.float32, input is torch.float64; .*\.to"),
+    "input dtype of a cell": (lambda: CELL(X[0].bfloat16()), r"input is torch.bfloat16"),
+    "state dtype": (lambda: LSTM(X, (H.double(), H.double())), r"h0 is torch.float64, input is torch.float32"),
+    "state dtypes differ": (lambda: fastseq.LSTM(5, 6, 2).bfloat16()(X.bfloat16(), (H, H.bfloat16())), r"c0 is"),
+    "integer state": (lambda: GRU_CELL(X[0], H[0].long()), r"h0 is torch.int64"),
+    "device": (lambda: LSTM(X.to("meta")), r"weights\[0\] is on cpu, input on meta; .*\.to"),
+    "state device": (lambda: LSTM(X, (H.to("meta"), H)), r"h0 is on meta, input on cpu"),
+    "batch of hx": (lambda: LSTM(X, (H[:, :2], H)), r"h0 has shape \(2, 2, 6\), expected \(2, 3, 6\)"),
+    "layers of hx": (lambda: LSTM(X, (H, H[:1])), r"c0 has shape \(1, 3, 6\), expected \(2, 3, 6\)"),
+    "units of hx": (lambda: GRU(X.mT.mT, torch.zeros(2, 4, 5)), r"h0 has shape \(2, 4, 5\), expected \(2, 4, 6\)"),
+    "rank of hx": (lambda: LSTM(X, (H[:, 0], H[:, 0])), r"h0 has shape \(2, 6\), expected \(2, 3, 6\)"),
+    "rank of hx, unbatched": (lambda: LSTM(X[:, 0], (H, H)), r"3-D, with an unbatched input; expected 2-D"),
+    "rank of hx, one row": (lambda: CELL(X[0, 0], (H[0], H[0])), r"2-D, with an unbatched input; expected 1-D"),
+    "hx of a cell": (lambda: GRU_CELL(X[0], H[0, :2]), r"h0 has shape \(2, 6\), expected \(3, 6\)"),
+    "hx of packed rows": (lambda: LSTM(PACKED, (H, H)), r"expected \(2, 2, 6\)"),
+    "negative length": (lambda: LSTM(X, lengths=[4, -1, 2]), r"lengths\[1\]=-1 is outside \[0, T=4\]"),
+    "long length": (lambda: LSTM(X, lengths=torch.tensor([4, 2, 5])), r"lengths\[2\]=5 is outside \[0, T=4\]; .*pad"),
+    "long length, batch first": (lambda: GRU(X, lengths=[4, 1, 1, 1]), r"lengths\[0\]=4 is outside \[0, T=3\]"),
+    "number of lengths": (lambda: LSTM(X, lengths=[1, 2]), r"shape \(2,\), expected \(3,\)"),
+    "rank of lengths": (lambda: LSTM(X, lengths=torch.ones(3, 1).long()), r"shape \(3, 1\), expected \(3,\)"),
+    "lengths, packed": (lambda: LSTM(PACKED, lengths=[2, 1]), r"PackedSequence, which has its own"),
+    "lengths, unbatched": (lambda: LSTM(X[:, 0], lengths=[2]), r"unbatched input; .*input\[:length\]"),
+    "unknown backend": (
+        lambda: fastseq.LSTM(5, 6, backend="gpu"),
+        r"unknown backend='gpu'; use one of \['auto', 'cpu'",
+    ),
+    "unknown backend later": (lambda: _with(fastseq.GRU(5, 6), backend="fast")(X), r"unknown backend='fast'"),
+    "weight shape": (lambda: _with(fastseq.LSTM(5, 6), weight_hh_l0=nn.Parameter(torch.zeros(24, 5)))(X), r"weight_hh"),
+    "weight dtype": (lambda: _with(fastseq.GRU(5, 6), bias_hh_l0=nn.Parameter(torch.zeros(18).half()))(X), r"float16"),
+}
+TYPES: dict[str, tuple[Callable[[], Any], str]] = {
+    "list for input": (lambda: LSTM([[0.0] * 5]), r"input must be a torch.Tensor, got list"),
+    "array for input": (lambda: CELL(X[0].numpy()), r"input must be a torch.Tensor, got ndarray"),
+    "None for input": (lambda: GRU(None), r"got NoneType; or a PackedSequence"),
+    "tensor for a pair": (lambda: LSTM(X, H), r"pair \(h0, c0\), got Tensor"),
+    "three states": (lambda: LSTM(X, (H, H, H)), r"pair \(h0, c0\), got tuple of length 3"),
+    "half a pair": (lambda: LSTM(X, (H, None)), r"has c0=None; pass both states"),
+    "pair for a GRU": (lambda: GRU(X, (H, H)), r"h0 must be a torch.Tensor, got tuple"),
+    "pair for a GRU, packed": (lambda: GRU(PACKED, (H, H)), r"h0 must be a torch.Tensor, got tuple"),
+    "array for hx": (lambda: GRU_CELL(X[0], H[0].numpy()), r"h0 must be a torch.Tensor, got ndarray"),
+    "float lengths": (lambda: LSTM(X, lengths=torch.ones(3)), r"integers, got torch.float32; .*long\(\)"),
+    "boolean lengths": (lambda: LSTM(X, lengths=torch.ones(3).bool()), r"integers, got torch.bool"),
+    "float list": (lambda: LSTM(X, lengths=[1.0, 2, 3]), r"integers"),
+    "number for lengths": (lambda: LSTM(X, lengths=3), r"lengths must be a torch.Tensor, got int; pass a list"),
+    "lengths of a cell": (lambda: CELL(X[0], lengths=[1]), r"lengths"),
+    "backend is no string": (lambda: fastseq.LSTM(5, 6, backend=None), r"backend must be a str, got NoneType"),
+    "no module": (lambda: fastseq.accelerate(torch.relu), r"torch.nn.Module"),
+    "nothing to explain": (lambda: fastseq.explain(nn.Linear(2, 2), X), r"got Linear"),
+}
+
+
+def _with(module: nn.Module, **changes: Any) -> nn.Module:
+    for name, value in changes.items():
+        setattr(module, name, value)
+    return module
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_wrong_values(name: str) -> None:
+    call, message = VALUES[name]
+    for kind in (ValueError, RuntimeError):  # torch.nn raises now one, now the other
+        with pytest.raises(kind, match=message) as caught:
+            call()
+        assert type(caught.value) is fastseq.InputError
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_wrong_types(name: str) -> None:
+    call, message = TYPES[name]
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_good_call_of_the_same_kind_does_not_let_a_bad_one_through(backend: str) -> None:
+    """Plans are kept by kind of call: whatever can make a call wrong must be part of the kind."""
+    module = fastseq.LSTM(5, 6, 2, backend=backend)
+    module(X, (H, H), lengths=[4, 1, 0])
+    for bad in (
+        lambda: module(X, (H, H), lengths=[4, 1, 5]),
+        lambda: module(X, (H, H[:1]), lengths=[4, 1, 0]),
+        lambda: module(X, (H.double(), H.double())),
+        lambda: module(X[..., :4], (H, H)),
+        lambda: _with(module, weight_hh_l1=nn.Parameter(torch.zeros(24, 7)))(X, (H, H)),
+    ):
+        with pytest.raises(fastseq.InputError):
+            bad()
+
+
+def test_constructor_faults_are_torchs() -> None:
+    for bad, kind in (({"dropout": 2.0}, ValueError), ({"proj_size": 9}, ValueError), ({"bias": 1}, TypeError)):
+        with pytest.raises(kind):
+            fastseq.LSTM(5, 6, **bad)
+    with pytest.raises(ValueError, match="proj_size"):
+        fastseq.GRU(5, 6, proj_size=3)

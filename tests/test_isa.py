@@ -1,0 +1,60 @@
+"""Every ISA variant of the kernels that this CPU can run, chosen in this process, against the same oracle."""
+
+import itertools
+
+import pytest
+import torch
+
+from fastseq import _native
+from tests.oracle import Case, Problem, check_layer, run
+
+if _native.C is None:
+    pytest.skip(str(_native.reason), allow_module_level=True)
+
+from fastseq.ops.rnn import rnn_layer
+
+VARIANTS = ("base", "avx2", "avx512", "avx512_bf16")
+CASES = [
+    Case(cell, dtype, *shape, bidirectional=True, rows=rows, threads=threads)
+    for cell, dtype in itertools.product(("lstm", "gru"), (torch.float32, torch.bfloat16))
+    for shape, rows, threads in (
+        ((5, 9, 13, 17), "lengths", 1),
+        ((3, 20, 33, 65), "packed", 2),
+        ((1, 3, 5, 31), "full", 1),
+    )
+]
+
+
+def choose(isa: str) -> None:
+    """Use this variant until the test ends (conftest puts the old one back)."""
+    if isa not in _native.C.isa_available():
+        pytest.skip(f"this CPU, or the compiler of this build, has no {isa}")
+    _native.C.choose_isa(isa)
+    assert _native.C.isa() == isa
+
+
+@pytest.mark.parametrize("isa", VARIANTS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_variant_is_right(isa: str, case: Case) -> None:
+    """What a slower CPU would run is tested on a faster one."""
+    choose(isa)
+    check_layer(rnn_layer, Problem.draw(case))
+
+
+@pytest.mark.parametrize("isa", VARIANTS)
+def test_variant_is_deterministic(isa: str) -> None:
+    """The same bits twice, by two threads."""
+    choose(isa)
+    torch.set_num_threads(2)
+    problem = Problem.draw(Case("gru", torch.bfloat16, 7, 33, 20, 70, bidirectional=True))
+    first, again = run(rnn_layer, problem), run(rnn_layer, problem)
+    for name, t in first.items():
+        assert torch.equal(again[name], t), name
+
+
+def test_unknown_variant_is_refused() -> None:
+    """With the names of those that would do, and without losing the present one. FASTSEQ_ISA itself: test_import."""
+    before = _native.C.isa()
+    with pytest.raises(ValueError, match=rf"sse9 is not available here; choose one of: .*{before}"):
+        _native.C.choose_isa("sse9")
+    assert _native.C.isa() == before
