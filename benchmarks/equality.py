@@ -1,0 +1,38 @@
+"""No contender is timed before it has computed what stock torch.nn computes in float64."""
+
+import torch
+
+from .problem import Problem
+from .programs import Program, Results, torch_program
+
+__all__ = ["Unequal", "check", "truth_of"]
+
+# Of a result's largest value. This tells a wrong computation from a right one; the tests hold kernels to rounding.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2**-4, "autocast": 2**-4}
+
+
+class Unequal(AssertionError):
+    """A contender's result is not the truth's."""
+
+
+def truth_of(problem: Problem) -> Results:
+    """Outputs and, for training, every gradient, in float64."""
+    return _results(torch_program(problem.in_float64()))
+
+
+def check(program: Program, truth: Results, dtype: str) -> None:
+    """Raise Unequal unless every result of `truth` is there, finite and equal."""
+    got = _results(program)
+    if got.keys() != truth.keys():
+        raise Unequal(f"{program.backend} gives {sorted(got)}, expected {sorted(truth)}")
+    for name, exact in truth.items():
+        if got[name].shape != exact.shape:
+            raise Unequal(f"{program.backend}: {name} is {tuple(got[name].shape)}, expected {tuple(exact.shape)}")
+        error, allowed = (got[name].double() - exact).abs().max().item(), TOLERANCE[dtype] * exact.abs().max().item()
+        if not (error <= allowed):  # so that NaN fails
+            raise Unequal(f"{program.backend}: {name} errs by {error:.3g}, allowed {allowed:.3g}")
+
+
+def _results(program: Program) -> Results:
+    with torch.set_grad_enabled(program.grad):
+        return program.results()
