@@ -1,0 +1,46 @@
+"""The same model from fastseq and from torch.nn, trained side by side for a few seconds."""
+
+import time
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import fastseq
+
+from .data import Pairs, batches
+from .model import Model
+from .train import Plan, optimizer_of, step
+
+ROUNDS, STEPS = 40, 4  # a round: STEPS updates of the one, then the same batches with the other
+
+
+class Speed(NamedTuple):
+    fastseq: float  # words/s, the median round's
+    torch: float
+    ratio: float  # the median of the rounds' ratios
+
+    def __str__(self) -> str:
+        return f"{self.fastseq:,.0f} words/s with fastseq, {self.torch:,.0f} with torch.nn: {self.ratio:.2f} x"
+
+
+def compare(model: Model, pairs: Pairs, plan: Plan) -> Speed:
+    """Time whole training steps from the same parameters on the same batches; they must also agree."""
+    twins = [Model(model.config, library) for library in (fastseq, nn)]
+    for twin in twins:
+        twin.load_state_dict(model.state_dict())
+    optimizers = [optimizer_of(twin, plan) for twin in twins]
+    supply = batches(pairs, plan.batch, torch.Generator().manual_seed(plan.seed))
+    ours, theirs = (step(*pair, supply[0], plan) for pair in zip(twins, optimizers, strict=True))  # and warms up
+    if not abs(ours - theirs) <= 1e-4 * abs(theirs):
+        raise AssertionError(f"the two libraries disagree: loss {ours:.6f} from fastseq, {theirs:.6f} from torch.nn")
+    rates: tuple[list[float], list[float]] = [], []
+    for n in range(ROUNDS):
+        chunk = [supply[(n * STEPS + i) % len(supply)] for i in range(STEPS)]
+        for which in (0, 1) if n % 2 else (1, 0):
+            start = time.perf_counter()
+            for batch in chunk:
+                step(twins[which], optimizers[which], batch, plan)
+            rates[which].append(sum(len(b.source) for b in chunk) / (time.perf_counter() - start))
+    return Speed(*map(median, rates), median(a / b for a, b in zip(*rates, strict=True)))
