@@ -182,6 +182,11 @@ struct SimdMath {
     return 1.f / (e.power * (e.f * polynomial(e.f) + 1.f) + 1.f);
   }
 
+  static FS_INLINE vf exp(vf x) {
+    const Exp2 e = split_exp2(x * 1.442695041f);
+    return e.power * (e.f * polynomial(e.f) + 1.f);
+  }
+
   static FS_INLINE vf tanh(vf x) {  // m / (m + 2), m = 2^(2 x log2 e) - 1
     const Exp2 e = split_exp2(at_most(x * 2.885390082f, 60.f));
     const vf m = e.power * (e.f * polynomial(e.f)) + (e.power - 1.f);

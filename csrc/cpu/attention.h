@@ -1,0 +1,164 @@
+// Attention of one decoder row at one step, and back: scores against the keys -> masked softmax -> context.
+// Scores are v . tanh(key + query) (additive form) or key . query (dot form). Everything computed is fp32.
+#pragma once
+
+#include "../scores.h"
+#include "pack.h"
+
+namespace fastseq {
+namespace FS_ISA {
+
+FS_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+FS_INLINE float sum_lanes(vf x) {
+  float total = 0;
+  for (int i = 0; i < W; ++i) total += x[i];
+  return total;
+}
+
+FS_INLINE int lanes_left(int64_t at, int64_t total) { return total - at < W ? static_cast<int>(total - at) : W; }
+
+// The positions that each memory row attends to, in rising order: what stands elsewhere is never read.
+struct Positions {
+  int32_t* at;     // [B][S]
+  int32_t* count;  // [B]
+  int64_t source;
+
+  template <class C>
+  Positions(C& carve, int64_t batch, int64_t length) : source(length) {
+    at = carve.template take<int32_t>(batch * length);
+    count = carve.template take<int32_t>(batch);
+  }
+
+  void fill(const bool* mask, int64_t b) const {
+    int32_t n = 0;
+    for (int64_t s = 0; s < source; ++s)
+      if (!mask || mask[b * source + s]) at[b * source + n++] = static_cast<int32_t>(s);
+    count[b] = n;
+  }
+};
+
+// One memory row as an attention reads it.
+template <class T>
+struct MemoryRow {
+  const T *keys, *memory;  // [S][A], [S][D], contiguous
+  int64_t units, features;  // A, D
+  const int32_t* at;       // [count]
+  int64_t count;
+};
+
+// Vectors of fp32 in scratch (query, v, context and their gradients) are padded to W with zeros.
+template <class Score, class T>
+FS_INLINE void score_row(const MemoryRow<T>& row, const float* query, const float* v, float* scores) {
+  constexpr int kRows = 4;
+  for (int64_t i = 0; i < row.count; i += kRows) {
+    const int rows = row.count - i < kRows ? static_cast<int>(row.count - i) : kRows;
+    const T* keys[kRows];
+    for (int m = 0; m < kRows; ++m) keys[m] = row.keys + row.at[i + (m < rows ? m : 0)] * row.units;
+    vf sums[kRows] = {};
+    for (int64_t u = 0; u < row.units; u += W) {
+      const int n = lanes_left(u, row.units);
+      const vf q = load_vector<vf>(query + u), weight = Score::kHasV ? load_vector<vf>(v + u) : vf{};
+      for (int m = 0; m < kRows; ++m) sums[m] += Score::forward(load(keys[m] + u, n), q, weight);
+    }
+    for (int m = 0; m < rows; ++m) scores[i + m] = sum_lanes(sums[m]);
+  }
+}
+
+// In place: scores -> weights that sum to 1. `scores` has room for whole vectors.
+FS_INLINE void softmax(float* scores, int64_t count) {
+  float most = -__builtin_inff();
+  for (int64_t i = 0; i < count; ++i) most = scores[i] > most ? scores[i] : most;
+  vf sums = {};
+  for (int64_t i = 0; i < count; i += W) {
+    const int n = lanes_left(i, count);
+    store(scores + i, SimdMath::exp(load(scores + i, n) - most), n);
+    sums += load(scores + i, n);
+  }
+  const float scale = 1.f / sum_lanes(sums);
+  for (int64_t i = 0; i < count; ++i) scores[i] *= scale;
+}
+
+// context [D padded] = sum of weights[i] memory[at[i]]; zero where nothing is attended to.
+template <class T>
+FS_INLINE void context_row(const MemoryRow<T>& row, const float* weights, float* context) {
+  constexpr int kVecs = 4;
+  for (int64_t u = 0; u < row.features; u += kVecs * W) {
+    vf sums[kVecs] = {};
+    const int whole = row.features - u >= kVecs * W;
+    for (int64_t i = 0; i < row.count; ++i) {
+      const T* memory = row.memory + row.at[i] * row.features + u;
+      for (int k = 0; k < kVecs; ++k) {
+        if (whole) {
+          sums[k] += weights[i] * load(memory + k * W, W);
+        } else if (u + k * W < row.features) {
+          sums[k] += weights[i] * load(memory + k * W, lanes_left(u + k * W, row.features));
+        }
+      }
+    }
+    for (int k = 0; k < kVecs && u + k * W < row.features; ++k) store(context + u + k * W, sums[k], W);
+  }
+}
+
+template <class T>
+FS_INLINE void attend(const MemoryRow<T>& row, bool additive, const float* query, const float* v, float* weights, float* context) {
+  additive ? score_row<AdditiveScore<SimdMath>>(row, query, v, weights) : score_row<DotScore<SimdMath>>(row, query, v, weights);
+  softmax(weights, row.count);
+  context_row(row, weights, context);
+}
+
+// Gradients that gather over steps: fp32, the memory row's own.
+struct MemoryGradients {
+  float *keys, *memory;  // [S][A], [S][D]
+  float* v;              // [A padded], the thread's; additive form only
+};
+
+// d_weights [count] in: gradients of the weights themselves; scratch after. d_query [A padded] out.
+template <class T>
+FS_INLINE void weights_backward(const MemoryRow<T>& row, const float* weights, const float* d_context, float* d_weights,
+                                const MemoryGradients& into) {
+  float inner = 0;
+  for (int64_t i = 0; i < row.count; ++i) {
+    const T* memory = row.memory + row.at[i] * row.features;
+    float* gradient = into.memory + row.at[i] * row.features;
+    vf sum = {};
+    for (int64_t u = 0; u < row.features; u += W) {
+      const int n = lanes_left(u, row.features);
+      const vf d = load_vector<vf>(d_context + u);
+      sum += d * load(memory + u, n);
+      store(gradient + u, load(gradient + u, n) + weights[i] * d, n);
+    }
+    d_weights[i] += sum_lanes(sum);
+    inner += weights[i] * d_weights[i];
+  }
+  for (int64_t i = 0; i < row.count; ++i) d_weights[i] = weights[i] * (d_weights[i] - inner);
+}
+
+template <class Score, class T>
+FS_INLINE void scores_backward(const MemoryRow<T>& row, const float* query, const float* v, const float* d_scores, float* d_query,
+                               const MemoryGradients& into) {
+  for (int64_t u = 0; u < row.units; u += W) {
+    const int n = lanes_left(u, row.units);
+    const vf q = load_vector<vf>(query + u), weight = Score::kHasV ? load_vector<vf>(v + u) : vf{};
+    vf dq = {}, dv = {};
+    for (int64_t i = 0; i < row.count; ++i) {
+      const int64_t at = row.at[i] * row.units + u;
+      vf d_key;
+      Score::backward(load(row.keys + at, n), q, weight, splat(d_scores[i]), d_key, dq, dv);
+      store(into.keys + at, load(into.keys + at, n) + d_key, n);
+    }
+    store(d_query + u, dq, W);
+    if (Score::kHasV) store(into.v + u, load_vector<vf>(into.v + u) + dv, W);
+  }
+}
+
+template <class T>
+FS_INLINE void attend_backward(const MemoryRow<T>& row, bool additive, const float* query, const float* v, const float* weights,
+                               const float* d_context, float* d_weights, float* d_query, const MemoryGradients& into) {
+  weights_backward(row, weights, d_context, d_weights, into);
+  additive ? scores_backward<AdditiveScore<SimdMath>>(row, query, v, d_weights, d_query, into)
+           : scores_backward<DotScore<SimdMath>>(row, query, v, d_weights, d_query, into);
+}
+
+}  // namespace FS_ISA
+}  // namespace fastseq
