@@ -106,18 +106,19 @@ class DecoderSpec:
     One step t, with y_t the input, c_t the context, s^l_t the state of layer l, f_t what is fed back (f_0 = 0):
 
     1. attend="before": c_t = attention(s^q_{t-1}), or of f_{t-1} if query="feed".
-    2. Layer 0 reads (y_t, f_{t-1} if feed, c_t if context_to is "first" or "all"); layer l > 0 reads (s^{l-1}_t times its
-       dropout mask, c_t if context_to is "upper" or "all"). From layer `residual` on (0 < residual), a layer's output
-       is its state plus the state-below part of its input, and that is what the next layer and the readout see.
+    2. Layer 0 reads (y_t, f_{t-1} if feed, c_t if context_to is "first" or "all"); layer l > 0 reads (s^{l-1}_t times
+       its dropout mask, c_t if context_to is "upper" or "all"). From layer `residual` on (0 < residual), a layer's
+       output is its state plus the state-below part of its input, and that is what the next layer and the readout see.
     3. attend="after": c_t = attention(s^q_t), right after layer q = query_layer.
        attend="between" (one layer): c_t = attention(s'_t) with s'_t = layer 0 of (y_t, ...), then
        s_t = transition(c_t, s'_t).
-    4. output_t = mask * combine(W [readout parts] + b): tanh, linear, or maxout over adjacent pairs; None: the parts side by
-       side. "state" is the last layer's output, "prev_state" that of step t - 1 (at t = 0 the initial h).
+    4. output_t = mask * combine(W [readout parts] + b): tanh, linear, or maxout over adjacent pairs; None: the parts
+       side by side. "state" is the last layer's output, "prev_state" that of step t - 1 (at t = 0 the initial h).
     5. f_t = c_t or output_t.
 
-    Without attention c_t is the keys' fixed context, or absent. context_side="hidden" (a fixed context): its product C c
-    joins the recurrent product of layer 0, so that the GRU's reset gate multiplies U h + C c (Cho et al. 2014, A.1.2).
+    Without attention c_t is the keys' fixed context, or absent. context_side="hidden" (a fixed context): its product
+    C c joins the recurrent product of layer 0, so that the GRU's reset gate multiplies U h + C c (Cho et al. 2014,
+    A.1.2).
     """
 
     cell: str = "lstm"
@@ -164,13 +165,13 @@ class DecoderSpec:
         return [
             (
                 after and self.context_to in ("first", "all"),
-                f"context_to={self.context_to!r} with attend='after': layer 0 runs before the context is known; use feed='context'"
-                " for the last step's, or attend='before'",
+                f"context_to={self.context_to!r} with attend='after': layer 0 runs before the context is known;"
+                " use feed='context' for the last step's, or attend='before'",
             ),
             (
                 after and self.context_to == "upper" and top,
-                f"context_to='upper' with attend='after' and query_layer={self.query_layer}, the last: no layer is above it; use"
-                " query_layer=0",
+                f"context_to='upper' with attend='after' and query_layer={self.query_layer}, the last: no layer is"
+                " above it; use query_layer=0",
             ),
             (
                 self.context_to == "upper" and self.num_layers == 1,
@@ -178,12 +179,13 @@ class DecoderSpec:
             ),
             (
                 self.attend == "between" and (self.num_layers != 1 or not self.attention),
-                f"attend='between' with num_layers={self.num_layers}, attention={self.attention}: it is one layer of two cells around"
-                " an attention; stack layers outside, or use attend='before' or 'after'",
+                f"attend='between' with num_layers={self.num_layers}, attention={self.attention}: it is one layer of"
+                " two cells around an attention; stack layers outside, or use attend='before' or 'after'",
             ),
             (
                 self.attend == "between" and self.context_to != "none",
-                f"context_to={self.context_to!r} with attend='between', whose second cell reads the context; use 'none'",
+                f"context_to={self.context_to!r} with attend='between', whose second cell reads the context;"
+                " use 'none'",
             ),
             (
                 self.query == "feed" and (self.feed is None or self.attend != "before" or not self.attention),
@@ -199,8 +201,8 @@ class DecoderSpec:
             ),
             (
                 self.context_side == "hidden" and self.cell == "gru_reset_before",
-                "context_side='hidden' with cell='gru_reset_before': the reset gate multiplies U h + C c after the product; use"
-                " cell='gru', which is Cho's decoder",
+                "context_side='hidden' with cell='gru_reset_before': the reset gate multiplies U h + C c after the"
+                " product; use cell='gru', which is Cho's decoder",
             ),
             (
                 not self.attention and self.feed == "context",
@@ -208,12 +210,18 @@ class DecoderSpec:
             ),
             (
                 self.feed == "output" and self.combine is None and "input" in self.readout,
-                "feed='output' with combine=None and 'input' in the readout: the input would be fed beside itself; drop it from"
-                " readout or use combine='linear'",
+                "feed='output' with combine=None and 'input' in the readout: the input would be fed beside itself;"
+                " drop it from readout or use combine='linear'",
             ),
             (
                 self.residual is not None and not 0 < self.residual < self.num_layers,
-                f"residual={self.residual} of {self.num_layers} layer(s); the first layer with a residual is 1 to num_layers - 1",
+                f"residual={self.residual} of {self.num_layers} layer(s); the first layer with a residual is 1 to"
+                " num_layers - 1",
+            ),
+            (
+                self.residual is not None and "prev_state" in self.readout,
+                f"residual={self.residual} with 'prev_state' in the readout: the state carried from step to step"
+                " holds no layer's output; use 'state'",
             ),
             (
                 self.window is not None and (self.window < 1 or not self.attention),

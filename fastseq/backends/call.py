@@ -1,12 +1,21 @@
 """What a backend is asked to compute: one value, built once per call and checked before any backend sees it."""
 
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, device
 
-__all__ = ["GATES", "RnnCall"]
+__all__ = ["GATES", "RnnCall", "kind_of"]
 
 GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3}
+
+_kind = attrgetter("shape", "dtype", "device")
+
+
+def kind_of(t: Tensor | None) -> Any:
+    """What of a tensor decides how a call runs: everything but its values."""
+    return None if t is None else _kind(t)
 
 
 @dataclass(slots=True)
@@ -18,6 +27,8 @@ class RnnCall:
     States may be fp32 beside a bf16 or fp16 input, and then come back so.
     A cell's `input` is [B, I], h0 and c0 are [B, H]; it answers (h,) or (h, c).
     """
+
+    OPERATOR: ClassVar[str] = "rnn"
 
     cell: str  # a key of GATES
     input: Tensor
@@ -33,6 +44,10 @@ class RnnCall:
     bidirectional: bool = False
     batch_first: bool = False
     proj_size: int = 0
+
+    @property
+    def device(self) -> device:
+        return self.input.device
 
     @property
     def hidden_size(self) -> int:

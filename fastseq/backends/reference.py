@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from . import stack
 from .call import RnnCall
 
-__all__ = ["NAME", "layer", "refuses", "rnn", "rnn_cell", "unavailable"]
+__all__ = ["NAME", "STEPS", "Weights", "layer", "refuses", "rnn", "rnn_cell", "unavailable", "wide"]
 
 NAME = "reference"
 
@@ -43,7 +43,7 @@ def rnn(call: RnnCall) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 def rnn_cell(call: RnnCall) -> tuple[Tensor, ...]:
     """One step."""
-    x = _wide(call.input)
+    x = wide(call.input)
     w = Weights.split(call.weights, 1)[0]
     state = STEPS[call.cell](linear(x, w.ih, w.b_ih), _initial(call.cell, call.h0, call.c0, w, x), w)
     return tuple(s.to(_state_dtype(call.h0, call.input)) for s in state)
@@ -63,7 +63,7 @@ def layer(
     """One layer in one or both directions: (out in x's layout, h_n [D, B, P], c_n [D, B, H] or None)."""
     if batch_sizes is not None:
         return _packed_layer(cell, x, h0, c0, weights, batch_sizes, bidirectional)
-    xs, mask = _wide(x.transpose(0, 1) if batch_first else x), None
+    xs, mask = wide(x.transpose(0, 1) if batch_first else x), None
     if lengths is not None:
         mask = (torch.arange(xs.shape[0])[:, None] < lengths).to(xs.device)[:, :, None]  # [T, B, 1]
         xs = torch.where(mask, xs, 0.0)  # behind a length may stand NaN, and backward would multiply it by 0
@@ -84,22 +84,28 @@ class Weights(NamedTuple):
     b_ih: Tensor | None = None  # [G*H]
     b_hh: Tensor | None = None  # [G*H]
     hr: Tensor | None = None  # [P, H]
+    beside: Tensor | None = None  # [B, G*H]: joins the recurrent product; not of gru_reset_before, which has two
 
     @classmethod
     def split(cls, flat: Sequence[Tensor], directions: int) -> list["Weights"]:
         n = len(flat) // directions  # 2, with biases 4, with a projection one more
         parts = []
         for d in range(directions):
-            ih, hh, *rest = (_wide(w) for w in flat[d * n : (d + 1) * n])
+            ih, hh, *rest = (wide(w) for w in flat[d * n : (d + 1) * n])
             hr = rest.pop() if n % 2 else None
             b_ih, b_hh = rest or (None, None)
             parts.append(cls(ih, hh, b_ih, b_hh, hr))
         return parts
 
 
+def _recurrent(h: Tensor, w: Weights) -> Tensor:
+    product = linear(h, w.hh, w.b_hh)
+    return product if w.beside is None else product + w.beside
+
+
 def _lstm(gx: Tensor, state: State, w: Weights) -> State:
     h, c = state
-    i, f, g, o = (gx + linear(h, w.hh, w.b_hh)).chunk(4, -1)
+    i, f, g, o = (gx + _recurrent(h, w)).chunk(4, -1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
     h = o.sigmoid() * c.tanh()
     return (h if w.hr is None else linear(h, w.hr)), c
@@ -108,7 +114,7 @@ def _lstm(gx: Tensor, state: State, w: Weights) -> State:
 def _gru(gx: Tensor, state: State, w: Weights) -> State:
     (h,) = state
     xr, xz, xn = gx.chunk(3, -1)
-    hr, hz, hn = linear(h, w.hh, w.b_hh).chunk(3, -1)
+    hr, hz, hn = _recurrent(h, w).chunk(3, -1)
     r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
     n = (xn + r * hn).tanh()
     return ((1 - z) * n + z * h,)
@@ -165,10 +171,10 @@ def _packed_layer(
 
 def _initial(cell: str, h0: Tensor | None, c0: Tensor | None, w: Weights, x: Tensor) -> State:
     """The state before the first step of x [B, ·]; zeros where none is given."""
-    h = x.new_zeros(x.shape[0], w.hh.shape[1]) if h0 is None else _wide(h0)
+    h = x.new_zeros(x.shape[0], w.hh.shape[1]) if h0 is None else wide(h0)
     if cell != "lstm":
         return (h,)
-    return h, x.new_zeros(x.shape[0], w.ih.shape[0] // 4) if c0 is None else _wide(c0)
+    return h, x.new_zeros(x.shape[0], w.ih.shape[0] // 4) if c0 is None else wide(c0)
 
 
 def _state_dtype(h0: Tensor | None, x: Tensor) -> torch.dtype:
@@ -176,5 +182,5 @@ def _state_dtype(h0: Tensor | None, x: Tensor) -> torch.dtype:
     return x.dtype if h0 is None else h0.dtype
 
 
-def _wide(t: Tensor) -> Tensor:
+def wide(t: Tensor) -> Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
