@@ -4,16 +4,36 @@ import importlib
 from collections.abc import Iterator
 from contextvars import ContextVar, Token
 from types import ModuleType, TracebackType
+from typing import NamedTuple
 
 import torch
 
 from .backends.call import RnnCall
+from .backends.decoder_call import AttentionCall, DecoderCall
 from .crossover import ANY, DEFAULT, RULES, Rule
 from .errors import InputError
 
-__all__ = ["BACKENDS", "backends", "candidates", "choose", "forced", "load", "obstacle", "use_backend"]
+__all__ = ["BACKENDS", "Call", "backends", "candidates", "choose", "forced", "load", "obstacle", "use_backend"]
 
-BACKENDS = {"cpu": "cpu", "torch": "stock", "reference": "reference"}  # name -> module in fastseq.backends
+Call = RnnCall | DecoderCall | AttentionCall
+
+
+class Operator(NamedTuple):
+    """What runs the calls that name it as their OPERATOR."""
+
+    title: str
+    modules: dict[str, str]  # by backend, the module in fastseq.backends; a backend not named has no such operator
+    refuses: str = "refuses"  # the modules' name for why they cannot run a call
+
+
+_DECODERS = {"reference": "decoder_reference"}
+OPERATORS = {
+    "rnn": Operator("recurrent layer", {"cpu": "cpu", "torch": "stock", "reference": "reference"}),
+    "decoder": Operator("attention decoder", _DECODERS),
+    "attention": Operator("attention of several queries", _DECODERS, "refuses_attention"),
+}
+BACKENDS = tuple(OPERATORS["rnn"].modules)
+_MODULES = tuple({module for operator in OPERATORS.values() for module in operator.modules.values()})
 
 _forced: ContextVar[str | None] = ContextVar("fastseq_backend", default=None)
 
@@ -62,19 +82,20 @@ def check_name(name: str) -> str:
     return name
 
 
-def load(name: str) -> ModuleType:
-    """The backend's module, imported on first use."""
-    _import(tuple(BACKENDS) if torch.compiler.is_compiling() else (name,))  # Dynamo looks into _loaded only once
-    return _loaded[name]
+def load(name: str, operator: str = "rnn") -> ModuleType:
+    """The backend's module for this operator, imported on first use."""
+    module = OPERATORS[operator].modules[name]
+    _import(_MODULES if torch.compiler.is_compiling() else (module,))  # Dynamo looks into _loaded only once
+    return _loaded[module]
 
 
 _loaded: dict[str, ModuleType] = {}
 
 
-def _import(names: tuple[str, ...]) -> bool:
-    for name in names:
+def _import(modules: tuple[str, ...]) -> bool:
+    for name in modules:
         if name not in _loaded:
-            _loaded[name] = importlib.import_module(f"fastseq.backends.{BACKENDS[name]}")
+            _loaded[name] = importlib.import_module(f"fastseq.backends.{name}")
     return True
 
 
@@ -86,35 +107,38 @@ for _constant in (forced, _import, _threads):
     setattr(_constant, "_dynamo_marked_constant", True)  # noqa: B010  (torch.compile asks once, while it traces)
 
 
-def obstacle(name: str, call: RnnCall) -> str | None:
+def obstacle(name: str, call: Call) -> str | None:
     """Why backend `name` cannot run `call`; None: it can."""
-    backend = load(name)
-    reason: str | None = backend.unavailable() or backend.refuses(call)
+    operator = OPERATORS[call.OPERATOR]
+    if name not in operator.modules:
+        return f"{name} has no {operator.title}"
+    backend = load(name, call.OPERATOR)
+    reason: str | None = backend.unavailable() or getattr(backend, operator.refuses)(call)
     return reason
 
 
-def choose(call: RnnCall, backend: str) -> ModuleType:
+def choose(call: Call, backend: str) -> ModuleType:
     """The backend that runs `call`: `backend` itself, or `auto`'s choice."""
     if backend != "auto":
         reason = obstacle(check_name(backend), call)
         if reason is not None:
             able = [name for name in BACKENDS if obstacle(name, call) is None]
             raise InputError(f"backend={backend!r} cannot run this call: {reason}; use 'auto' or one of {able}")
-        return load(backend)
+        return load(backend, call.OPERATOR)
     for name, _ in candidates(call):
         if obstacle(name, call) is None:
-            return load(name)
+            return load(name, call.OPERATOR)
     raise AssertionError("the reference refuses nothing")
 
 
-def candidates(call: RnnCall) -> Iterator[tuple[str, str]]:
+def candidates(call: Call) -> Iterator[tuple[str, str]]:
     """(name, why) in `auto`'s order of preference; a name may come twice."""
     compiling = torch.compiler.is_compiling()
     if not compiling and torch._C._get_tracing_state() is not None:
         yield "torch", "torch.jit traces PyTorch's operators only"
     transformed = not compiling and torch._C._functorch.peek_interpreter_stack() is not None
     for rule in RULES:
-        if fits(rule, call) and not (transformed and rule.backend == "torch"):
+        if isinstance(call, RnnCall) and fits(rule, call) and not (transformed and rule.backend == "torch"):
             yield rule.backend, rule.because
     for name in DEFAULT:
         if not (transformed and name == "torch"):  # its operators have no batching rule

@@ -1,12 +1,12 @@
 """The one way from a module or function to a backend.
 
 What depends only on the kind of a call (options, shapes, dtypes, devices) is checked and decided once and kept as a
-`Plan`; after that a call costs one look-up.
+plan, the function that runs calls of that kind; after that a call costs one look-up.
 """
 
 from collections.abc import Callable
-from operator import attrgetter
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +15,14 @@ from torch.nn.utils.rnn import PackedSequence
 from .autocast import output_dtype
 from .backends.call import RnnCall
 from .checks import check_call, check_cell, lengths_on_cpu, need_tensor
-from .dispatch import choose, forced
+from .dispatch import Call, choose, forced
 from .errors import InputError
 
 __all__ = [
-    "Plan",
     "as_asked",
+    "autocast_dtype",
     "plan",
+    "prefer",
     "run",
     "run_cell",
     "set_batched",
@@ -32,14 +33,7 @@ __all__ = [
 
 
 Check = Callable[[RnnCall, torch.dtype | None], None]  # check_call or check_cell
-
-
-class Plan(NamedTuple):
-    """How every call of one kind runs."""
-
-    rnn: Callable[[RnnCall], Any]  # a backend's rnn or rnn_cell
-    compute: torch.dtype | None  # what autocast has tensors cast to before; None: the call goes as it is
-    output: torch.dtype | None  # and results after
+Plan = Callable[[Any], Any]  # takes a call, gives its results
 
 
 def run(call: RnnCall, backend: str, lengths: Any = None) -> tuple[Any, tuple[Tensor, ...]]:
@@ -48,8 +42,7 @@ def run(call: RnnCall, backend: str, lengths: Any = None) -> tuple[Any, tuple[Te
     if isinstance(x, Tensor) and x.dim() != 2:
         if lengths is not None:
             set_lengths(call, lengths)
-        p = plan(call, backend, check_call)
-        return p.rnn(call) if p.compute is None else _run_cast(p, call)
+        return plan(call, backend, _plan_layers)(call)
     if isinstance(x, PackedSequence):
         return _run_packed(call, x, backend, lengths)
     set_batched(call, lengths)
@@ -62,52 +55,60 @@ def run_cell(call: RnnCall, backend: str) -> tuple[Tensor, ...]:
     if need_tensor("input", call.input).dim() == 1:
         set_batched_cell(call)
         return tuple(s[0] for s in run_cell(call, backend))
-    p = plan(call, backend, check_cell)
-    return p.rnn(call) if p.compute is None else _run_cast(p, call)
+    return plan(call, backend, _plan_cell)(call)
 
 
-_kind = attrgetter("shape", "dtype", "device")
 _plans: dict[tuple[Any, ...], Plan] = {}
 _MOST_PLANS = 4096  # a program of ever new shapes must not grow without end
 
 
-def plan(call: RnnCall, backend: str, check: Check) -> Plan:
-    """The plan for calls like this one; made, and the call checked in full, when it is the first of its kind."""
-    x, h, c = call.input, call.h0, call.c0
+def plan(call: Call, backend: str, make: Callable[[Any, str], Plan]) -> Plan:
+    """What runs calls like this one: of the first of its kind `make(call, backend)`, which checks it in full."""
     if torch.compiler.is_compiling():
-        return _make_plan(call, backend, check)
+        return make(call, backend)
     try:
         key = (
-            backend, forced(), check, call.cell, call.has_bias, call.num_layers, call.bidirectional, call.batch_first,
-            call.proj_size, call.lengths is None, None if call.batch_sizes is None else call.batch,
-            _kind(x), h is None or _kind(h), c is None or _kind(c), *map(_kind, call.weights),
+            backend, forced(), make, call.kind(),
             torch.is_grad_enabled(), torch.get_num_threads(), torch._C._get_tracing_state() is None,
             torch._C._functorch.peek_interpreter_stack() is None,
-            torch._C._is_any_autocast_enabled() and _autocast(x.device.type),
+            torch._C._is_any_autocast_enabled() and autocast_dtype(call.device.type),
         )  # fmt: skip
     except AttributeError:  # not a tensor: the check will say so
-        return _make_plan(call, backend, check)
+        return make(call, backend)
     found = _plans.get(key)
     if found is None:
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
-        found = _plans[key] = _make_plan(call, backend, check)
+        found = _plans[key] = make(call, backend)
     return found
 
 
-def _make_plan(call: RnnCall, backend: str, check: Check) -> Plan:
+def prefer(backend: str) -> str:
+    """The backend that `backend` stands for here and now, or "auto"."""
+    return (forced() or "auto") if backend == "auto" else backend
+
+
+def _plan_layers(call: RnnCall, backend: str) -> Plan:
+    return _plan(call, backend, check_call, "rnn")
+
+
+def _plan_cell(call: RnnCall, backend: str) -> Plan:
+    return _plan(call, backend, check_cell, "rnn_cell")
+
+
+def _plan(call: RnnCall, backend: str, check: Check, function: str) -> Plan:
     """Check `call` in full and choose its backend."""
     asked, output = as_asked(call, check)
-    chosen = choose(asked, (forced() or "auto") if backend == "auto" else backend)
-    rnn = chosen.rnn_cell if check is check_cell else chosen.rnn
+    chosen = choose(asked, prefer(backend))
+    rnn: Plan = getattr(chosen, function)
     if output is None or chosen.NAME == "torch":  # torch's operators do autocast's casts themselves
-        return Plan(rnn, None, None)
-    return Plan(rnn, asked.input.dtype, output)
+        return rnn
+    return partial(_run_cast, rnn, asked.input.dtype, output)
 
 
 def as_asked(call: RnnCall, check: Check) -> tuple[RnnCall, torch.dtype | None]:
     """`call`, checked, as a backend is asked to run it: under autocast with its casts, and then the output's dtype."""
-    autocast = _autocast(call.input.device.type) if isinstance(call.input, Tensor) else None
+    autocast = autocast_dtype(call.input.device.type) if isinstance(call.input, Tensor) else None
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is None:  # traced by torch.jit, sizes are tensors
         check(call, autocast)
     if autocast is None or call.input.dtype == torch.float64:
@@ -119,7 +120,7 @@ def as_asked(call: RnnCall, check: Check) -> tuple[RnnCall, torch.dtype | None]:
     return _cast(call, compute), output_dtype(call.cell, kind, autocast, state, call.proj_size)
 
 
-def _autocast(device: str) -> torch.dtype | None:
+def autocast_dtype(device: str) -> torch.dtype | None:
     """autocast's dtype for this kind of device; None where it is off."""
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
@@ -135,20 +136,18 @@ def _cast(call: RnnCall, dtype: torch.dtype) -> RnnCall:
     )  # fmt: skip
 
 
-def _run_cast(p: Plan, call: RnnCall) -> Any:
-    """`call` in p.compute, its results in p.output."""
-    assert p.compute is not None
+def _run_cast(rnn: Plan, compute: torch.dtype, output: torch.dtype, call: RnnCall) -> Any:
+    """`call` in `compute`, its results in `output`."""
     with torch.autocast(call.input.device.type, enabled=False):
-        head, *rest = p.rnn(_cast(call, p.compute))
+        head, *rest = rnn(_cast(call, compute))
         if rest and isinstance(rest[0], tuple):  # a layer stack: (output, states); otherwise a cell's states
-            return head.to(p.output), tuple(s.to(p.output) for s in rest[0])
-        return tuple(s.to(p.output) for s in (head, *rest))
+            return head.to(output), tuple(s.to(output) for s in rest[0])
+        return tuple(s.to(output) for s in (head, *rest))
 
 
 def _run_packed(call: RnnCall, x: PackedSequence, backend: str, lengths: Any) -> tuple[Any, tuple[Tensor, ...]]:
     set_packed(call, x, lengths)
-    p = plan(call, backend, check_call)
-    out, state = p.rnn(call) if p.compute is None else _run_cast(p, call)
+    out, state = plan(call, backend, _plan_layers)(call)
     if x.unsorted_indices is not None:
         state = tuple(s.index_select(1, x.unsorted_indices) for s in state)
     return PackedSequence(out, call.batch_sizes, x.sorted_indices, x.unsorted_indices), state

@@ -10,12 +10,7 @@ __all__ = ["GATES", "RnnCall", "kind_of"]
 
 GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3}
 
-_kind = attrgetter("shape", "dtype", "device")
-
-
-def kind_of(t: Tensor | None) -> Any:
-    """What of a tensor decides how a call runs: everything but its values."""
-    return None if t is None else _kind(t)
+kind_of = attrgetter("shape", "dtype", "device")  # of a tensor: all that decides how a call runs
 
 
 @dataclass(slots=True)
@@ -44,6 +39,15 @@ class RnnCall:
     bidirectional: bool = False
     batch_first: bool = False
     proj_size: int = 0
+
+    def kind(self) -> tuple[Any, ...]:
+        """What calls of one kind share: options, shapes, dtypes, devices."""
+        x, h, c = self.input, self.h0, self.c0
+        return (
+            self.cell, self.has_bias, self.num_layers, self.bidirectional, self.batch_first, self.proj_size,
+            self.lengths is None, None if self.batch_sizes is None else self.batch,
+            kind_of(x), h is None or kind_of(h), c is None or kind_of(c), *map(kind_of, self.weights),
+        )  # fmt: skip
 
     @property
     def device(self) -> device:

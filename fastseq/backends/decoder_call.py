@@ -1,6 +1,6 @@
 """What a backend is asked to compute of attention: one value a call, checked before any backend sees it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -9,7 +9,7 @@ from torch import Tensor, device
 from ..spec import AttentionParams, DecoderParams, DecoderSpec, DecoderState, DropoutMasks, Keys
 from .call import GATES, kind_of
 
-__all__ = ["AttentionCall", "DecoderCall", "leaves", "mapped"]
+__all__ = ["AttentionCall", "DecoderCall", "mapped"]
 
 Tree = TypeVar("Tree")
 
@@ -34,8 +34,8 @@ class AttentionCall:
         return self.query.device
 
     def kind(self) -> tuple[Any, ...]:
-        """Everything but values."""
-        return (self.window, self.need_weights, *map(kind_of, leaves((self.query, self.keys, self.params))))
+        """What calls of one kind share: options, shapes, dtypes, devices."""
+        return self.window, self.need_weights, _kinds((self.query, self.keys, self.params))
 
 
 @dataclass(slots=True)
@@ -65,18 +65,15 @@ class DecoderCall:
         return self.params.layers[0][0].shape[0] // GATES[self.spec.cell]
 
     def kind(self) -> tuple[Any, ...]:
-        """Everything but values."""
-        tensors = leaves((self.y, self.keys, self.state, self.params, self.masks))
-        return (self.spec, self.need_weights, *map(kind_of, tensors))
+        """What calls of one kind share: options, shapes, dtypes, devices."""
+        return self.spec, self.need_weights, _kinds((self.y, self.keys, self.state, self.params, self.masks))
 
 
-def leaves(tree: Any) -> Iterator[Any]:
-    """What nested tuples hold, in order, None included."""
+def _kinds(tree: Any) -> Any:
+    """The kinds of the tensors in nested tuples."""
     if isinstance(tree, tuple):
-        for branch in tree:
-            yield from leaves(branch)
-    else:
-        yield tree
+        return tuple([_kinds(branch) for branch in tree])
+    return None if tree is None else kind_of(tree)
 
 
 def mapped(function: Callable[[Any], Any], tree: Tree) -> Tree:
