@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import engine
+from . import decoding, engine
 from .backends.call import RnnCall
+from .backends.decoder_call import AttentionCall, DecoderCall
 from .checks import check_call, check_cell
-from .dispatch import BACKENDS, candidates, check_name, forced, obstacle
+from .dispatch import BACKENDS, Call, candidates, check_name, obstacle
 from .modules.cells import gru_cell_call, lstm_cell_call
 from .modules.rnn import gru_call, lstm_call
 
@@ -37,23 +38,29 @@ class Explanation(tuple[Verdict, ...]):
     __repr__ = __str__
 
 
-def explain(target: nn.Module | RnnCall, input: Any = None, hx: Any = None, *, lengths: Any = None) -> Explanation:
+def explain(target: Any, input: Any = None, hx: Any = None, *, lengths: Any = None) -> Explanation:
     """For each backend: chosen, or the reason why not, were `target(input, hx, lengths=lengths)` called here and now.
 
-    target: a fastseq LSTM, GRU, LSTMCell or GRUCell, one of torch.nn as `accelerate` would run it, or an RnnCall.
+    target: a fastseq LSTM, GRU, LSTMCell or GRUCell, one of torch.nn as `accelerate` would run it, a module that itself
+    makes its call, by as_call(input, hx) (Decoder: y and memory; Attention: query and keys), or a call.
     Raises what the call itself would raise for a wrong input.
 
     >>> print(fastseq.explain(torch.nn.LSTM(4, 8), torch.zeros(3, 2, 4)))
     """
+    named = engine.prefer(check_name(getattr(target, "backend", "auto")))
+    as_call = getattr(target, "as_call", None)
+    if as_call is not None:
+        if lengths is not None:
+            raise TypeError(f"{type(target).__name__} takes no lengths")
+        target = as_call(input, hx)
+    if isinstance(target, (DecoderCall, AttentionCall)):
+        return _verdicts(decoding.as_asked(target), named)
     if isinstance(target, RnnCall):
         call, cell = target, target.input.dim() == 2 and target.batch_sizes is None
     else:
         call, cell = _call(target, input, hx, lengths)
     asked, _ = engine.as_asked(call, check_cell if cell else check_call)
-    named = getattr(target, "backend", "auto")
-    if named == "auto":
-        named = forced() or "auto"
-    return _verdicts(asked, check_name(named))
+    return _verdicts(asked, named)
 
 
 def _call(module: nn.Module, input: Any, hx: Any, lengths: Any) -> tuple[RnnCall, bool]:
@@ -79,7 +86,7 @@ def _call(module: nn.Module, input: Any, hx: Any, lengths: Any) -> tuple[RnnCall
     return call, False
 
 
-def _verdicts(call: RnnCall, named: str) -> Explanation:
+def _verdicts(call: Call, named: str) -> Explanation:
     """`named` is a backend, or "auto"."""
     obstacles = {name: obstacle(name, call) for name in BACKENDS}
     chosen, why = named, "named by backend= or use_backend"

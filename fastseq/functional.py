@@ -1,22 +1,26 @@
-"""LSTM and GRU, whole sequences and single steps, as functions of their weights.
+"""LSTM, GRU, attention and attention decoders as functions of their weights.
 
-`weights` are flat, as torch.nn's modules order them: for each layer, for each direction, w_ih [G*H, I], w_hh [G*H, P]
-(, b_ih [G*H], b_hh [G*H]) (, w_hr [P, H]); the number of layers, biases and the projection size P (or H) follow from
-them.
+The `weights` of LSTM and GRU are flat, as torch.nn's modules order them: for each layer, for each direction,
+w_ih [G*H, I], w_hh [G*H, P] (, b_ih [G*H], b_hh [G*H]) (, w_hr [P, H]); the number of layers, biases and the projection
+size P (or H) follow from them. Those of a decoder are a `DecoderParams`, of an attention an `AttentionParams`.
 """
 
 from collections.abc import Sequence
 from typing import Any, overload
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .backends.call import GATES, RnnCall
-from .checks import need_tensor
+from .backends.decoder_call import AttentionCall, DecoderCall
+from .checks import lengths_on_cpu, need_tensor
+from .decoding import run_attention, run_decoder
 from .engine import run, run_cell
 from .errors import InputError
+from .spec import AttentionParams, DecoderOutput, DecoderParams, DecoderSpec, DecoderState, DropoutMasks, Keys
 
-__all__ = ["gru", "gru_cell", "lstm", "lstm_cell"]
+__all__ = ["attention", "attention_decoder", "gru", "gru_cell", "lstm", "lstm_cell", "reverse"]
 
 Lengths = Sequence[int] | Tensor | None
 
@@ -149,6 +153,66 @@ def gru_cell(
     flat = list(weights)
     call = RnnCall(gru_name(reset_after), input, hx, None, flat, has_bias=_cell_bias(flat))
     return run_cell(call, backend)[0]
+
+
+def attention(
+    query: Tensor,  # [N, Q], or [N, T, Q]: T queries a row; N = B * k, row n reads keys n // k
+    keys: Keys,
+    params: AttentionParams,
+    *,
+    window: int | None = None,  # D of local-p attention, with params.window
+    need_weights: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Scores, masked softmax, context: (context [N, D] or [N, T, D], weights [N, S] or [N, T, S], else None).
+
+    v . tanh(key + W_q query) where params.v is given (Bahdanau et al. 2014, A.1.2), else key . W_q query (Luong et al.
+    2015, section 3.1); with a window, eq. 9 and 10 there. Softmax and sums in fp32 at least; under autocast all else,
+    and the results, in its dtype. What stands behind mask False is never read; a row without anything to attend to
+    gives 0. Weights are differentiable. Raises InputError or TypeError, naming the argument.
+    """
+    one = need_tensor("query", query).dim() == 2
+    call = AttentionCall(query[:, None] if one else query, keys, params, window, need_weights)
+    context, weights = run_attention(call, backend)
+    if one:
+        return context[:, 0], None if weights is None else weights[:, 0]
+    return context, weights
+
+
+def attention_decoder(
+    y: Tensor,  # [N, T, I]; N = B * k, row n reads keys n // k
+    keys: Keys,
+    state: DecoderState,
+    params: DecoderParams,
+    spec: DecoderSpec,
+    *,
+    dropout_masks: DropoutMasks | None = None,
+    need_weights: bool = False,
+    backend: str = "auto",
+) -> DecoderOutput:
+    """A whole teacher-forced decoder as one operator: (output [N, T, R], state, weights [N, T, S] or None).
+
+    What a step computes is told in `DecoderSpec`. Output and weights have y's dtype, every part of the state the dtype
+    it came in: y's, or fp32 beside an fp16 or bf16 y. Under autocast output and weights are in its dtype, the state in
+    fp32. Without attention the weights are None. Raises InputError or TypeError, naming the argument.
+    """
+    masks = DropoutMasks() if dropout_masks is None else dropout_masks
+    return run_decoder(DecoderCall(spec, y, keys, state, params, masks, need_weights), backend)
+
+
+def reverse(
+    x: Tensor,  # [B, T, ...], any dtype
+    lengths: Lengths,  # [B], any order, any integer dtype; None: T
+) -> Tensor:
+    """Each row's first `length` steps in the opposite order; what stands behind them stays where it is."""
+    if need_tensor("x", x).dim() < 2:
+        raise InputError(f"x has shape {tuple(x.shape)}, {x.dim()}-D; expected [B, T, ...]")
+    if lengths is None:
+        return x.flip(1)
+    batch, steps = x.shape[:2]
+    ends = lengths_on_cpu(lengths, batch, steps).to(x.device)[:, None]
+    places = torch.arange(steps, device=x.device)
+    return x[torch.arange(batch, device=x.device)[:, None], torch.where(places < ends, ends - 1 - places, places)]
 
 
 def state_pair(hx: Any) -> tuple[Any, Any]:

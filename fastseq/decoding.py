@@ -1,0 +1,65 @@
+"""The way from a function or module to a backend for attention and attention decoders: `engine` with their checks."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends.decoder_call import AttentionCall, DecoderCall, mapped
+from .decoder_checks import check_attention, check_decoder
+from .dispatch import choose
+from .engine import Plan, autocast_dtype, plan, prefer
+from .spec import DecoderOutput
+
+__all__ = ["as_asked", "run_attention", "run_decoder"]
+
+
+def run_decoder(call: DecoderCall, backend: str) -> DecoderOutput:
+    """A teacher-forced decoder; with T = 1, one step of it."""
+    result: DecoderOutput = plan(call, backend, _plan)(call)
+    return result
+
+
+def run_attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None]:
+    """Context [N, T, D] and, if asked for, weights [N, T, S]."""
+    result: tuple[Tensor, Tensor | None] = plan(call, backend, _plan)(call)
+    return result
+
+
+def as_asked(call: AttentionCall | DecoderCall) -> AttentionCall | DecoderCall:
+    """`call`, checked, as a backend is asked to run it: under autocast in its dtype, with the state in fp32."""
+    x = call.query if isinstance(call, AttentionCall) else call.y
+    autocast = autocast_dtype(x.device.type) if isinstance(x, Tensor) else None
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is None:  # traced by torch.jit, sizes are tensors
+        check: Callable[..., None] = check_attention if isinstance(call, AttentionCall) else check_decoder
+        check(call, autocast)
+    return call if autocast is None or x.dtype == torch.float64 else _cast(call, autocast)
+
+
+def _plan(call: Any, backend: str) -> Plan:
+    """Check `call` in full and choose its backend."""
+    asked = as_asked(call)
+    run: Plan = getattr(choose(asked, prefer(backend)), call.OPERATOR)
+    return run if asked is call else partial(_run_cast, run)
+
+
+def _run_cast(run: Plan, call: Any) -> Any:
+    """`call` in autocast's dtype, whatever it is, which is that of the results; the state's is fp32."""
+    dtype = autocast_dtype(call.device.type)
+    assert dtype is not None
+    with torch.autocast(call.device.type, enabled=False):
+        return run(_cast(call, dtype))
+
+
+def _cast(call: AttentionCall | DecoderCall, dtype: torch.dtype) -> AttentionCall | DecoderCall:
+    def lower(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() else t
+
+    if isinstance(call, AttentionCall):
+        query, keys, params = mapped(lower, (call.query, call.keys, call.params))
+        return AttentionCall(query, keys, params, call.window, call.need_weights)
+    state = mapped(Tensor.float, call.state)
+    y, keys, cells, masks = mapped(lower, (call.y, call.keys, call.params, call.masks))
+    return DecoderCall(call.spec, y, keys, state, cells, masks, call.need_weights)
