@@ -11,17 +11,27 @@ from .checks import CASTS, DTYPES, need_tensor
 from .errors import InputError
 from .spec import AttentionParams, DecoderParams, DecoderSpec, DecoderState, DropoutMasks, Keys
 
-__all__ = ["check_attention", "check_decoder"]
+__all__ = ["check_attention", "check_decoder", "check_types"]
 
 _PREPARE = "pass what Attention.prepare or Decoder.prepare made of the memory"
 _INIT = "Decoder.init_state makes a fitting one"
 
 
+def check_types(call: AttentionCall | DecoderCall) -> None:
+    """Raise TypeError unless `call` is made of the named tuples it should be: to a plan one tuple is like another."""
+    _need_kind("keys", call.keys, Keys, _PREPARE)
+    if isinstance(call, AttentionCall):
+        _need_kind("params", call.params, AttentionParams, "pass AttentionParams(query, v, window)")
+        return
+    _need_kind("spec", call.spec, DecoderSpec, "pass a DecoderSpec")
+    _need_kind("state", call.state, DecoderState, _INIT)
+    _need_kind("params", call.params, DecoderParams, "pass a DecoderParams")
+    _need_kind("dropout_masks", call.masks, DropoutMasks, "pass a DropoutMasks, or None")
+
+
 def check_attention(call: AttentionCall, autocast: torch.dtype | None) -> None:
     """Raise InputError or TypeError unless `call` is sound."""
     query = _need_shape("query", call.query, "[N, T, Q]", (None, None, None), "or [N, Q] for one query a row")
-    _need_kind("keys", call.keys, Keys, _PREPARE)
-    _need_kind("params", call.params, AttentionParams, "pass AttentionParams(query, v, window)")
     rows, steps, size = query.shape
     if steps == 0:
         raise InputError("query has T=0 steps; at least one is needed")
@@ -31,11 +41,6 @@ def check_attention(call: AttentionCall, autocast: torch.dtype | None) -> None:
 
 def check_decoder(call: DecoderCall, autocast: torch.dtype | None) -> None:
     """Raise InputError or TypeError unless `call` is sound."""
-    _need_kind("spec", call.spec, DecoderSpec, "pass a DecoderSpec")
-    _need_kind("keys", call.keys, Keys, _PREPARE)
-    _need_kind("state", call.state, DecoderState, _INIT)
-    _need_kind("params", call.params, DecoderParams, "pass a DecoderParams")
-    _need_kind("dropout_masks", call.masks, DropoutMasks, "pass a DropoutMasks, or None")
     y = _need_shape("y", call.y, "[N, T, I]", (None, None, None), "one step is [N, 1, I]")
     if y.shape[1] == 0:
         raise InputError("y has T=0 steps; at least one is needed")
@@ -52,7 +57,7 @@ def check_decoder(call: DecoderCall, autocast: torch.dtype | None) -> None:
         _check_attention("y", sizes.rows, size, call.keys, params.attention, spec.window)
     _given("params.readout", params.readout, spec.combine is not None, f"spec.combine={spec.combine!r}")
     if params.readout is not None:
-        w, b = params.readout
+        w, b = _pair("params.readout", params.readout, "(w, b or None)")
         parts = " + ".join(f"{part} {sizes.part(part)}" for part in spec.readout)
         _need_shape("params.readout[0]", w, "[R, P]", (None, sizes.parts), f"its parts are {parts}")
         if spec.combine == "maxout" and w.shape[0] % 2:
@@ -79,7 +84,7 @@ class _Sizes:
         self.parts = sum(self.part(part) for part in spec.readout)
         self.output = self.parts
         if spec.combine is not None and params.readout is not None:
-            rows = need_tensor("params.readout[0]", params.readout[0]).shape[0]
+            rows = _need_shape("params.readout[0]", params.readout[0], "[R, P]", (None, None)).shape[0]
             self.output = rows // 2 if spec.combine == "maxout" else rows
         self.feed = {None: 0, "context": self.memory, "output": self.output}[spec.feed]
 
@@ -192,8 +197,9 @@ def _check_attention(asks: str, rows: int, size: int, keys: Keys, params: Attent
     if params.window is not None:
         if not isinstance(window, int) or isinstance(window, bool) or window < 1:
             raise InputError(f"window={window!r}; it is D of Luong et al. 2015, an int of at least 1")
-        w_p = _need_shape("params.window[0]", params.window[0], "W_p [A', Q]", (None, size))
-        _need_shape("params.window[1]", params.window[1], "v_p [A']", (w_p.shape[0],))
+        w, v = _pair("params.window", params.window, "(W_p, v_p)")
+        w_p = _need_shape("params.window[0]", w, "W_p [A', Q]", (None, size))
+        _need_shape("params.window[1]", v, "v_p [A']", (w_p.shape[0],))
 
 
 def _check_mask(mask: Any, batch: int, source: int) -> None:
@@ -259,7 +265,7 @@ def _named(name: str, tree: Any) -> list[tuple[str, Tensor]]:
 
 def _need_kind(name: str, value: Any, kind: type, remedy: str) -> None:
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}; {remedy}")
+        raise TypeError(f"{name} must be of type {kind.__name__}, got {type(value).__name__}; {remedy}")
 
 
 def _need_shape(name: str, value: Any, letters: str, shape: tuple[int | None, ...], remedy: str = "") -> Tensor:
@@ -271,6 +277,12 @@ def _need_shape(name: str, value: Any, letters: str, shape: tuple[int | None, ..
             f"{name} has shape {tuple(t.shape)}, {t.dim()}-D; expected {letters}{sizes}{'; ' if remedy else ''}{remedy}"
         )
     return t
+
+
+def _pair(name: str, value: Any, letters: str) -> tuple[Any, Any]:
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise TypeError(f"{name} must be a pair {letters}, got {type(value).__name__}")
+    return value
 
 
 def _given(name: str, value: Any, wanted: bool, because: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .backends.decoder_call import AttentionCall, DecoderCall, mapped
-from .decoder_checks import check_attention, check_decoder
+from .decoder_checks import check_attention, check_decoder, check_types
 from .dispatch import choose
 from .engine import Plan, autocast_dtype, plan, prefer
 from .spec import DecoderOutput
@@ -18,12 +18,14 @@ __all__ = ["as_asked", "run_attention", "run_decoder"]
 
 def run_decoder(call: DecoderCall, backend: str) -> DecoderOutput:
     """A teacher-forced decoder; with T = 1, one step of it."""
+    check_types(call)
     result: DecoderOutput = plan(call, backend, _plan)(call)
     return result
 
 
 def run_attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None]:
     """Context [N, T, D] and, if asked for, weights [N, T, S]."""
+    check_types(call)
     result: tuple[Tensor, Tensor | None] = plan(call, backend, _plan)(call)
     return result
 
@@ -33,6 +35,7 @@ def as_asked(call: AttentionCall | DecoderCall) -> AttentionCall | DecoderCall:
     x = call.query if isinstance(call, AttentionCall) else call.y
     autocast = autocast_dtype(x.device.type) if isinstance(x, Tensor) else None
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is None:  # traced by torch.jit, sizes are tensors
+        check_types(call)
         check: Callable[..., None] = check_attention if isinstance(call, AttentionCall) else check_decoder
         check(call, autocast)
     return call if autocast is None or x.dtype == torch.float64 else _cast(call, autocast)

@@ -118,7 +118,8 @@ def preset(name: str, cell: str = "lstm", **changes: Any) -> Case:
     of_spec = {k: changes.pop(k) for k in [*changes] if k in DecoderSpec.__dataclass_fields__ and k != "window"}
     window = {"window": changes["window"]} if "window" in changes else {}
     spec = DecoderSpec(cell=cell, **(PRESETS[name] | of_spec | window))
-    return Case(name=f"{name}-{cell}", spec=spec, bias=name in BIASED, context=name != "sutskever", **changes)
+    options: dict[str, Any] = {"bias": name in BIASED, "context": name != "sutskever"}
+    return Case(name=f"{name}-{cell}", spec=spec, **(options | changes))
 
 
 @dataclass
