@@ -150,6 +150,19 @@ def test_masks_do_not_overflow(dtype: torch.dtype) -> None:
     assert context.tolist() == [[[1], [2]]]
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_any_device(name: str) -> None:
+    """Nothing is made on another device than the input's: on "meta", which has no values, the shapes come out."""
+    case = preset(name, **{"window": 2} if name == "luong" else {})
+    problem = Problem.draw(case)
+    expected = REFERENCE(problem, problem.tensors)
+    problem.mask = None if problem.mask is None else problem.mask.to("meta")
+    problem.masks = problem.masks._make(None if m is None else m.to("meta") for m in problem.masks)
+    got = REFERENCE(problem, {n: t.to("meta") for n, t in problem.tensors.items()})
+    assert {n: (t.shape, t.dtype) for n, t in got.items()} == {n: (t.shape, t.dtype) for n, t in expected.items()}
+    assert all(t.device.type == "meta" for t in got.values())
+
+
 def test_the_budget_notices() -> None:
     """A relative error of a thousandth, rows in another order, or NaN is seen in each result."""
     problem, truth, allowed = budget(preset("luong"))
