@@ -4,6 +4,7 @@
 
 #include "../scores.h"
 #include "pack.h"
+#include "scratch.h"
 
 namespace fastseq {
 namespace FS_ISA {
@@ -24,10 +25,9 @@ struct Positions {
   int32_t* count;  // [B]
   int64_t source;
 
-  template <class C>
-  Positions(C& carve, int64_t batch, int64_t length) : source(length) {
-    at = carve.template take<int32_t>(batch * length);
-    count = carve.template take<int32_t>(batch);
+  Positions(Carver& carve, int64_t batch, int64_t length) : source(length) {
+    at = carve.take<int32_t>(batch * length);
+    count = carve.take<int32_t>(batch);
   }
 
   void fill(const bool* mask, int64_t b) const {

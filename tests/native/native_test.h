@@ -16,6 +16,7 @@ inline void expect(bool condition, const std::string& what) {
   if (!condition) fail(what);
 }
 
+void check_attention();
 void check_cells();
 
 }  // namespace fastseq
