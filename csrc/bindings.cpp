@@ -71,7 +71,7 @@ void forward(int cell, int dtype, bool state_is_f32, int64_t steps, int64_t rows
   }
   const py::gil_scoped_release released;
   const SequencePlan order = plan(steps, rows, lengths, batch_sizes);
-  kernels().forward(shape, order.view(), passes, directions, threads);
+  kernels(shape.dtype).forward(shape, order.view(), passes, directions, threads);
 }
 
 void backward(int cell, int dtype, bool state_is_f32, int64_t steps, int64_t rows, int64_t tokens, int64_t input, int64_t hidden,
@@ -102,7 +102,7 @@ void backward(int cell, int dtype, bool state_is_f32, int64_t steps, int64_t row
   }
   const py::gil_scoped_release released;
   const SequencePlan order = plan(steps, rows, lengths, batch_sizes);
-  kernels().backward(shape, order.view(), passes, directions, threads);
+  kernels(shape.dtype).backward(shape, order.view(), passes, directions, threads);
 }
 
 // One step without the tuples of a layer: cells and T=1 layers pay for every argument. `out` 0: the state is the output.
@@ -119,7 +119,7 @@ void step(int cell, int dtype, int64_t rows, int64_t input, int64_t hidden, Addr
                          static_cast<float*>(at(cells))};
   const py::gil_scoped_release released;
   const SequencePlan order = SequencePlan::padded(1, rows, nullptr);
-  kernels().forward(shape, order.view(), &pass, 1, threads);
+  kernels(shape.dtype).forward(shape, order.view(), &pass, 1, threads);
 }
 
 void step_backward(int cell, int dtype, int64_t rows, int64_t input, int64_t hidden, Address x, int64_t x_row, Address w_ih,
@@ -145,7 +145,7 @@ void step_backward(int cell, int dtype, int64_t rows, int64_t input, int64_t hid
                           at(d_b_hh)};
   const py::gil_scoped_release released;
   const SequencePlan order = SequencePlan::padded(1, rows, nullptr);
-  kernels().backward(shape, order.view(), &pass, 1, threads);
+  kernels(shape.dtype).backward(shape, order.view(), &pass, 1, threads);
 }
 
 py::dict features() {
@@ -159,7 +159,7 @@ py::dict features() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native CPU kernels of fastseq: raw addresses in, nothing checked here. Use fastseq.functional.";
   m.def("choose_isa", &choose_isa, "Use this ISA variant; '' chooses the fastest that the CPU has.");
-  m.def("isa", [] { return kernels().isa; });
+  m.def("isa", &isa);
   m.def("isa_available", &available_isas);
   m.def("cpu_features", &features);
   m.def("rnn_forward", &forward);
@@ -168,7 +168,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("rnn_step_backward", &step_backward);
   m.def("poison_scratch", &poison_scratch, "For tests: fill this thread's kept scratch memory with NaN.");
   m.def(
-      "tile_rate", [](int dtype, int64_t repeats) { return kernels().tile_rate(static_cast<DType>(dtype), repeats); },
+      "tile_rate", [](int dtype, int64_t repeats) {
+        return kernels(static_cast<DType>(dtype)).tile_rate(static_cast<DType>(dtype), repeats);
+      },
       py::call_guard<py::gil_scoped_release>(),
       "FLOP/s of the register tile on operands in the first-level cache: dtype 0 fp32, 1 bf16.");
 }

@@ -10,20 +10,30 @@
 namespace fastseq {
 namespace FS_ISA {
 
-
 template <class X>
 struct Tag {
   using type = X;
 };
 
+// The dtypes that this variant is compiled for: isa.cpp sends it no other.
+#if defined(FS_ONLY_BF16)
+constexpr bool kHasF32 = false;
+#else
+constexpr bool kHasF32 = true;
+#endif
+
+template <class F>
+FS_INLINE void dispatch(DType dtype, F&& f) {
+  if constexpr (kHasF32)
+    if (dtype == DType::f32) f(Tag<float>{});
+  if (dtype == DType::bf16) f(Tag<bf16>{});
+}
+
 template <class F>
 FS_INLINE void dispatch(const Shape& shape, F&& f) {
-  const bool lstm = shape.cell == CellKind::lstm;
-  if (shape.dtype == DType::f32) {
-    lstm ? f(Tag<Lstm<SimdMath>>{}, Tag<float>{}) : f(Tag<Gru<SimdMath>>{}, Tag<float>{});
-  } else {
-    lstm ? f(Tag<Lstm<SimdMath>>{}, Tag<bf16>{}) : f(Tag<Gru<SimdMath>>{}, Tag<bf16>{});
-  }
+  dispatch(shape.dtype, [&](auto element) {
+    shape.cell == CellKind::lstm ? f(Tag<Lstm<SimdMath>>{}, element) : f(Tag<Gru<SimdMath>>{}, element);
+  });
 }
 
 // h0, c0, h_n, c_n and their gradients: in T or in fp32; a null source reads as zero.

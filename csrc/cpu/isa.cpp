@@ -7,9 +7,10 @@
   void rnn_forward(const Shape&, const Sequence&, const ForwardPass*, int directions, int threads);           \
   void rnn_backward(const Shape&, const Sequence&, const BackwardPass*, int directions, int threads);         \
   double tile_rate(DType, int64_t repeats);                                                                   \
+  bool holds(DType);                                                                                          \
   }
 #define FS_ENTRY(isa, supported) \
-  Kernels { #isa, supported, isa::rnn_forward, isa::rnn_backward, isa::tile_rate }
+  Kernels { #isa, supported, isa::holds, isa::rnn_forward, isa::rnn_backward, isa::tile_rate }
 
 namespace fastseq {
 
@@ -47,13 +48,18 @@ const Kernels kTable[] = {
 #endif
 };
 
-const Kernels* chosen = nullptr;
+const Kernels *chosen = nullptr, *chosen_for[2];  // by DType
 
 }  // namespace
 
-const Kernels& kernels() {
+const char* isa() {
   if (!chosen) choose_isa("");
-  return *chosen;
+  return chosen->isa;
+}
+
+const Kernels& kernels(DType dtype) {
+  if (!chosen) choose_isa("");
+  return *chosen_for[static_cast<int>(dtype)];
 }
 
 std::vector<const char*> available_isas() {
@@ -73,6 +79,9 @@ void choose_isa(const std::string& name) {
   }
   if (!found) throw std::invalid_argument("FASTSEQ_ISA=" + name + " is not available here; choose one of: " + available);
   chosen = found;
+  for (const DType dtype : {DType::f32, DType::bf16})
+    for (const Kernels* k = kTable; k <= chosen; ++k)
+      if (k->supported() && k->holds(dtype)) chosen_for[static_cast<int>(dtype)] = k;
 }
 
 std::vector<std::pair<const char*, bool>> cpu_features() {

@@ -12,12 +12,14 @@ namespace fastseq {
 struct Kernels {
   const char* isa;
   bool (*supported)();
+  bool (*holds)(DType);
   void (*forward)(const Shape&, const Sequence&, const ForwardPass*, int, int);
   void (*backward)(const Shape&, const Sequence&, const BackwardPass*, int, int);
   double (*tile_rate)(DType, int64_t);
 };
 
-const Kernels& kernels();                       // the chosen variant
+const char* isa();                              // the chosen variant
+const Kernels& kernels(DType dtype);            // the fastest up to it that is compiled for the dtype
 std::vector<const char*> available_isas();      // slowest first
 void choose_isa(const std::string& name);       // "" chooses the fastest; throws std::invalid_argument naming the available ones
 std::vector<std::pair<const char*, bool>> cpu_features();

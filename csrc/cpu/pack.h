@@ -17,7 +17,7 @@ FS_INLINE vu load_units(const T* p, int64_t elements) {  // past `elements`: zer
 // source: rows of `depth` contiguous elements, `pitch` elements apart; the first `rows` <= W exist.
 // panel[k * panel_pitch + r] = unit k of row r: the transpose of W rows.
 template <class T>
-FS_INLINE void pack_transposed(const T* source, int64_t pitch, int rows, int64_t depth, uint32_t* panel, int64_t panel_pitch) {
+void pack_transposed(const T* source, int64_t pitch, int rows, int64_t depth, uint32_t* panel, int64_t panel_pitch) {
   constexpr int kPer = Dot<T>::kPerUnit;
   for (int64_t k = 0; k < depth; k += W * kPer) {
     vu block[W];

@@ -16,7 +16,7 @@ class Backward {
   static constexpr int kColumns = Cell::kColumns;
 
  public:
-  Backward(const Shape& shape, const Sequence& seq, const BackwardPass& pass, const BackwardBuffers<Cell, T>& buffers, Team team,
+  Backward(const Shape& shape, const Sequence& seq, const BackwardPass& pass, const BackwardBuffers<T>& buffers, Team team,
            Partition split, Barrier* step_barriers)
       : shape_(shape), seq_(seq), pass_(pass), buf_(buffers), team_(team), H_(shape.hidden), blocks_(seq.rows, kTileRows) {
     carries_ = seq.steps > 1 || wants_initial();
@@ -86,36 +86,35 @@ class Backward {
     for (int64_t i = panels_.begin; i < panels_.end; ++i) {
       const int64_t p = s & 1 ? panels_.begin + panels_.end - 1 - i : i;
       for_own_blocks(before > active ? before : active, [&](int64_t begin, int64_t end) {
-        with_rows<kTileRows>(end - begin, [&](auto count) {
-          constexpr int MR = decltype(count)::value;
-          vf acc[MR][kVectors];
-          arriving<MR>(from, before, p, begin, acc);
-          for (int m = 0; m < MR; ++m) {
-            const int64_t r = begin + m;
-            for (int v = 0; v < kVectors; ++v) {
-              const int64_t u = p * kPanel + v * W;
-              if (u >= H_) break;
-              r < active ? through_cell(t, r, u, acc[m][v]) : to_initial_state(r, u, acc[m][v]);
-            }
+        vf arrived[kTileRows][kVectors];
+        with_rows<kTileRows>(end - begin, [&](auto count) { arriving<decltype(count)::value>(from, before, p, begin, arrived); });
+        for (int64_t r = begin; r < end; ++r) {
+          for (int64_t u = p * kPanel; u < (p + 1) * kPanel && u < H_; u += W) {
+            const vf dh = arrived[r - begin][(u - p * kPanel) / W];
+            r < active ? through_cell(t, r, u, dh) : to_initial_state(r, u, dh);
           }
-        });
+        }
       });
     }
   }
 
   template <int MR>
-  FS_INLINE void arriving(int64_t from, int64_t before, int64_t p, int64_t begin, vf (&acc)[MR][kVectors]) const {
+  FS_INLINE void arriving(int64_t from, int64_t before, int64_t p, int64_t begin, vf (&arrived)[kTileRows][kVectors]) const {
     const uint32_t* gates[MR];
+    vf acc[MR][kVectors];
     for (int m = 0; m < MR; ++m) {
       const bool starts = begin + m >= before;
       gates[m] = starts ? buf_.zeros : buf_.gate_row(seq_.offsets[from] + begin + m);
       for (int v = 0; v < kVectors; ++v)
         acc[m][v] = starts ? load_vector<vf>(buf_.pending + (begin + m) * buf_.width + p * kPanel + v * W) : vf{};
     }
-    if (begin >= before) return;
-    const bool in_place = reads_in_place<T>(seq_.tokens(), H_, p);
-    const uint32_t* panel = in_place ? static_cast<const uint32_t*>(pass_.dir.w_hh) + p * kPanel : buf_.w_hh + p * buf_.depth() * kPanel;
-    multiply<T, MR, kVectors>(gates, 1, panel, in_place ? H_ : kPanel, buf_.depth(), acc);
+    if (begin < before) {
+      const bool in_place = reads_in_place<T>(seq_.tokens(), H_, p);
+      const uint32_t* panel = in_place ? static_cast<const uint32_t*>(pass_.dir.w_hh) + p * kPanel : buf_.w_hh + p * buf_.depth() * kPanel;
+      multiply<T, MR, kVectors>(gates, 1, panel, in_place ? H_ : kPanel, buf_.depth(), acc);
+    }
+    for (int m = 0; m < MR; ++m)
+      for (int v = 0; v < kVectors; ++v) arrived[m][v] = acc[m][v];
   }
 
   FS_INLINE void through_cell(int64_t t, int64_t r, int64_t u, vf dh) const {
@@ -166,7 +165,7 @@ class Backward {
   const Shape& shape_;
   const Sequence& seq_;
   const BackwardPass& pass_;
-  const BackwardBuffers<Cell, T>& buf_;
+  const BackwardBuffers<T>& buf_;
   Team team_, step_team_;
   int64_t H_;
   Blocks blocks_;
@@ -177,15 +176,16 @@ class Backward {
 
 template <class Cell, class T>
 void run(const Shape& shape, const Sequence& seq, const BackwardPass* passes, int directions, int threads) {
-  using B = BackwardBuffers<Cell, T>;
+  using B = BackwardBuffers<T>;
+  const Gates cell = Gates::of<Cell>();
   threads = usable_threads(threads);
   Scratch scratch;
-  for (int d = 0; d < directions; ++d) B(scratch.measure, shape, seq);
-  ProductBuffers<Cell, T>(scratch.measure, shape, threads);
+  for (int d = 0; d < directions; ++d) B(scratch.measure, cell, shape, seq);
+  ProductBuffers<T>(scratch.measure, cell, shape, threads);
   Carver carve = scratch.allocate();
-  const B first(carve, shape, seq), second = directions == 2 ? B(carve, shape, seq) : first;
+  const B first(carve, cell, shape, seq), second = directions == 2 ? B(carve, cell, shape, seq) : first;
   const B* buffers[2] = {&first, &second};
-  const ProductBuffers<Cell, T> products(carve, shape, threads);
+  const ProductBuffers<T> products(carve, cell, shape, threads);
 
   const Blocks blocks(seq.rows, kTileRows);
   const int64_t tile_rows = blocks.count ? (seq.rows + blocks.count - 1) / blocks.count : 0;
@@ -200,7 +200,7 @@ void run(const Shape& shape, const Sequence& seq, const BackwardPass* passes, in
   Barrier barrier;
   parallel(flops < kSmallProducts ? 1 : threads, [&](int rank, int size) {
     for (int d = 0; d < directions; ++d)
-      Products<Cell, T>(shape, seq, passes[d], *buffers[d], products, Team{rank, size, &barrier}).run();
+      Products<T>(shape, seq, passes[d], *buffers[d], products, Team{rank, size, &barrier}).run();
   });
 }
 

@@ -1,6 +1,5 @@
 // The rate of the register tile on operands that stay in the first-level cache: the ceiling that benchmarks measure against.
-#include "tile.h"
-#include "rnn.h"
+#include "driver.h"
 
 #include <time.h>
 
@@ -32,7 +31,13 @@ double rate(int64_t repeats) {
 
 }  // namespace
 
-double tile_rate(DType dtype, int64_t repeats) { return dtype == DType::f32 ? rate<float>(repeats) : rate<bf16>(repeats); }
+bool holds(DType dtype) { return dtype == DType::bf16 || kHasF32; }
+
+double tile_rate(DType dtype, int64_t repeats) {
+  double flops = 0;
+  dispatch(dtype, [&](auto element) { flops = rate<typename decltype(element)::type>(repeats); });
+  return flops;
+}
 
 }  // namespace FS_ISA
 }  // namespace fastseq

@@ -248,7 +248,7 @@ class Run {
                         lstm_ ? side.c_n.data() : nullptr, training ? side.gates.data() : nullptr,
                         training && lstm_ ? static_cast<float*>(side.cells.data()) : nullptr});
     }
-    kernels().forward(p_.shape, s_, passes.data(), p_.directions, threads_);
+    kernels(p_.shape.dtype).forward(p_.shape, s_, passes.data(), p_.directions, threads_);
   }
 
   void backward() {
@@ -265,7 +265,7 @@ class Run {
                         state(side.d_c0, all && lstm_), side.d_w_ih.data(), side.d_w_hh.data(), state(side.d_b_ih, p_.bias),
                         state(side.d_b_hh, p_.bias)});
     }
-    kernels().backward(p_.shape, s_, passes.data(), p_.directions, threads_);
+    kernels(p_.shape.dtype).backward(p_.shape, s_, passes.data(), p_.directions, threads_);
   }
 
   const Problem& p_;
@@ -316,6 +316,7 @@ void agree_on_random_problems() {
 }  // namespace fastseq
 
 int main() {
+  fastseq::check_attention();
   fastseq::check_cells();
   fastseq::refuse_bad_input();
   fastseq::agree_on_random_problems();
