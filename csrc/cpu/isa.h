@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "rnn.h"
+#include "decoder.h"
 
 namespace fastseq {
 
@@ -15,6 +15,8 @@ struct Kernels {
   bool (*holds)(DType);
   void (*forward)(const Shape&, const Sequence&, const ForwardPass*, int, int);
   void (*backward)(const Shape&, const Sequence&, const BackwardPass*, int, int);
+  void (*decoder_forward)(const Decoder&, int);
+  void (*decoder_backward)(const Decoder&, int);
   double (*tile_rate)(DType, int64_t);
 };
 
