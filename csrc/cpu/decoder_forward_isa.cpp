@@ -41,7 +41,7 @@ struct ForwardBuffers {
       const int64_t first = cell.feed ? d.fed() : cell.below ? H : 0;
       to.input = {Over::columns, GH, in_place};
       to.input.add(cell.w_ih, cell.pitch_ih, first);
-      if (cell.context) to.input.add(static_cast<const T*>(cell.w_ih) + first, cell.pitch_ih, d.features);
+      if (cell.context && !d.memory_gates) to.input.add(static_cast<const T*>(cell.w_ih) + first, cell.pitch_ih, d.features);
       if (d.cell == CellKind::lstm) to.input.add(cell.w_hh, H, H);
       to.input.place(carve);
       if (d.cell == CellKind::lstm) continue;
@@ -226,12 +226,13 @@ class ForwardLoop {
     int part = 0;
     if (cell.feed) set_operand(part++, [&](int64_t n) { return fed(n, t); });
     if (cell.below) set_operand(part++, [&](int64_t n) { return below(c, n, t); });
-    if (cell.context) set_operand(part++, [&](int64_t n) { return at_.context(n, t); });
+    if (cell.context && !d.memory_gates) set_operand(part++, [&](int64_t n) { return at_.context(n, t); });
     if (lstm_) set_operand(part, [&](int64_t n) { return at_.before(c, n, t); });
     const int64_t GH = d.gate_count() * at_.H;
     const bool projects = c == 0 && d.projected;
     multiply_rows(products.input, buf_.pre, buf_.gate_width, t,
                   projects ? starts([&](int64_t n) { return static_cast<const T*>(d.projected) + at_.token(n, t) * GH; }) : nullptr);
+    if (cell.context && d.memory_gates) for_rows([&](int64_t n) { add_memory_gates(n); });
     if (lstm_) return finish_rows<Lstm<SimdMath>>(c, t);
     set_operand(0, [&](int64_t n) { return at_.before(c, n, t); });
     multiply_rows(products.hidden, buf_.pre_hidden, buf_.gate_width, t,
@@ -241,6 +242,14 @@ class ForwardLoop {
     set_operand(0, [&](int64_t n) { return buf_.reset + n * at_.H; });
     multiply_rows(products.candidate, buf_.pre_hidden, buf_.gate_width, t, nullptr);
     for_rows([&](int64_t n) { finish_candidate(c, n, t); });
+  }
+
+  void add_memory_gates(int64_t n) const {
+    if (!d.source) return;
+    MemoryRow<T> row = at_.memory_row(n / d.copies, buf_.positions);
+    row.features = d.gate_count() * at_.H;
+    row.memory = static_cast<const T*>(d.memory_gates) + n / d.copies * d.source * row.features;
+    context_row(row, buf_.weights + n * buf_.weight_width, buf_.pre + n * buf_.gate_width, true);
   }
 
   const T* below(int c, int64_t n, int64_t t) const {

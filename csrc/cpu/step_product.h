@@ -96,7 +96,7 @@ class StepProduct {
   }
 
   template <int MR>
-  void dot_rows(int64_t r, const uint32_t* const* operands, int64_t stride, Start<T> start, float* out, int64_t pitch) const {
+  __attribute__((noinline)) void dot_rows(int64_t r, const uint32_t* const* operands, int64_t stride, Start<T> start, float* out, int64_t pitch) const {
     constexpr int kOutputs = W / MR;
     for (int64_t o = 0; o < outputs_; o += kOutputs) {
       vf sums[W] = {};
@@ -131,7 +131,7 @@ class StepProduct {
     pack_rows<T>([&](int64_t k) { return w_[i] + k * pitch_[i] + p * kStepPanel; }, depth_[i], outputs_ - p * kStepPanel, panel, kStepPanel);
   }
 
-  void tile(int64_t p, int64_t begin, int64_t end, const uint32_t* const* operands, int64_t stride, Start<T> start, float* out,
+  __attribute__((noinline)) void tile(int64_t p, int64_t begin, int64_t end, const uint32_t* const* operands, int64_t stride, Start<T> start, float* out,
             int64_t pitch) const {
     with_rows<kStepRows>(end - begin, [&](auto count) {
       constexpr int MR = decltype(count)::value;
