@@ -154,9 +154,9 @@ class BackwardLoop {
       });
     }
     for_rows([&](int64_t n) { fill(buf_.d_feed + n * buf_.feed_width, buf_.feed_width, d.d_feed_n, n * F, F); });
-    if (!d.units) return;
+    if (!d.units || !d.source) return;
     for (int64_t b = rows_.begin / d.copies; b < rows_.end / d.copies; ++b) {
-      if (d.source) buf_.positions.fill(d.mask, b);
+      buf_.positions.fill(d.mask, b);
       std::memset(d.d_keys + b * d.source * d.units, 0, sizeof(float) * d.source * d.units);
       std::memset(d.d_memory + b * d.source * d.features, 0, sizeof(float) * d.source * d.features);
     }

@@ -207,7 +207,7 @@ class ForwardLoop {
       for_vectors(d.units, [&](int64_t u, int lanes) FS_LAMBDA {
         store(static_cast<T*>(d.queries) + token * d.units + u, load_vector<vf>(query + u), lanes);
       });
-    if (d.weights) spread_weights(row, weights, static_cast<T*>(d.weights) + token * S);
+    if (d.weights && S) spread_weights(row, weights, static_cast<T*>(d.weights) + token * S);
   }
 
   // From the attended positions to all, 0 elsewhere.

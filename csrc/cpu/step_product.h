@@ -98,7 +98,7 @@ class StepProduct {
   template <int MR>
   __attribute__((noinline)) void dot_rows(int64_t r, const uint32_t* const* operands, int64_t stride, Start<T> start, float* out, int64_t pitch) const {
     constexpr int kOutputs = W / MR;
-    for (int64_t o = 0; o < outputs_; o += kOutputs) {
+    for (int64_t o = 0; o < (outputs_ + W - 1) / W * W; o += kOutputs) {  // whole vectors, as a tile would leave them
       vf sums[W] = {};
       for (int i = 0; i < parts_; ++i) {
         const T *a[MR], *w[kOutputs];
@@ -109,7 +109,10 @@ class StepProduct {
       alignas(64) float lanes[W];
       store(lanes, reduce(sums), W);
       for (int m = 0; m < MR; ++m)
-        for (int j = 0; j < kOutputs && o + j < outputs_; ++j) lanes[m * kOutputs + j] += first_lane(o + j, r + m, start, out, pitch);
+        for (int j = 0; j < kOutputs; ++j) {
+          float& lane = lanes[m * kOutputs + j];
+          lane = o + j < outputs_ ? lane + first_lane(o + j, r + m, start, out, pitch) : 0.f;
+        }
       for (int m = 0; m < MR; ++m) std::memcpy(out + (r + m) * pitch + o, lanes + m * kOutputs, sizeof(float) * kOutputs);
     }
   }
