@@ -49,6 +49,9 @@ struct Decoder {
   const void *keys, *memory;  // [B, S, A], [B, S, D]
   const bool* mask;           // [B, S] or null
   const void *w_q, *v;        // [A, H] or null: the query is h; [A], additive form
+  // [B, S, G * H] the memory through the context's columns of w_ih, or null: then the one cell that reads the context adds these by
+  // their weights instead of multiplying the context, which for few rows with short sources is much less to read.
+  const void* memory_gates;
   const void* beside;         // [N, G * H] joins the first cell's recurrent product, or null
   const void* projected;      // [N, T, G * H] what the first cell reads of y, without bias
   const void* feed0;          // [N, F] in the state's dtype

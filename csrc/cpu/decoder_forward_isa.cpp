@@ -32,34 +32,35 @@ struct ForwardBuffers {
   ForwardBuffers(Carver& carve, const Decoder& d) : positions(carve, d.source ? d.memory_rows() : 0, d.source) {
     using Over = typename StepProduct<T>::Over;
     const int64_t N = d.rows, H = d.hidden, GH = d.gate_count() * H;
+    const bool in_place = reads_weights_in_place(N, d.steps);
     width = padded(H), gate_width = padded(GH) + W, query_width = padded(d.units), context_width = padded(d.features);
     weight_width = round_up(d.source, W), read_width = padded(d.read_rows());
     for (int i = 0; i < d.cells; ++i) {
       const DecoderCell& cell = d.of[i];
       CellProducts<T>& to = cells[i];
       const int64_t first = cell.feed ? d.fed() : cell.below ? H : 0;
-      to.input = {Over::columns, GH};
+      to.input = {Over::columns, GH, in_place};
       to.input.add(cell.w_ih, cell.pitch_ih, first);
-      if (cell.context) to.input.add(static_cast<const T*>(cell.w_ih) + first, cell.pitch_ih, d.features);
+      if (cell.context && !d.memory_gates) to.input.add(static_cast<const T*>(cell.w_ih) + first, cell.pitch_ih, d.features);
       if (d.cell == CellKind::lstm) to.input.add(cell.w_hh, H, H);
       to.input.place(carve);
       if (d.cell == CellKind::lstm) continue;
       const int64_t joint = d.cell == CellKind::gru ? GH : 2 * H;
-      to.hidden = {Over::columns, joint};
+      to.hidden = {Over::columns, joint, in_place};
       to.hidden.add(cell.w_hh, H, H);
       to.hidden.place(carve);
       if (d.cell == CellKind::gru) continue;
-      to.candidate = {Over::columns, H};
+      to.candidate = {Over::columns, H, in_place};
       to.candidate.add(static_cast<const T*>(cell.w_hh) + joint * H, H, H);
       to.candidate.place(carve);
     }
     if (d.w_q) {
-      query = {Over::columns, d.units};
+      query = {Over::columns, d.units, in_place};
       query.add(d.w_q, H, H);
       query.place(carve);
     }
     if (d.output) {
-      read = {Over::columns, d.read_rows()};
+      read = {Over::columns, d.read_rows(), in_place};
       ReadPart part[kMaxParts];
       for (int i = 0, count = read_parts(d, part); i < count; ++i)
         read.add(static_cast<const T*>(d.w_r) + part[i].at, d.r_pitch, part[i].width);
@@ -206,7 +207,7 @@ class ForwardLoop {
       for_vectors(d.units, [&](int64_t u, int lanes) FS_LAMBDA {
         store(static_cast<T*>(d.queries) + token * d.units + u, load_vector<vf>(query + u), lanes);
       });
-    if (d.weights) spread_weights(row, weights, static_cast<T*>(d.weights) + token * S);
+    if (d.weights && S) spread_weights(row, weights, static_cast<T*>(d.weights) + token * S);
   }
 
   // From the attended positions to all, 0 elsewhere.
@@ -225,12 +226,13 @@ class ForwardLoop {
     int part = 0;
     if (cell.feed) set_operand(part++, [&](int64_t n) { return fed(n, t); });
     if (cell.below) set_operand(part++, [&](int64_t n) { return below(c, n, t); });
-    if (cell.context) set_operand(part++, [&](int64_t n) { return at_.context(n, t); });
+    if (cell.context && !d.memory_gates) set_operand(part++, [&](int64_t n) { return at_.context(n, t); });
     if (lstm_) set_operand(part, [&](int64_t n) { return at_.before(c, n, t); });
     const int64_t GH = d.gate_count() * at_.H;
     const bool projects = c == 0 && d.projected;
     multiply_rows(products.input, buf_.pre, buf_.gate_width, t,
                   projects ? starts([&](int64_t n) { return static_cast<const T*>(d.projected) + at_.token(n, t) * GH; }) : nullptr);
+    if (cell.context && d.memory_gates) for_rows([&](int64_t n) { add_memory_gates(n); });
     if (lstm_) return finish_rows<Lstm<SimdMath>>(c, t);
     set_operand(0, [&](int64_t n) { return at_.before(c, n, t); });
     multiply_rows(products.hidden, buf_.pre_hidden, buf_.gate_width, t,
@@ -240,6 +242,14 @@ class ForwardLoop {
     set_operand(0, [&](int64_t n) { return buf_.reset + n * at_.H; });
     multiply_rows(products.candidate, buf_.pre_hidden, buf_.gate_width, t, nullptr);
     for_rows([&](int64_t n) { finish_candidate(c, n, t); });
+  }
+
+  void add_memory_gates(int64_t n) const {
+    if (!d.source) return;
+    MemoryRow<T> row = at_.memory_row(n / d.copies, buf_.positions);
+    row.features = d.gate_count() * at_.H;
+    row.memory = static_cast<const T*>(d.memory_gates) + n / d.copies * d.source * row.features;
+    context_row(row, buf_.weights + n * buf_.weight_width, buf_.pre + n * buf_.gate_width, true);
   }
 
   const T* below(int c, int64_t n, int64_t t) const {

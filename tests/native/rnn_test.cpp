@@ -318,6 +318,7 @@ void agree_on_random_problems() {
 int main() {
   fastseq::check_attention();
   fastseq::check_cells();
+  fastseq::check_decoder();
   fastseq::refuse_bad_input();
   fastseq::agree_on_random_problems();
   for (const char* isa : fastseq::available_isas()) std::printf("native core under sanitizers: %s ok\n", isa);
