@@ -148,6 +148,25 @@ void step_backward(int cell, int dtype, int64_t rows, int64_t input, int64_t hid
   kernels(shape.dtype).backward(shape, order.view(), &pass, 1, threads);
 }
 
+Tokens tokens(const py::tuple& v) {  // (address, inner size, outer stride, inner stride), strides in elements
+  return {at(v[0].cast<Address>()), v[1].cast<int64_t>(), v[2].cast<int64_t>(), v[3].cast<int64_t>()};
+}
+
+template <void (*Kernels::*Function)(const Product&, int)>
+void multiply(int dtype, int64_t count, int64_t depth, int64_t columns, const py::tuple& x, const py::tuple& out, Address w,
+              int64_t pitch, Address bias, bool add, int threads) {
+  const Product of{static_cast<DType>(dtype), count, depth, columns, tokens(x), tokens(out), at(w), pitch, at(bias), add};
+  const py::gil_scoped_release released;
+  (kernels(of.dtype).*Function)(of, threads);
+}
+
+void weight_gradient(int dtype, int64_t count, int64_t rows, int64_t columns, const py::tuple& dy, const py::tuple& x, Address d_w,
+                     int64_t pitch, Address d_b, int threads) {
+  const WeightGradient of{static_cast<DType>(dtype), count, rows, columns, tokens(dy), tokens(x), at(d_w), pitch, at(d_b)};
+  const py::gil_scoped_release released;
+  kernels(of.dtype).weight_gradient(of, threads);
+}
+
 py::dict features() {
   py::dict result;
   for (const auto& [name, present] : cpu_features()) result[name] = present;
@@ -166,6 +185,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("rnn_backward", &backward);
   m.def("rnn_step", &step);
   m.def("rnn_step_backward", &step_backward);
+  m.def("product", &multiply<&Kernels::product>);
+  m.def("input_gradient", &multiply<&Kernels::input_gradient>);
+  m.def("weight_gradient", &weight_gradient);
   m.def("poison_scratch", &poison_scratch, "For tests: fill this thread's kept scratch memory with NaN.");
   m.def(
       "tile_rate", [](int dtype, int64_t repeats) {

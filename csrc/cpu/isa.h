@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "rnn.h"
+#include "products.h"
 
 namespace fastseq {
 
@@ -15,6 +15,9 @@ struct Kernels {
   bool (*holds)(DType);
   void (*forward)(const Shape&, const Sequence&, const ForwardPass*, int, int);
   void (*backward)(const Shape&, const Sequence&, const BackwardPass*, int, int);
+  void (*product)(const Product&, int);
+  void (*input_gradient)(const Product&, int);
+  void (*weight_gradient)(const WeightGradient&, int);
   double (*tile_rate)(DType, int64_t);
 };
 
