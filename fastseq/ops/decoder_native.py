@@ -78,12 +78,26 @@ def run_forward(loop: LoopSpec, x: LoopTensors, need_weights: bool, save: bool) 
         at, end = parts(loop, x)["input"]
         read_input = product(masked(x.y, x.read_mask, at, end), x.w_read[:, at:end])
     tensors = _tensors(loop, x, kept)
+    memory_gates = _memory_gates(loop, x)
     tensors |= {"projected": address(projected), "read_input": address(read_input), "feed_n": address(feed_n)}
+    tensors["memory_gates"] = address(memory_gates)
     cells = [_cell(loop, x, i) for i in range(loop.cells)]
     for i in range(loop.layers):  # of attend="between" the second cell's state is the layer's
         cells[i - loop.layers].update(h_n=address(h_n[i]), c_n=address(c_n[i]) if c_n else 0)
     _native.C.decoder_forward(_sizes(loop, x, save), tensors, cells)
     return results
+
+
+def _memory_gates(loop: LoopSpec, x: LoopTensors) -> Tensor | None:
+    """The memory through the context's columns of w_ih [B, S, G*H], where that is less to read than those columns."""
+    if x.memory is None or sum(loop.contexts) != 1:
+        return None
+    (rows, steps, _), (batch, source, features) = x.y.shape, x.memory.shape
+    # Less to read at each step, and no more to multiply than in all steps; for few steps the loop reads w_ih in place.
+    if not source or 2 * rows * source > features or batch * source > rows * steps or steps <= 8:
+        return None
+    w_ih = x.weights[4 * loop.contexts.index(True)]
+    return product(x.memory, w_ih[:, -features:])
 
 
 def _sizes(loop: LoopSpec, x: LoopTensors, keep: bool) -> dict[str, int]:
