@@ -27,6 +27,7 @@ __all__ = ["complete", "empty_results", "run_backward", "run_forward"]
 
 _ATTEND = {"none": 0, "before": 1, "after": 2, "between": 3}
 _FEED = {"none": 0, "context": 1, "output": 2}
+_FEW_STEPS = 8  # below, a product with the whole memory costs more than it saves
 _COMBINE = {"tanh": 0, "linear": 1, "maxout": 2}
 
 
@@ -77,10 +78,12 @@ def run_forward(loop: LoopSpec, x: LoopTensors, need_weights: bool, save: bool) 
         assert x.w_read is not None
         at, end = parts(loop, x)["input"]
         read_input = product(masked(x.y, x.read_mask, at, end), x.w_read[:, at:end])
-    tensors = _tensors(loop, x, kept)
     memory_gates = _memory_gates(loop, x)
-    tensors |= {"projected": address(projected), "read_input": address(read_input), "feed_n": address(feed_n)}
-    tensors["memory_gates"] = address(memory_gates)
+    tensors = _tensors(loop, x, kept)
+    tensors |= {
+        "projected": address(projected), "read_input": address(read_input), "feed_n": address(feed_n),
+        "memory_gates": address(memory_gates),
+    }  # fmt: skip
     cells = [_cell(loop, x, i) for i in range(loop.cells)]
     for i in range(loop.layers):  # of attend="between" the second cell's state is the layer's
         cells[i - loop.layers].update(h_n=address(h_n[i]), c_n=address(c_n[i]) if c_n else 0)
@@ -89,15 +92,14 @@ def run_forward(loop: LoopSpec, x: LoopTensors, need_weights: bool, save: bool) 
 
 
 def _memory_gates(loop: LoopSpec, x: LoopTensors) -> Tensor | None:
-    """The memory through the context's columns of w_ih [B, S, G*H], where that is less to read than those columns."""
-    if x.memory is None or sum(loop.contexts) != 1:
+    """The memory through the context's weights [B, S, G*H], where adding these up is less to read than the weights."""
+    if x.memory is None or loop.attend == "after" or sum(loop.contexts) != 1 or x.y.dtype is not torch.float32:
         return None
-    (rows, steps, _), (batch, source, features) = x.y.shape, x.memory.shape
-    # Less to read at each step, and no more to multiply than in all steps; for few steps the loop reads w_ih in place.
-    if not source or 2 * rows * source > features or batch * source > rows * steps or steps <= 8:
+    (rows, steps, _), (_, source, features) = x.y.shape, x.memory.shape
+    if steps < _FEW_STEPS or source == 0 or 2 * rows * source > features:
         return None
     w_ih = x.weights[4 * loop.contexts.index(True)]
-    return product(x.memory, w_ih[:, -features:])
+    return product(x.memory, w_ih[:, w_ih.shape[1] - features :])
 
 
 def _sizes(loop: LoopSpec, x: LoopTensors, keep: bool) -> dict[str, int]:
