@@ -44,6 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "odd": {"N": 9, "B": 3, "T": 3, "S": 37, "A": 33, "D": 65, "I": 1, "H": 35, "R": 31},
     "two threads": {"threads": 2, "N": 8, "B": 4},
     "more rows than a tile": {"N": 34, "B": 17, "T": 2, "threads": 2},
+    "short sources and many steps": {"N": 2, "B": 1, "S": 3, "D": 14, "T": 9, "mask": "none"},
     "readout bias": {"bias": True},
     "two layers": {"num_layers": 2},
 }
