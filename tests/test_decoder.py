@@ -38,6 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "one step": {"T": 1},
     "one source position": {"S": 1, "mask": "none"},
     "no source": {"S": 0},
+    "short sources": {"N": 2, "B": 2, "T": 9, "S": 3, "D": 32},
     "smallest": {"N": 1, "B": 1, "T": 1, "S": 1, "A": 1, "D": 1, "I": 1, "H": 1, "R": 1, "mask": "none"},
     "whole vectors": {"N": 4, "B": 4, "S": 16, "A": 32, "D": 32, "I": 16, "H": 32, "R": 32},
     "odd": {"N": 9, "B": 3, "T": 3, "S": 37, "A": 33, "D": 65, "I": 1, "H": 35, "R": 31},

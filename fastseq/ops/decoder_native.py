@@ -39,24 +39,30 @@ def complete(like: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor]:
 def empty_results(loop: LoopSpec, x: LoopTensors, need_weights: bool, save: bool) -> list[Tensor | None]:
     """Results of the loop, to be filled: KEPT, the fed value, h_n, c_n; None for those that this loop has not."""
     (rows, steps, _), hidden, y = x.y.shape, x.hidden, x.y
-    kept: list[Tensor | None] = [y.new_empty((loop.cells, rows, steps + 1, hidden)), *[None] * (len(KEPT) - 1)]
+    hs = y.new_empty(loop.cells, rows, steps + 1, hidden)  # sizes one by one: a tuple takes twice as long to read
+    contexts = outs = weights = gates = cs = queries = read_saved = None
     if x.keys is not None and x.memory is not None:
-        kept[1] = y.new_empty((rows, steps, x.memory.shape[2]))
+        contexts = y.new_empty(rows, steps, x.memory.shape[2])
         if need_weights or save:
-            kept[3] = y.new_empty((rows, steps, x.keys.shape[1]))
+            weights = y.new_empty(rows, steps, x.keys.shape[1])
         if save and x.w_query is not None:
-            kept[6] = y.new_empty((rows, steps, x.keys.shape[2]))
+            queries = y.new_empty(rows, steps, x.keys.shape[2])
     if x.w_read is not None:
         read = x.w_read.shape[0]
-        kept[2] = y.new_empty((rows, steps, read // 2 if loop.combine == "maxout" else read))
+        outs = y.new_empty(rows, steps, read // 2 if loop.combine == "maxout" else read)
         if save and (loop.combine == "maxout" or (loop.combine == "tanh" and x.out_mask is not None)):
-            kept[7] = y.new_empty((rows, steps, read))
+            read_saved = y.new_empty(rows, steps, read)
     if save:
-        kept[4] = y.new_empty((loop.cells, rows, steps, 4, hidden))
+        gates = y.new_empty(loop.cells, rows, steps, 4, hidden)
         if loop.cell == "lstm":
-            kept[5] = y.new_empty((loop.cells, rows, steps, hidden), dtype=torch.float32)
-    feed_n = None if x.feed0 is None else x.feed0.new_empty(x.feed0.shape)
-    return [*kept, feed_n, *(s.new_empty((rows, hidden)) for s in (*x.h0, *x.c0))]
+            cs = y.new_empty(loop.cells, rows, steps, hidden, dtype=torch.float32)
+    feed_n = None if x.feed0 is None else _like(x.feed0)
+    return [hs, contexts, outs, weights, gates, cs, queries, read_saved, feed_n, *map(_like, (*x.h0, *x.c0))]
+
+
+def _like(t: Tensor) -> Tensor:
+    """Empty and contiguous."""
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def run_forward(loop: LoopSpec, x: LoopTensors, need_weights: bool, save: bool) -> list[Tensor | None]:
@@ -167,7 +173,7 @@ def run_backward(
     return [
         input_gradients(loop, x, found) if need.y else None, _needed(found.d_keys, need.keys, dtype),
         _needed(found.d_memory, need.memory, dtype), None, found.d_feed0,
-        beside_gradient(x, found) if need.beside else None,
+        beside_gradient(loop, x, found) if need.beside else None,
         query_gradient(loop, x, kept, found) if need.w_query else None, _needed(found.d_v, need.v, dtype), d_w_read,
         d_b_read, None, None, None, *found.d_h0, *found.d_c0,
         *(d for i in range(loop.cells) for d in cell_gradients(loop, x, kept, found, need, i)),
@@ -179,18 +185,18 @@ def _needed(gradient: Tensor | None, need: Any, dtype: torch.dtype) -> Tensor | 
 
 
 def _empty_gradients(loop: LoopSpec, x: LoopTensors, need: LoopTensors) -> LoopGradients:
-    (rows, steps, _), hidden, new = x.y.shape, x.hidden, x.y.new_empty
+    (rows, steps, _), new = x.y.shape, x.y.new_empty
 
     def fp32(t: Tensor | None) -> Tensor | None:
-        return None if t is None else new(t.shape, dtype=torch.float32)
+        return None if t is None else torch.empty_like(t, dtype=torch.float32)
 
     def state(s: Tensor | None, needed: Any) -> Tensor | None:
-        return s.new_empty(s.shape) if s is not None and needed else None
+        return torch.empty_like(s) if s is not None and needed else None
 
     return LoopGradients(
-        [new((rows, steps, COLUMNS[loop.cell] * hidden)) for _ in range(loop.cells)],
-        None if x.w_query is None else new((rows, steps, x.w_query.shape[0])),
-        None if x.w_read is None else new((rows, steps, x.w_read.shape[0])),
+        [new(rows, steps, COLUMNS[loop.cell] * x.hidden) for _ in range(loop.cells)],
+        None if x.w_query is None else new(rows, steps, x.w_query.shape[0]),
+        None if x.w_read is None else new(rows, steps, x.w_read.shape[0]),
         fp32(x.keys), fp32(x.memory), fp32(x.v), state(x.feed0, need.feed0),
         [state(s, n) for s, n in zip(x.h0, need.h0, strict=True)],
         [state(s, n) for s, n in zip(x.c0, need.c0, strict=True)],

@@ -36,37 +36,38 @@ def cell_gradients(
     loop: LoopSpec, x: LoopTensors, kept: Kept, found: LoopGradients, need: LoopTensors, i: int
 ) -> list[Tensor | None]:
     """d_w_ih, d_w_hh, d_b_ih, d_b_hh of cell i."""
-    wanted = need.weights[4 * i : 4 * i + 4]
-    d_ih, d_hh, d_b_ih, d_b_hh = (w.new_empty(w.shape) for w in x.weights[4 * i : 4 * i + 4])
-    d_gates, hidden = found.d_gates[i], x.hidden
+    wanted, two = need.weights[4 * i : 4 * i + 4], 2 * x.hidden
+    d_ih, d_hh, d_b_ih, d_b_hh = map(torch.empty_like, x.weights[4 * i : 4 * i + 4])
+    d_gates = found.d_gates[i]
     if wanted[0] or wanted[2]:
-        reads = _reads(loop, x, kept, i)
-        for at, d in _input_rows(loop, d_gates, hidden):
-            end, column = at + d.shape[-1], 0
-            for part in reads:
-                into = d_ih[at:end, column : column + part.shape[-1]]
-                weight_gradient(d, part, into, None if column else d_b_ih[at:end])
-                column += part.shape[-1]
+        reads = _side_by_side(_reads(loop, x, kept, i))
+        if loop.cell == "gru":  # U_n h, which the input does not reach, stands before W_n x
+            weight_gradient(d_gates[..., :two], reads, d_ih[:two], d_b_ih[:two])
+            weight_gradient(d_gates[..., two + x.hidden :], reads, d_ih[two:], d_b_ih[two:])
+        else:
+            weight_gradient(d_gates, reads, d_ih, d_b_ih)
     if wanted[1] or wanted[3]:
         before = _before(loop, kept, i)
-        if loop.cell != "gru_reset_before":
-            weight_gradient(d_gates[..., : d_hh.shape[0]], before, d_hh, d_b_hh)
-        else:
-            gates, two = kept[_GATES], 2 * hidden
+        if loop.cell == "gru_reset_before":  # U_n reads r h
+            gates = kept[_GATES]
             assert gates is not None
             weight_gradient(d_gates[..., :two], before, d_hh[:two], d_b_hh[:two])
-            weight_gradient(d_gates[..., two:], gates[i, :, :, 2], d_hh[two:], d_b_hh[two:])  # U_n reads r h
+            weight_gradient(d_gates[..., two:], gates[i, :, :, 2], d_hh[two:], d_b_hh[two:])
+        else:
+            weight_gradient(_recurrent(loop, x, d_gates), before, d_hh, d_b_hh)
     return [d if w else None for d, w in zip((d_ih, d_hh, d_b_ih, d_b_hh), wanted, strict=True)]
 
 
 _HS, _CONTEXTS, _OUTS, _GATES = map(KEPT.index, ("hs", "contexts", "outs", "gates"))
 
 
-def _input_rows(loop: LoopSpec, d_gates: Tensor, hidden: int) -> list[tuple[int, Tensor]]:
-    """The columns of the input product's gradients, each stretch with its first row of w_ih."""
-    if loop.cell != "gru":
-        return [(0, d_gates)]
-    return [(0, d_gates[..., : 2 * hidden]), (2 * hidden, d_gates[..., 3 * hidden :])]
+def _recurrent(loop: LoopSpec, x: LoopTensors, d_gates: Tensor) -> Tensor:
+    """The columns of the recurrent product's gradients."""
+    return d_gates[..., : 3 * x.hidden] if loop.cell == "gru" else d_gates
+
+
+def _side_by_side(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, -1)
 
 
 def _states(kept: Kept, i: int) -> Tensor:
@@ -102,9 +103,12 @@ def _reads(loop: LoopSpec, x: LoopTensors, kept: Kept, i: int) -> list[Tensor]:
 
 def input_gradients(loop: LoopSpec, x: LoopTensors, found: LoopGradients) -> Tensor:
     """d_y, through the first cell and the readout."""
-    d_y, w_ih, inputs = x.y.new_empty(x.y.shape), x.weights[0], x.y.shape[-1]
-    for at, d in _input_rows(loop, found.d_gates[0], x.hidden):
-        input_gradient(d, w_ih[at : at + d.shape[-1], :inputs], out=d_y, add=at > 0)
+    d_gates, w, two = found.d_gates[0], x.weights[0][:, : x.y.shape[-1]], 2 * x.hidden
+    if loop.cell == "gru":
+        d_y = input_gradient(d_gates[..., :two], w[:two])
+        input_gradient(d_gates[..., two + x.hidden :], w[two:], out=d_y, add=True)
+    else:
+        d_y = input_gradient(d_gates, w)
     if "input" in loop.readout:
         assert found.d_read is not None and x.w_read is not None  # noqa: PT018
         at, end = parts(loop, x)["input"]
@@ -115,15 +119,15 @@ def input_gradients(loop: LoopSpec, x: LoopTensors, found: LoopGradients) -> Ten
     return d_y
 
 
-def beside_gradient(x: LoopTensors, found: LoopGradients) -> Tensor:
+def beside_gradient(loop: LoopSpec, x: LoopTensors, found: LoopGradients) -> Tensor:
     """d_beside [N, G*H]: the first cell's recurrent product at all steps."""
-    return found.d_gates[0][..., : x.weights[1].shape[0]].sum(1)
+    return _recurrent(loop, x, found.d_gates[0]).sum(1)
 
 
 def query_gradient(loop: LoopSpec, x: LoopTensors, kept: Kept, found: LoopGradients) -> Tensor:
     """d_w_query."""
     assert found.d_queries is not None and x.w_query is not None  # noqa: PT018
-    hs, d_w_query = _states(kept, loop.query_cell), x.w_query.new_empty(x.w_query.shape)
+    hs, d_w_query = _states(kept, loop.query_cell), torch.empty_like(x.w_query)
     weight_gradient(found.d_queries, hs[:, :-1] if loop.attend == "before" else hs[:, 1:], d_w_query)
     return d_w_query
 
@@ -134,12 +138,19 @@ def readout_gradients(
     """d_w_read, d_b_read."""
     if not (need.w_read or need.b_read) or found.d_read is None or x.w_read is None:
         return None, None
-    d_w = x.w_read.new_empty(x.w_read.shape)
-    d_b = None if x.b_read is None else x.b_read.new_empty(x.b_read.shape)
-    hs = _states(kept, -1)
-    seen = {"state": hs[:, 1:], "prev_state": hs[:, :-1], "context": kept[_CONTEXTS], "input": x.y}
-    for part, (at, end) in parts(loop, x).items():
-        read = seen[part]
-        assert read is not None
-        weight_gradient(found.d_read, masked(read, x.read_mask, at, end), d_w[:, at:end], None if at else d_b)
+    d_w, d_b = torch.empty_like(x.w_read), None if x.b_read is None else torch.empty_like(x.b_read)
+    read = _side_by_side([_part(part, x, kept) for part in loop.readout])
+    weight_gradient(found.d_read, read if x.read_mask is None else read * x.read_mask, d_w, d_b)
     return d_w if need.w_read else None, d_b if need.b_read else None
+
+
+def _part(part: str, x: LoopTensors, kept: Kept) -> Tensor:
+    """A part [N, T, ·] of a fed readout."""
+    if part == "input":
+        return x.y
+    if part == "context":
+        contexts = kept[_CONTEXTS]
+        assert contexts is not None
+        return contexts
+    hs = _states(kept, -1)
+    return hs[:, 1:] if part == "state" else hs[:, :-1]
