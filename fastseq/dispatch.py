@@ -26,11 +26,12 @@ class Operator(NamedTuple):
     refuses: str = "refuses"  # the modules' name for why they cannot run a call
 
 
-_DECODERS = {"reference": "decoder_reference"}
 OPERATORS = {
     "rnn": Operator("recurrent layer", {"cpu": "cpu", "torch": "stock", "reference": "reference"}),
-    "decoder": Operator("attention decoder", _DECODERS),
-    "attention": Operator("attention of several queries", _DECODERS, "refuses_attention"),
+    "decoder": Operator("attention decoder", {"reference": "decoder_reference"}),
+    "attention": Operator(
+        "attention of several queries", {"cpu": "decoder_cpu", "reference": "decoder_reference"}, "refuses_attention"
+    ),
 }
 BACKENDS = tuple(OPERATORS["rnn"].modules)
 _MODULES = tuple({module for operator in OPERATORS.values() for module in operator.modules.values()})
