@@ -235,6 +235,35 @@ void weight_gradient(int dtype, int64_t count, int64_t rows, int64_t columns, co
   kernels(of.dtype).weight_gradient(of, threads);
 }
 
+// sizes: memory rows, queries of each, source positions, units, features
+AttentionPass attention_pass(int dtype, const py::tuple& sizes, Address q, Address keys, Address memory, Address mask, Address v) {
+  const auto size = [&](int i) { return sizes[i].cast<int64_t>(); };
+  return {static_cast<DType>(dtype), size(0), size(1), size(2), size(3), size(4), at(q), at(keys), at(memory),
+          static_cast<const bool*>(at(mask)), at(v)};
+}
+
+void attention_forward(int dtype, const py::tuple& sizes, Address q, Address keys, Address memory, Address mask, Address v,
+                       Address context, Address weights, int threads) {
+  const AttentionForward pass{attention_pass(dtype, sizes, q, keys, memory, mask, v), at(context), at(weights)};
+  const py::gil_scoped_release released;
+  kernels(pass.dtype).attention_forward(pass, threads);
+}
+
+void attention_backward(int dtype, const py::tuple& sizes, Address q, Address keys, Address memory, Address mask, Address v,
+                        Address weights, Address d_context, Address d_weights, Address d_q, Address d_keys, Address d_memory,
+                        Address d_v, int threads) {
+  const AttentionBackward pass{attention_pass(dtype, sizes, q, keys, memory, mask, v),
+                               at(weights),
+                               at(d_context),
+                               at(d_weights),
+                               at(d_q),
+                               at(d_keys),
+                               at(d_memory),
+                               at(d_v)};
+  const py::gil_scoped_release released;
+  kernels(pass.dtype).attention_backward(pass, threads);
+}
+
 py::dict features() {
   py::dict result;
   for (const auto& [name, present] : cpu_features()) result[name] = present;
@@ -258,6 +287,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("product", &multiply<&Kernels::product>);
   m.def("input_gradient", &multiply<&Kernels::input_gradient>);
   m.def("weight_gradient", &weight_gradient);
+  m.def("attention_forward", &attention_forward);
+  m.def("attention_backward", &attention_backward);
   m.def("poison_scratch", &poison_scratch, "For tests: fill this thread's kept scratch memory with NaN.");
   m.def(
       "tile_rate", [](int dtype, int64_t repeats) {

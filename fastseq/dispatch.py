@@ -26,10 +26,10 @@ class Operator(NamedTuple):
     refuses: str = "refuses"  # the modules' name for why they cannot run a call
 
 
-_DECODERS = {"reference": "decoder_reference"}
+_DECODERS = {"cpu": "decoder_cpu", "reference": "decoder_reference"}
 OPERATORS = {
     "rnn": Operator("recurrent layer", {"cpu": "cpu", "torch": "stock", "reference": "reference"}),
-    "decoder": Operator("attention decoder", {"cpu": "decoder_cpu", **_DECODERS}),
+    "decoder": Operator("attention decoder", _DECODERS),
     "attention": Operator("attention of several queries", _DECODERS, "refuses_attention"),
 }
 BACKENDS = tuple(OPERATORS["rnn"].modules)

@@ -11,10 +11,25 @@ namespace FS_ISA {
 
 FS_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// All lanes folded into one by halves: a chain over them would take W additions.
+template <class F>
+FS_INLINE float fold_lanes(vf x, F&& f) {
+  for (int half = W / 2; half; half /= 2) {
+#if defined(__clang__)
+    vf other = x;
+    for (int i = 0; i < half; ++i) other[i] = x[i + half];
+#else
+    vi from;
+    for (int i = 0; i < W; ++i) from[i] = (i + half) % W;
+    const vf other = __builtin_shuffle(x, from);
+#endif
+    x = f(x, other);
+  }
+  return x[0];
+}
+
 FS_INLINE float sum_lanes(vf x) {
-  float total = 0;
-  for (int i = 0; i < W; ++i) total += x[i];
-  return total;
+  return fold_lanes(x, [](vf a, vf b) FS_LAMBDA { return a + b; });
 }
 
 FS_INLINE int lanes_left(int64_t at, int64_t total) { return total - at < W ? static_cast<int>(total - at) : W; }
@@ -65,18 +80,23 @@ FS_INLINE void score_row(const MemoryRow<T>& row, const float* query, const floa
   }
 }
 
-// In place: scores -> weights that sum to 1. `scores` has room for whole vectors.
+// In place: scores -> weights that sum to 1. `scores` has room for whole vectors, of which the rest becomes 0.
 FS_INLINE void softmax(float* scores, int64_t count) {
-  float most = -__builtin_inff();
-  for (int64_t i = 0; i < count; ++i) most = scores[i] > most ? scores[i] : most;
-  vf sums = {};
+  if (!count) return;
+  for (int64_t i = count; i % W; ++i) scores[i] = -__builtin_inff();
+  vf most = load_vector<vf>(scores), sums = {};
+  for (int64_t i = W; i < count; i += W) {
+    const vf x = load_vector<vf>(scores + i);
+    most = x > most ? x : most;
+  }
+  const vf top = splat(fold_lanes(most, [](vf a, vf b) FS_LAMBDA { return a > b ? a : b; }));
   for (int64_t i = 0; i < count; i += W) {
-    const int n = lanes_left(i, count);
-    store(scores + i, SimdMath::exp(load(scores + i, n) - most), n);
-    sums += load(scores + i, n);
+    const vf e = SimdMath::exp(load_vector<vf>(scores + i) - top);
+    store(scores + i, e, W);
+    sums += e;
   }
   const float scale = 1.f / sum_lanes(sums);
-  for (int64_t i = 0; i < count; ++i) scores[i] *= scale;
+  for (int64_t i = 0; i < count; i += W) store(scores + i, load_vector<vf>(scores + i) * scale, W);
 }
 
 // context [D padded] = sum of weights[i] memory[at[i]], or adds that; zero where nothing is attended to.

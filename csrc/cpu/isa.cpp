@@ -11,13 +11,16 @@
   void product(const Product&, int threads);                                                                  \
   void input_gradient(const Product&, int threads);                                                           \
   void weight_gradient(const WeightGradient&, int threads);                                                   \
+  void attention_forward(const AttentionForward&, int threads);                                               \
+  void attention_backward(const AttentionBackward&, int threads);                                             \
   double tile_rate(DType, int64_t repeats);                                                                   \
   bool holds(DType);                                                                                          \
   }
-#define FS_ENTRY(isa, supported) \
-  Kernels {                      \
-    #isa, supported, isa::holds, isa::rnn_forward, isa::rnn_backward, isa::decoder_forward, isa::decoder_backward, isa::product, \
-        isa::input_gradient, isa::weight_gradient, isa::tile_rate                               \
+#define FS_ENTRY(isa, supported)                                                                              \
+  Kernels {                                                                                                   \
+    #isa, supported, isa::holds, isa::rnn_forward, isa::rnn_backward, isa::decoder_forward, isa::decoder_backward, \
+        isa::product, isa::input_gradient, isa::weight_gradient, isa::attention_forward, isa::attention_backward, \
+        isa::tile_rate                                                                                        \
   }
 
 namespace fastseq {

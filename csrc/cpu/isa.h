@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention_pass.h"
 #include "decoder.h"
 #include "products.h"
 
@@ -21,6 +22,8 @@ struct Kernels {
   void (*product)(const Product&, int);
   void (*input_gradient)(const Product&, int);
   void (*weight_gradient)(const WeightGradient&, int);
+  void (*attention_forward)(const AttentionForward&, int);
+  void (*attention_backward)(const AttentionBackward&, int);
   double (*tile_rate)(DType, int64_t);
 };
 

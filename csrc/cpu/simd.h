@@ -164,6 +164,16 @@ FS_INLINE Exp2 split_exp2(vf t) {
 }
 #endif
 
+// 1 / x of a finite x >= 1, to the last place but one; a division takes twice as long.
+FS_INLINE vf reciprocal(vf x) {
+#if defined(__AVX512F__)
+  const vf estimate = _mm512_maskz_rcp14_ps(kAll, x);
+  return estimate * (2.f - x * estimate);
+#else
+  return 1.f / x;
+#endif
+}
+
 // The value type of csrc/cells.h on the CPU.
 struct SimdMath {
   using V = vf;

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ..ops.attention import attention as attend
+from ..ops import attention as ops
 from ..ops.decoder import LoopSpec, LoopTensors, decoder_loop
 from ..ops.linear import linear
 from ..ops.rnn import rnn_layer
-from ..spec import CellParams, DecoderOutput, DecoderSpec, DecoderState, LayerState
+from ..spec import AttentionParams, CellParams, DecoderOutput, DecoderSpec, DecoderState, Keys, LayerState
 from . import decoder_reference
-from .decoder_call import DecoderCall
+from .decoder_call import AttentionCall, DecoderCall
 
-__all__ = ["NAME", "Plan", "decoder", "plan", "refuses", "unavailable"]
+__all__ = ["NAME", "Plan", "attention", "decoder", "plan", "refuses", "refuses_attention", "unavailable"]
 
 NAME = "cpu"
 _MOST_CELLS = 16  # kMaxCells of csrc/cpu/decoder.h
@@ -78,14 +78,28 @@ def refuses(call: DecoderCall) -> str | None:
     return next(_obstacles(call), None)
 
 
-def _obstacles(call: DecoderCall) -> Iterator[str]:
-    spec, y = call.spec, call.y
-    if y.device.type != "cpu":
-        yield f"y is on {y.device}; these kernels run on the CPU"
-    if y.dtype not in (torch.float32, torch.bfloat16):
-        yield f"y is {y.dtype}; these kernels take float32 and bfloat16"
+def refuses_attention(call: AttentionCall) -> str | None:
+    return next(_obstacles_of_attention(call), None)
+
+
+def _obstacles_anywhere(name: str, t: Tensor) -> Iterator[str]:
+    if t.device.type != "cpu":
+        yield f"{name} is on {t.device}; these kernels run on the CPU"
+    if t.dtype not in (torch.float32, torch.bfloat16):
+        yield f"{name} is {t.dtype}; these kernels take float32 and bfloat16"
     if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
         yield "torch.jit.trace cannot record these kernels"
+
+
+def _obstacles_of_attention(call: AttentionCall) -> Iterator[str]:
+    yield from _obstacles_anywhere("the query", call.query)
+    if call.window is not None:
+        yield f"window={call.window}: local-p attention is not fused"
+
+
+def _obstacles(call: DecoderCall) -> Iterator[str]:
+    spec, y = call.spec, call.y
+    yield from _obstacles_anywhere("y", y)
     if spec.window is not None:
         yield f"window={spec.window}: local-p attention is not fused"
     if spec.query == "feed":
@@ -126,6 +140,13 @@ def _sizes(call: DecoderCall) -> dict[str, int]:
     }
 
 
+def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """All queries at once."""
+    if _transformed():
+        return decoder_reference.attention(call)
+    return _attend(call.query, call.keys, call.params, call.need_weights)
+
+
 def decoder(call: DecoderCall) -> DecoderOutput:
     """All steps: the loop, the layers above it, then attention and readout where they are not fed."""
     if _needs_reference(call):
@@ -155,7 +176,8 @@ def decoder(call: DecoderCall) -> DecoderOutput:
         below = out + below if spec.residual is not None and index >= spec.residual else out
         if todo.attends and index == spec.query_layer:
             queries = out if spec.attend == "after" else _before(call, index, out)
-            context, weights = _attend(call, queries)
+            assert call.params.attention is not None  # since the call was checked
+            context, weights = _attend(queries, call.keys, call.params.attention, call.need_weights)
     seen_by = {"state": below, "input": y} | ({} if context is None else {"context": context})
     if "prev_state" in spec.readout:
         seen_by["prev_state"] = hs[:, :-1] if todo.layers == spec.num_layers else _before(call, -1, out)
@@ -165,10 +187,14 @@ def decoder(call: DecoderCall) -> DecoderOutput:
 
 def _needs_reference(call: DecoderCall) -> bool:
     """Transforms, forward-mode gradients and gradients of masks: the kernels have none of these."""
-    return (
-        torch.autograd.forward_ad._current_level >= 0
-        or (not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None)
-        or (torch.is_grad_enabled() and any(mask is not None and mask.requires_grad for mask in call.masks))
+    masks = torch.is_grad_enabled() and any(mask is not None and mask.requires_grad for mask in call.masks)
+    return masks or _transformed()
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode gradients see this call: the kernels carry neither batches nor tangents."""
+    return torch.autograd.forward_ad._current_level >= 0 or (
+        not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 
@@ -219,12 +245,13 @@ def _before(call: DecoderCall, index: int, out: Tensor) -> Tensor:
     return torch.cat((call.state.layers[index][0].to(out.dtype)[:, None], out[:, :-1]), 1)
 
 
-def _attend(call: DecoderCall, queries: Tensor) -> tuple[Tensor, Tensor | None]:
-    (keys, memory, mask, _), params = call.keys, call.params.attention
-    assert params is not None and keys is not None and memory is not None  # noqa: PT018  (the call was checked)
-    if params.query is not None:
-        queries = linear(queries, params.query)
-    return attend(queries, keys, memory, mask, params.v, call.need_weights)
+def _attend(
+    queries: Tensor, of: Keys, params: AttentionParams, need_weights: bool
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    assert of.keys is not None  # since the call was checked
+    assert of.memory is not None
+    q = queries if params.query is None else linear(queries, params.query)
+    return ops.attention(q, of.keys, of.memory, of.mask, params.v, need_weights)
 
 
 def _readout(call: DecoderCall, parts: list[Tensor]) -> Tensor:

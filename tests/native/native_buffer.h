@@ -16,6 +16,7 @@ class Buffer {
   Buffer(DType dtype, int64_t count) : dtype_(dtype), bytes_(count * width(), 0xff) {}  // all ones is NaN in both types
 
   void* data() { return bytes_.data(); }
+  const void* data() const { return bytes_.data(); }
   int64_t count() const { return static_cast<int64_t>(bytes_.size()) / width(); }
 
   uint32_t bits(int64_t i) const {

@@ -17,6 +17,7 @@ inline void expect(bool condition, const std::string& what) {
 }
 
 void check_attention();
+void check_attention_of_sequences();
 void check_cells();
 void check_decoder();
 void check_products();

@@ -284,6 +284,7 @@ void agree_on_random_problems() {
 
 int main() {
   fastseq::check_attention();
+  fastseq::check_attention_of_sequences();
   fastseq::check_cells();
   fastseq::check_decoder();
   fastseq::check_products();
