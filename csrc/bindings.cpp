@@ -191,7 +191,8 @@ Decoder decoder_of(const py::dict& sizes, const py::dict& tensors, const py::lis
   d.weights = tensor.address("weights"), d.gates = tensor.address("gates"), d.cs = tensor.address<float>("cs");
   d.queries = tensor.address("queries"), d.read_saved = tensor.address("read_saved");
   if (!backward) {
-    d.memory_gates = tensor.address("memory_gates"), d.projected = tensor.address("projected"), d.read_input = tensor.address("read_input"), d.feed_n = tensor.address("feed_n");
+    d.memory_gates = tensor.address("memory_gates"), d.projected = tensor.address("projected");
+    d.read_input = tensor.address("read_input"), d.feed_n = tensor.address("feed_n");
     return d;
   }
   d.d_contexts = tensor.address("d_contexts"), d.d_outs = tensor.address("d_outs"), d.d_weights = tensor.address("d_weights");
@@ -215,6 +216,25 @@ void run_decoder_backward(const py::dict& sizes, const py::dict& tensors, const 
   kernels(decoder.dtype).decoder_backward(decoder, threads);
 }
 
+Tokens tokens(const py::tuple& v) {  // (address, inner size, outer stride, inner stride), strides in elements
+  return {at(v[0].cast<Address>()), v[1].cast<int64_t>(), v[2].cast<int64_t>(), v[3].cast<int64_t>()};
+}
+
+template <void (*Kernels::*Function)(const Product&, int)>
+void multiply(int dtype, int64_t count, int64_t depth, int64_t columns, const py::tuple& x, const py::tuple& out, Address w,
+              int64_t pitch, Address bias, bool add, int threads) {
+  const Product of{static_cast<DType>(dtype), count, depth, columns, tokens(x), tokens(out), at(w), pitch, at(bias), add};
+  const py::gil_scoped_release released;
+  (kernels(of.dtype).*Function)(of, threads);
+}
+
+void weight_gradient(int dtype, int64_t count, int64_t rows, int64_t columns, const py::tuple& dy, const py::tuple& x, Address d_w,
+                     int64_t pitch, Address d_b, int threads) {
+  const WeightGradient of{static_cast<DType>(dtype), count, rows, columns, tokens(dy), tokens(x), at(d_w), pitch, at(d_b)};
+  const py::gil_scoped_release released;
+  kernels(of.dtype).weight_gradient(of, threads);
+}
+
 py::dict features() {
   py::dict result;
   for (const auto& [name, present] : cpu_features()) result[name] = present;
@@ -235,6 +255,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("rnn_step_backward", &step_backward);
   m.def("decoder_forward", &run_decoder_forward);
   m.def("decoder_backward", &run_decoder_backward);
+  m.def("product", &multiply<&Kernels::product>);
+  m.def("input_gradient", &multiply<&Kernels::input_gradient>);
+  m.def("weight_gradient", &weight_gradient);
   m.def("poison_scratch", &poison_scratch, "For tests: fill this thread's kept scratch memory with NaN.");
   m.def(
       "tile_rate", [](int dtype, int64_t repeats) {

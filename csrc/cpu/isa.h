@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "decoder.h"
+#include "products.h"
 
 namespace fastseq {
 
@@ -17,6 +18,9 @@ struct Kernels {
   void (*backward)(const Shape&, const Sequence&, const BackwardPass*, int, int);
   void (*decoder_forward)(const Decoder&, int);
   void (*decoder_backward)(const Decoder&, int);
+  void (*product)(const Product&, int);
+  void (*input_gradient)(const Product&, int);
+  void (*weight_gradient)(const WeightGradient&, int);
   double (*tile_rate)(DType, int64_t);
 };
 
