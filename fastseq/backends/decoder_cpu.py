@@ -37,12 +37,10 @@ class Plan(NamedTuple):
     def __str__(self) -> str:
         if self.loop is None:
             return "nothing loops"
-        looped = [f"{self.layers} layer(s)"]
+        looped = ["1 layer" if self.layers == 1 else f"{self.layers} layers"]
         if self.loop.attend != "none":
             looped.append(f"attention ({self.loop.attend})")
-        if not self.reads:
-            looped.append("readout")
-        return ", ".join(looped) + " loop"
+        return f"loop of {', '.join(looped if self.reads else [*looped, 'readout'])}"
 
 
 def make_plan(spec: DecoderSpec) -> Plan:
