@@ -10,7 +10,7 @@ from .accelerate import accelerate
 from .dispatch import backends, use_backend
 from .errors import InputError
 from .explain import explain
-from .modules import GRU, LSTM, Attention, Bridge, Decoder, GRUCell, LocalP, LSTMCell
+from .modules import GRU, LSTM, Attention, Bridge, Decoder, Encoder, GRUCell, LocalP, LSTMCell
 from .patch import patch
 from .spec import DecoderOutput, DecoderSpec, DecoderState, Keys, Memory
 
@@ -23,6 +23,7 @@ __all__ = [
     "DecoderOutput",
     "DecoderSpec",
     "DecoderState",
+    "Encoder",
     "GRUCell",
     "InputError",
     "Keys",

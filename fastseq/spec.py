@@ -16,6 +16,7 @@ from .checks import lengths_on_cpu, need_tensor
 from .errors import InputError
 
 __all__ = [
+    "CELLS",
     "AttentionParams",
     "CellParams",
     "DecoderOutput",

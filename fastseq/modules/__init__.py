@@ -4,6 +4,7 @@ from .attention import Attention, LocalP
 from .bridge import Bridge
 from .cells import GRUCell, LSTMCell
 from .decoder import Decoder
+from .encoder import Encoder
 from .rnn import GRU, LSTM
 
-__all__ = ["GRU", "LSTM", "Attention", "Bridge", "Decoder", "GRUCell", "LSTMCell", "LocalP"]
+__all__ = ["GRU", "LSTM", "Attention", "Bridge", "Decoder", "Encoder", "GRUCell", "LSTMCell", "LocalP"]
