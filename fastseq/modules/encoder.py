@@ -20,8 +20,8 @@ class Encoder(nn.Module):
     """LSTM or GRU layers, batch first: forward(x, lengths) -> Memory.
 
     bidirectional: all layers, or an int, so many from the bottom (1: GNMT). residual: from the second layer on, a
-    layer's input is added to its output where both have one size (Wu et al. 2016, eq. 6). dropout: on the input of every
-    layer but the first. embedding: a module that makes x [B, S, input_size] of what `forward` is given, token ids say.
+    layer's input is added to its output where both have one size (Wu et al. 2016, eq. 6). dropout: on the input of
+    every layer but the first. embedding: a module that makes x [B, S, input_size] of token ids, or whatever is given.
     cell, backend: as for `Decoder` and `LSTM`; "gru_reset_before" is the encoder of Cho et al. 2014 and Bahdanau et al.
     2014. `output_size`: features D of the memory.
 
