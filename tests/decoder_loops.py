@@ -1,6 +1,6 @@
 """The presets of fastseq.Decoder as their papers and toolkits compute them: plain loops over steps.
 
-Each takes the decoder's parameters by their names in its state_dict, the target y [B, T, I] and a memory, and returns the
+Each takes the decoder's parameters by their state_dict names, the target y [B, T, I] and a memory, and returns the
 outputs [B, T, R], the weights [B, T, S] or None, and the last states and fed value by name. They share nothing with
 fastseq but those names, and look at one preset each, so that a preset's options are tested with it.
 """
