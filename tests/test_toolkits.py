@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fastseq
-from fastseq.spec import DropoutMasks, LayerState, Memory
+from fastseq.spec import DecoderOutput, DropoutMasks, LayerState, Memory
 from tests import toolkit_weights as weights
 from tests import toolkits
 from tests.oracle import Mismatch, Results, Terms, allow, compare, largest
@@ -38,10 +38,16 @@ class Kit:
     masks: tuple[str, ...] = ("none", "prefix")  # "holes": any positions, one of them at least
 
 
-def opennmt(cell: str, score: str, feed: bool = True) -> Kit:
+def opennmt(cell: str, score: str, feed: bool = True, bridge: bool = False) -> Kit:
+    """With a bridge H is even: two directions of the encoder."""
     dropouts = ("layers", "output") if feed else ("output",)  # without feeding, those between layers are torch's own
-    return Kit(partial(toolkits.OpenNMT, cell=cell, score=score, feed=feed), weights.opennmt, lambda n: replace(n, D=n.H),
-               leaves=LEAVES[cell], dropouts=dropouts)  # fmt: skip
+    make = partial(toolkits.OpenNMT, cell=cell, score=score, feed=feed, bridge=bridge)
+
+    def fit(n: Sizes) -> Sizes:
+        hidden = n.H + n.H % 2 if bridge else n.H
+        return replace(n, H=hidden, D=hidden)
+
+    return Kit(make, weights.opennmt, fit, leaves=LEAVES[cell], dropouts=dropouts)
 
 
 def joeynmt(cell: str, attention: str, input_feeding: bool = True, init_hidden: str = "bridge") -> Kit:
@@ -80,6 +86,8 @@ KITS = {
     "opennmt-mlp-gru": opennmt("gru", "mlp"),
     "opennmt-general-std": opennmt("lstm", "general", feed=False),
     "opennmt-mlp-std-gru": opennmt("gru", "mlp", feed=False),
+    "opennmt-general-bridge": opennmt("lstm", "general", bridge=True),
+    "opennmt-mlp-bridge-gru": opennmt("gru", "mlp", bridge=True),
     "fairseq": Kit(toolkits.Fairseq, weights.fairseq, state=lambda n: [n.D] * n.L, masks=ANY,
                    dropouts=("input", "layers", "output")),
     "fairseq-same-size": Kit(toolkits.Fairseq, weights.fairseq, lambda n: replace(n, D=n.H), masks=ANY),
@@ -101,7 +109,8 @@ KITS = {
     "nematus": Kit(toolkits.Nematus, weights.nematus, one_layer, leaves=1, prefix="v.", dropouts=("input",), masks=ANY),
     "bahdanau": Kit(toolkits.Bahdanau, weights.bahdanau, one_layer, lambda n: [n.D], 1, "v.", ("output",), ANY),
     "cho": Kit(toolkits.Cho, weights.cho, one_layer, lambda n: [n.D], 1, "v.", ("output",), ("none",)),
-    "luong-local": Kit(toolkits.LuongLocal, weights.luong_local, dropouts=("layers", "output")),
+    "luong-local": Kit(toolkits.LuongLocal, weights.luong_local, lambda n: replace(n, A=n.H),
+                       dropouts=("layers", "output")),
     "sutskever": Kit(toolkits.Sutskever, weights.sutskever, masks=("none",)),
 }  # fmt: skip
 SIZES = {
@@ -165,14 +174,19 @@ class Problem:
         decoder, memory = self.converted(t), self.memory(t)
         decoder = decoder if fault is None else fault(decoder)
         masks = DropoutMasks(*(m if m is None else m.to(t["y"].dtype) for m in self.masks))
-        output, state, seen = fastseq.functional.attention_decoder(
+        return named(fastseq.functional.attention_decoder(
             t["y"], decoder.keys(memory), decoder.state(memory), decoder.params(), decoder.spec, dropout_masks=masks,
             need_weights=True,
-        )  # fmt: skip
-        named = {"out": output} | ({} if seen is None else {"weights": seen})
-        for index, layer in enumerate(state.layers):
-            named |= {f"{letter}_n.{index}": leaf for letter, leaf in zip("hc", layer, strict=False)}
-        return named if state.feed is None else named | {"f_n": state.feed}
+        ))  # fmt: skip
+
+
+def named(result: DecoderOutput) -> Results:
+    """A decoder's results by the names of `toolkits`."""
+    output, state, seen = result
+    found = {"out": output} | ({} if seen is None else {"weights": seen})
+    for index, layer in enumerate(state.layers):
+        found |= {f"{letter}_n.{index}": leaf for letter, leaf in zip("hc", layer, strict=False)}
+    return found if state.feed is None else found | {"f_n": state.feed}
 
 
 def draw_mask(kind: str, n: Sizes, g: torch.Generator) -> Tensor | None:
@@ -335,7 +349,7 @@ def test_feeding_before_dropout_is_noticed(name: str) -> None:
         problem.masks = problem.masks._replace(output=factors)
         return results | {"out": results["out"] * factors}
 
-    if problem.converted({n: t for n, t in problem.tensors.items()}).spec.feed is None:
+    if problem.converted(problem.tensors).spec.feed is None:
         check_exactly(late, problem)  # nothing is fed, and the two are one
         return
     with pytest.raises(Mismatch, match="out errs by"):

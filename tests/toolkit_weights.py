@@ -19,6 +19,7 @@ __all__ = ["Converted", "Score", "bahdanau", "bentrevett", "cho", "fairseq", "gn
 
 Weights = Mapping[str, Tensor]
 Start = Callable[[Memory], tuple[LayerState, ...]]
+KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class Score(NamedTuple):
@@ -43,6 +44,12 @@ class Score(NamedTuple):
             v = self.norm * v / v.norm()
         return AttentionParams(self.query, v, self.window)
 
+    def named(self) -> dict[str, Tensor | None]:
+        w_p, v_p = self.window or (None, None)
+        own = {"weight_memory": self.key, "weight_query": self.query, "bias": self.query_bias, "v": self.v,
+               "g": self.norm, "scale": self.scale, "weight_window": w_p, "v_window": v_p}  # fmt: skip
+        return {f"attention.{name}": t for name, t in own.items()}
+
 
 def as_they_come(memory: Memory) -> tuple[LayerState, ...]:
     """Every layer from the encoder's state of that layer."""
@@ -60,6 +67,7 @@ class Converted(NamedTuple):
     transition: CellParams | None = None
     context_hidden: Tensor | None = None
     context: Callable[[Memory], Tensor] | None = None  # the fixed one, without attention
+    bridge: Weights = {}  # the parameters of `start` and `context`, by their names in `fastseq.Decoder`
 
     def keys(self, memory: Memory) -> Keys:
         if self.score is not None:
@@ -69,6 +77,17 @@ class Converted(NamedTuple):
     def params(self) -> DecoderParams:
         attention = None if self.score is None else self.score.params()
         return DecoderParams(self.layers, self.transition, self.context_hidden, attention, self.readout)
+
+    def named(self) -> dict[str, Tensor]:
+        """The parameters of a `fastseq.Decoder`, by their names there."""
+        cells = {f"l{index}": layer for index, layer in enumerate(self.layers)}
+        if self.transition is not None:
+            cells["transition"] = self.transition
+        found = {f"{kind}_{suffix}": t for suffix, cell in cells.items() for kind, t in zip(KINDS, cell, strict=True)}
+        found["weight_ch_l0"] = self.context_hidden
+        found |= zip(("readout.weight", "readout.bias"), self.readout or (None, None), strict=True)
+        found |= {} if self.score is None else self.score.named()
+        return {name: t for name, t in found.items() if t is not None} | self.bridge
 
     def state(self, memory: Memory) -> DecoderState:
         """What is fed back starts at 0."""
@@ -82,9 +101,9 @@ class Converted(NamedTuple):
 
 def torch_cells(weights: Weights, form: str) -> tuple[CellParams, ...]:
     """Layers of torch's parameters, whose gates and order are fastseq's; `form` takes the kind and the layer."""
-    kinds, layers = ("weight_ih", "weight_hh", "bias_ih", "bias_hh"), []
-    while form.format(kinds[0], len(layers)) in weights:
-        layers.append(tuple(weights[form.format(kind, len(layers))] for kind in kinds))
+    layers: list[CellParams] = []
+    while form.format(KINDS[0], len(layers)) in weights:
+        layers.append(tuple(weights[form.format(kind, len(layers))] for kind in KINDS))
     return tuple(layers)
 
 
@@ -108,39 +127,68 @@ def opennmt(weights: Weights) -> Converted:
     readout = weights["attn.linear_out.weight"], weights.get("attn.linear_out.bias")
     spec = DecoderSpec(cell_of(layers[0]), len(layers), attend="after", feed="output" if feed else None,
                        combine="tanh" if score.v is None else "linear")  # fmt: skip
-    return Converted(spec, layers, score=score, readout=readout)
+    bridge = opennmt_bridge(weights, len(layers) * layers[0][1].shape[1])
+
+    def start(memory: Memory) -> tuple[LayerState, ...]:
+        if not bridge:
+            return memory.state
+        leaves = [torch.cat(leaf, 1) for leaf in zip(*memory.state, strict=True)]  # [B, L * H]
+        made = [linear(leaf, bridge[f"bridge.{letter}.0.weight"], bridge[f"bridge.{letter}.0.bias"]).relu()
+                for letter, leaf in zip("hc", leaves, strict=False)]  # fmt: skip
+        return tuple(zip(*(leaf.chunk(len(layers), 1) for leaf in made), strict=True))
+
+    return Converted(spec, layers, start, score, readout, bridge=bridge)
+
+
+def opennmt_bridge(weights: Weights, size: int) -> Weights:
+    """The encoder's "bridge.0" (h) and "bridge.1" (c) as joint maps over all layers' `size` features.
+
+    A bidirectional encoder's is made for half of them and applied to either half: the same block twice.
+    """
+    joint = {}
+    for index, letter in enumerate("hc"):
+        if f"bridge.{index}.weight" in weights:
+            weight, bias = weights[f"bridge.{index}.weight"], weights[f"bridge.{index}.bias"]
+            blocks = size // len(bias)
+            joint[f"bridge.{letter}.0.weight"] = torch.block_diag(*[weight] * blocks)
+            joint[f"bridge.{letter}.0.bias"] = bias.repeat(blocks)
+    return joint
 
 
 def fairseq(weights: Weights) -> Converted:
     """fairseq's lstm, under "decoder.": general score of the query's projection, readout of (context, state)."""
     layers = torch_cells(weights, "layers.{1}.{0}")
-    project = [(weights[f"encoder_{name}_proj.weight"], weights[f"encoder_{name}_proj.bias"])
-               for name in ("hidden", "cell") if f"encoder_{name}_proj.weight" in weights]  # fmt: skip
+    sides = {"h": "encoder_hidden_proj", "c": "encoder_cell_proj"}
+    bridge = {f"bridge.{letter}.0.{kind}": weights[f"{name}.{kind}"] for letter, name in sides.items()
+              for kind in ("weight", "bias") if f"{name}.{kind}" in weights}  # fmt: skip
 
     def start(memory: Memory) -> tuple[LayerState, ...]:
         """h and c of every layer through one projection each, where the encoder has another size."""
-        if not project:
+        if not bridge:
             return memory.state
-        return tuple(tuple(linear(leaf, *p) for leaf, p in zip(layer, project, strict=True)) for layer in memory.state)
+        maps = [(bridge[f"bridge.{letter}.0.weight"], bridge[f"bridge.{letter}.0.bias"]) for letter in "hc"]
+        return tuple(tuple(linear(leaf, *m) for leaf, m in zip(layer, maps, strict=True)) for layer in memory.state)
 
     spec = DecoderSpec("lstm", len(layers), attend="after", feed="output", combine="tanh")
     score = Score(weights["attention.input_proj.weight"].T)
-    return Converted(spec, layers, start, score, (weights["attention.output_proj.weight"], None))
+    return Converted(spec, layers, start, score, (weights["attention.output_proj.weight"], None), bridge=bridge)
 
 
 def joeynmt(weights: Weights, input_feeding: bool = True, init_hidden: str = "bridge") -> Converted:
     """JoeyNMT, under "decoder.": readout of (state, context) with bias; "luong" projects the key.
 
-    All layers start from the encoder's top layer, an LSTM's c as its h: "bridge" through one tanh layer, "last" from
-    the state itself or, of a bidirectional encoder, its forward half.
+    All layers start from the encoder's top layer, an LSTM's c as its h: "bridge" from both directions through one tanh
+    layer, "last" from the state itself or, of a bidirectional encoder, its forward half.
     """
     layers = torch_cells(weights, "rnn.{0}_l{1}")
     cell, hidden = cell_of(layers[0]), layers[0][1].shape[1]
 
+    bridge = one_map(weights, "bridge_layer") if init_hidden == "bridge" else {}
+
     def start(memory: Memory) -> tuple[LayerState, ...]:
         h = memory.state[-1][0]
         if init_hidden == "bridge":
-            h = linear(h, weights["bridge_layer.weight"], weights["bridge_layer.bias"]).tanh()
+            h = linear(h, bridge["bridge.h.0.weight"], bridge["bridge.h.0.bias"]).tanh()
         elif init_hidden == "zero":
             h = h.new_zeros(len(h), hidden)
         layer = (h[:, :hidden],) * (2 if cell == "lstm" else 1)
@@ -150,7 +198,13 @@ def joeynmt(weights: Weights, input_feeding: bool = True, init_hidden: str = "br
     score = Score(weights["attention.key_layer.weight"], query, v=None if v is None else v[0])
     spec = DecoderSpec(cell, len(layers), attend="after", feed="output" if input_feeding else None,
                        readout=("state", "context"), combine="tanh")  # fmt: skip
-    return Converted(spec, layers, start, score, (weights["att_vector_layer.weight"], weights["att_vector_layer.bias"]))
+    readout = weights["att_vector_layer.weight"], weights["att_vector_layer.bias"]
+    return Converted(spec, layers, start, score, readout, bridge=bridge)
+
+
+def one_map(weights: Weights, name: str) -> Weights:
+    """A Linear of this name as the only map of a bridge."""
+    return {f"bridge.h.0.{kind}": weights[f"{name}.{kind}"] for kind in ("weight", "bias")}
 
 
 def tensorflow_cells(weights: Weights, hidden: int) -> tuple[str, tuple[CellParams, ...]]:
@@ -215,7 +269,7 @@ def bentrevett(weights: Weights) -> Converted:
 
     score = Score(energy[:, hidden:], energy[:, :hidden], weights["attn.bias"], weights["v.weight"][0])
     spec = DecoderSpec("gru", context_to="first", readout=("state", "context", "input"))
-    return Converted(spec, layers, start, score)
+    return Converted(spec, layers, start, score, bridge=one_map(weights, "encoder_fc"))
 
 
 def nematus(weights: Weights) -> Converted:
@@ -244,7 +298,8 @@ def nematus(weights: Weights) -> Converted:
 
     score = Score(weights["Wc_att"].T, weights["W_comb_att"].T, weights["b_att"], weights["U_att"][:, 0])
     spec = DecoderSpec("gru", attend="between", readout=("input", "state", "context"), combine="tanh")
-    return Converted(spec, (first,), start, score, (readout, bias), second)
+    bridge = {"bridge.h.0.weight": weights["ff_state_W"].T, "bridge.h.0.bias": weights["ff_state_b"]}
+    return Converted(spec, (first,), start, score, (readout, bias), second, bridge=bridge)
 
 
 def gates_of_papers(weights: Weights, names: str, z_is_new: bool) -> tuple[Tensor, Tensor]:
@@ -265,6 +320,11 @@ def unbiased(w_ih: Tensor, w_hh: Tensor) -> CellParams:
     return w_ih, w_hh, zeros, zeros
 
 
+def unbiased_map(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """A map without the bias that its place has: 0."""
+    return {f"{name}.weight": weight, f"{name}.bias": weight.new_zeros(len(weight))}
+
+
 def bahdanau(weights: Weights) -> Converted:
     """Bahdanau et al. 2014, A.1.2 and A.2.2: readout of (s_{i-1}, E y_{i-1}, c_i)."""
     layer = unbiased(*gates_of_papers(weights, "WC", z_is_new=True))
@@ -275,7 +335,8 @@ def bahdanau(weights: Weights) -> Converted:
     readout = torch.cat([weights[name] for name in ("U_o", "V_o", "C_o")], 1)
     spec = DecoderSpec("gru_reset_before", context_to="first", readout=("prev_state", "input", "context"),
                        combine="maxout")  # fmt: skip
-    return Converted(spec, (layer,), start, Score(weights["U_a"], weights["W_a"], v=weights["v_a"]), (readout, None))
+    score = Score(weights["U_a"], weights["W_a"], v=weights["v_a"])
+    return Converted(spec, (layer,), start, score, (readout, None), bridge=unbiased_map("bridge.h.0", weights["W_s"]))
 
 
 def cho(weights: Weights) -> Converted:
@@ -292,9 +353,9 @@ def cho(weights: Weights) -> Converted:
     readout = torch.cat([weights[name] for name in ("O_h", "O_y", "O_c")], 1)
     spec = DecoderSpec("gru", attention=False, context_to="first", context_side="hidden",
                        readout=("state", "input", "context"), combine="maxout")  # fmt: skip
-    return Converted(
-        spec, (layer,), start, readout=(readout, None), context_hidden=beside, context=summary
-    )
+    bridge = unbiased_map("summary", weights["V"]) | unbiased_map("bridge.h.0", weights["V'"])
+    return Converted(spec, (layer,), start, readout=(readout, None), context_hidden=beside, context=summary,
+                     bridge=bridge)  # fmt: skip
 
 
 def luong_local(weights: Weights, window: int = 2) -> Converted:

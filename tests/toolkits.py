@@ -71,9 +71,14 @@ def gathered(outs: Sequence[Tensor], weights: Sequence[Tensor], layers: Sequence
 
 
 class OpenNMT(nn.Module):
-    """OpenNMT-py's InputFeedRNNDecoder, without `feed` its StdRNNDecoder, and GlobalAttention. Time-major; D = A = H."""
+    """OpenNMT-py's InputFeedRNNDecoder, without `feed` its StdRNNDecoder, and GlobalAttention. Time-major; D = A = H.
 
-    def __init__(self, n: Sizes, cell: str = "lstm", score: str = "general", feed: bool = True) -> None:
+    The encoder's bridge, of two directions: one Linear for h and one for c, over all layers' H / 2 features.
+    """
+
+    def __init__(
+        self, n: Sizes, cell: str = "lstm", score: str = "general", feed: bool = True, bridge: bool = False
+    ) -> None:
         super().__init__()
         self.feed, self.score, size = feed, score, n.H
         if feed:
@@ -88,11 +93,20 @@ class OpenNMT(nn.Module):
             parts["linear_context"] = nn.Linear(size, size, bias=False)
             parts["linear_query"] = nn.Linear(size, size, bias=True)
             parts["v"] = nn.Linear(size, 1, bias=False)
-        self.attn = nn.ModuleDict(parts)
+        self.attn, total = nn.ModuleDict(parts), n.L * size // 2
+        self.bridge = nn.ModuleList(nn.Linear(total, total) for _ in range(2 if cell == "lstm" else 1) if bridge)
+
+    def across(self, layers: list[LayerState]) -> list[LayerState]:
+        """The bridge: the layers' halves side by side, [B, 2 L, H / 2], are cut into two rows of L halves each."""
+        leaves = []
+        for linear, states in zip(self.bridge, zip(*layers, strict=True), strict=True):
+            halves = torch.stack(states, 1)  # [B, L, H]
+            leaves.append(linear(halves.reshape(-1, linear.in_features)).relu().view_as(halves).unbind(1))
+        return list(zip(*leaves, strict=True))
 
     def forward(self, y: Tensor, memory: Memory, masks: DropoutMasks) -> Results:
         emb, bank = y.transpose(0, 1), memory.out.transpose(0, 1)
-        layers = list(memory.state)
+        layers = self.across(list(memory.state)) if len(self.bridge) else list(memory.state)
         if not self.feed:
             return self.without_feed(emb, bank, memory, masks)
         feed, outs, aligned = emb.new_zeros(emb.shape[1], bank.shape[2]), [], []
@@ -356,7 +370,7 @@ class Bahdanau(nn.Module):
             energy = torch.tanh((s @ v["W_a"])[:, None] + projected) @ v["v_a"]
             a = (energy if memory.mask is None else energy.masked_fill(~memory.mask, -torch.inf)).softmax(1)
             c = torch.einsum("bs,bsd->bd", a, memory.out)
-            both = torch.cat((s @ v["U_o"] + e @ v["V_o"] + c @ v["C_o"],), 1)  # of the previous state
+            both = s @ v["U_o"] + e @ v["V_o"] + c @ v["C_o"]  # s is the previous state
             outs.append(torch.maximum(both[:, 0::2], both[:, 1::2]) * at(masks.output, t))
             z = torch.sigmoid(e @ v["W_z"] + s @ v["U_z"] + c @ v["C_z"])
             r = torch.sigmoid(e @ v["W_r"] + s @ v["U_r"] + c @ v["C_r"])
