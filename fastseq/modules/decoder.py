@@ -212,6 +212,8 @@ class Decoder(Presets):
         """
         if need_tensor("y", y).dim() != 2:
             raise InputError(f"y of a step has shape {tuple(y.shape)}, {y.dim()}-D; expected [N, I]")
+        if not isinstance(keys, Keys):
+            raise TypeError(f"keys must be a fastseq.Keys, got {type(keys).__name__}; pass prepare(memory), made once")
         call = self._call(y[:, None], keys, state, need_weights, _draw)
         output, state, weights = run_decoder(call, self.backend)
         return DecoderOutput(output[:, 0], state, None if weights is None else weights[:, 0])
@@ -397,10 +399,12 @@ def _cell(module: nn.Module, names: tuple[str, ...]) -> CellParams:
 
 
 def _repeated(state: DecoderState, rows: int) -> DecoderState:
-    """For N = B * k rows each of the B rows k times. What is no multiple is left for the check of the call."""
+    """For N = B * k rows each of the B rows k times."""
     batch = state.layers[0][0].shape[0]
-    if rows == batch or batch == 0 or rows % batch:
+    if rows == batch:
         return state
+    if batch == 0 or rows % batch:
+        raise InputError(f"y has N={rows} rows, the memory B={batch}; N must be a multiple of B")
     return mapped(lambda t: t.repeat_interleave(rows // batch, 0), state)
 
 
