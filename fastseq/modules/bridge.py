@@ -4,7 +4,8 @@ Sutskever et al. 2014    every layer's last state: Bridge()
 Bahdanau et al. 2014     A.2.2, tanh(W_s h) of the backward direction's last: Bridge("backward", act="tanh")
 Nematus                  tanh of the memory's mean: Bridge("mean", act="tanh")
 OpenNMT-py               one map over all layers: Bridge(map="joint", act="relu")
-JoeyNMT                  one value for all layers: Bridge("top_forward", map="shared", act="tanh", cell="same")
+JoeyNMT                  one value for all layers: Bridge("top", map="shared", act="tanh", cell="same")
+fairseq                  where sizes differ, one map for all layers' h and one for their c: Bridge(map="shared")
 """
 
 from collections.abc import Callable

@@ -74,16 +74,21 @@ class Presets(nn.Module):
 
     @classmethod
     def fairseq(cls: type[Made], input_size: int, hidden_size: int, num_layers: int = 1, **options: Any) -> Made:
-        """fairseq's LSTM: `luong`; each layer's first h and c are linear maps of the encoder's."""
-        preset = INPUT_FEEDING | {"attention": "general", "combine": "tanh", "bridge": Bridge(map="per_layer")}
+        """fairseq's LSTM: `luong`; an encoder of another size is mapped by one linear layer for h and one for c."""
+        memory_size = options.get("memory_size") or getattr(options.get("attention"), "memory_size", hidden_size)
+        bridge = Bridge(map="copy" if memory_size == hidden_size else "shared")
+        preset = INPUT_FEEDING | {"attention": "general", "combine": "tanh", "bridge": bridge}
         return cls(input_size, hidden_size, num_layers, **(preset | options))
 
     @classmethod
     def joeynmt(cls: type[Made], input_size: int, hidden_size: int, num_layers: int = 1, **options: Any) -> Made:
-        """JoeyNMT: `luong` with the additive score, tanh(W [s; c] + b), and one first state for all layers."""
+        """JoeyNMT: `luong` with the additive score, tanh(W [s; c] + b), and one first state for all layers.
+
+        Its "last" instead of "bridge": bridge=Bridge("top_forward", cell="same").
+        """
         preset = INPUT_FEEDING | {
             "attention": "additive", "readout": ("state", "context"), "combine": "tanh", "combine_bias": True,
-            "bridge": Bridge("top_forward", map="shared", act="tanh", cell="same"),
+            "bridge": Bridge("top", map="shared", act="tanh", cell="same"),
         }  # fmt: skip
         return cls(input_size, hidden_size, num_layers, **(preset | options))
 
