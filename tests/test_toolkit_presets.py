@@ -11,21 +11,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastseq import Attention, Bridge, Decoder, LocalP
+from fastseq import Attention, Bridge, Decoder, Encoder, LocalP
 from fastseq.spec import DropoutMasks
 from tests.oracle import Results
-from tests.test_toolkits import KITS, SIZES, Problem, check_exactly, named
+from tests.toolkit_joeynmt import joeynmt
+from tests.toolkit_oracle import KITS, SIZES, Problem, Step, check_exactly, named
+from tests.toolkit_weights import joeynmt as from_joeynmt
 from tests.toolkits import Sizes
 
 Build = Callable[..., Decoder]  # of Sizes, and options of Decoder
 
 
-def preset(method: Callable[..., Decoder], sized: Callable[[Sizes], dict[str, Any]] | None = None, **chosen: Any) -> Build:
+def nothing(n: Sizes) -> dict[str, Any]:
+    return {}
+
+
+def preset(method: Build, sized: Callable[[Sizes], dict[str, Any]] = nothing, **chosen: Any) -> Build:
     """The class method with a toolkit's sizes; `sized` makes options of them."""
 
     def build(n: Sizes, **options: Any) -> Decoder:
-        made = chosen if sized is None else chosen | sized(n)
-        return method(n.I, n.H, n.L, memory_size=n.D, **(made | options))
+        return method(n.I, n.H, n.L, memory_size=n.D, **(chosen | sized(n) | options))
 
     return build
 
@@ -79,7 +84,7 @@ PRESETS: dict[str, Build] = {
 OPTIONS = {"input": "input_dropout", "layers": "dropout", "readout": "readout_dropout", "output": "output_dropout"}
 
 
-def step_of(problem: Problem, decoder: Decoder, seed: int = 0) -> Callable[[dict[str, Tensor]], Results]:
+def step_of(problem: Problem, decoder: Decoder, seed: int = 0) -> Step:
     """The results of `decoder` with the toolkit's weights in the place of its own."""
 
     def step(t: dict[str, Tensor]) -> Results:
@@ -135,3 +140,26 @@ def test_steps(name: str) -> None:
             output, state, weights = decoder.step(y, keys, state, need_weights=True)
             torch.testing.assert_close(output, truth["out"][:, t], rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(weights, truth["weights"][:, t], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_joeynmt_from_source_to_logits(cell: str) -> None:
+    """Its encoder, decoder and output layer together: what the one hands to the other is the same too."""
+    hidden, layers, lengths = 6, 2, [5, 3, 2]
+    theirs = joeynmt("encoders").RecurrentEncoder(rnn_type=cell, hidden_size=hidden, emb_size=4, num_layers=layers)
+    decoder = joeynmt("decoders").RecurrentDecoder(rnn_type=cell, emb_size=7, hidden_size=8, encoder=theirs,
+                                                   num_layers=layers, vocab_size=10)  # fmt: skip
+    ours = Encoder(4, hidden, layers, cell=cell, bidirectional=True)
+    ours.load_state_dict({f"layers.{name.split('_l')[1][0]}.{name.replace('_l1', '_l0')}": t
+                          for name, t in theirs.rnn.state_dict().items()})  # fmt: skip
+    preset = Decoder.joeynmt(7, 8, layers, memory_size=2 * hidden, cell=cell)
+    preset.load_state_dict(from_joeynmt(decoder.state_dict()).named())
+    for module in (theirs, decoder, ours, preset):
+        module.double()
+    src, trg = torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(3, 6, 7, dtype=torch.float64)
+    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+    out, last = theirs(src, torch.tensor(lengths), mask)
+    logits, _, attended, _ = decoder(trg, out, last, mask[:, None], trg.shape[1])
+    output, _, weights = preset(trg, ours(src, lengths), need_weights=True)
+    torch.testing.assert_close(decoder.output_layer(output), logits, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(weights, attended, rtol=1e-12, atol=1e-12)

@@ -6,6 +6,7 @@ toolkit's weights can be compared, and takes the decoder's names without their c
 """
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -67,7 +68,9 @@ class Converted(NamedTuple):
     transition: CellParams | None = None
     context_hidden: Tensor | None = None
     context: Callable[[Memory], Tensor] | None = None  # the fixed one, without attention
-    bridge: Weights = {}  # the parameters of `start` and `context`, by their names in `fastseq.Decoder`
+    bridge: Weights = MappingProxyType(
+        {}
+    )  # the parameters of `start` and `context`, by their names in `fastseq.Decoder`
 
     def keys(self, memory: Memory) -> Keys:
         if self.score is not None:
@@ -87,7 +90,7 @@ class Converted(NamedTuple):
         found["weight_ch_l0"] = self.context_hidden
         found |= zip(("readout.weight", "readout.bias"), self.readout or (None, None), strict=True)
         found |= {} if self.score is None else self.score.named()
-        return {name: t for name, t in found.items() if t is not None} | self.bridge
+        return {name: t for name, t in found.items() if t is not None} | dict(self.bridge)
 
     def state(self, memory: Memory) -> DecoderState:
         """What is fed back starts at 0."""
@@ -260,7 +263,7 @@ def gnmt(weights: Weights) -> Converted:
 
 
 def bentrevett(weights: Weights) -> Converted:
-    """The biased energy over [s; h] is a query's and a key's projection; the readout's parts (state, context, input)."""
+    """The biased energy over [s; h] is a query's and a key's projection; the readout is (state, context, input)."""
     layers, energy = torch_cells(weights, "rnn.{0}_l{1}"), weights["attn.weight"]
     hidden = layers[0][1].shape[1]
 

@@ -2,27 +2,22 @@
 
 Written from the formulas alone; nothing here is shared with fastseq but the vocabulary of `fastseq.spec`. Every model
 takes y [B, T, I], the encoder's result and the factors of its dropouts, and gives its results by name: out, weights,
-h_n.<layer>, c_n.<layer>, and f_n, what is fed back. JoeyNMT's own decoder stands beside them.
+h_n.<layer>, c_n.<layer>, and f_n, what is fed back.
 
 Letters: B rows, T steps, S source positions, I input, H hidden, D memory, A attention units, R readout, L layers.
 """
 
-import importlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from types import ModuleType, SimpleNamespace
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from fastseq.spec import DropoutMasks, LayerState, Memory
 from tests.oracle import Results
 
-__all__ = ["GNMT", "Bahdanau", "Bentrevett", "Cho", "Fairseq", "Joey", "LuongLocal", "Nematus", "OpenNMT", "Sizes",
-           "Sutskever", "TensorflowNMT"]  # fmt: skip
+__all__ = ["GNMT", "Bahdanau", "Bentrevett", "Cho", "Fairseq", "LuongLocal", "Nematus", "OpenNMT", "Sizes",
+           "Sutskever", "TensorflowNMT", "gathered"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -269,7 +264,8 @@ class GNMT(TensorflowNMT):
 
     def forward(self, y: Tensor, memory: Memory, masks: DropoutMasks) -> Results:
         bottom, *upper = memory.state
-        layers = [tuple(leaf.chunk(2, 1)[1] for leaf in bottom), *upper]  # of the bidirectional layer, the backward half
+        backward = tuple(leaf.chunk(2, 1)[1] for leaf in bottom)  # of two directions
+        layers = [backward, *upper]
         context, outs, aligned = torch.zeros_like(memory.out[:, 0]), [], []
         for inputs in y.unbind(1):
             layers[0] = self.cell(0, torch.cat((inputs, context), 1), layers[0])
@@ -449,43 +445,3 @@ class Sutskever(nn.Module):
         h0, c0 = (torch.stack([layer[k] for layer in memory.state]) for k in (0, 1))
         out, (h, c) = self.rnn(y.transpose(0, 1), (h0, c0))
         return gathered(list(out), [], list(zip(h, c, strict=True)))
-
-
-class Factors(nn.Module):
-    """In the place of a dropout: the factors given, one step after another."""
-
-    def __init__(self, factors: Tensor | None) -> None:
-        super().__init__()
-        self.factors, self.step = factors, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.step += 1
-        return x if self.factors is None else x * self.factors[:, self.step - 1, None]
-
-
-class Joey(nn.Module):
-    """JoeyNMT's own RecurrentDecoder; A = R = H."""
-
-    def __init__(self, n: Sizes, cell: str = "lstm", **options: object) -> None:
-        super().__init__()
-        encoder = SimpleNamespace(output_size=n.D)  # nothing else of it is asked for
-        self.decoder = joeynmt_decoders().RecurrentDecoder(
-            rnn_type=cell, emb_size=n.I, hidden_size=n.H, encoder=encoder, num_layers=n.L, vocab_size=1, **options
-        )
-
-    def forward(self, y: Tensor, memory: Memory, masks: DropoutMasks) -> Results:
-        self.decoder.hidden_dropout = Factors(masks.readout)
-        mask = torch.ones_like(memory.out[:, :, 0], dtype=torch.bool) if memory.mask is None else memory.mask
-        _, hidden, weights, vectors = self.decoder(y, memory.out, memory.state[-1][0], mask[:, None], y.shape[1])
-        leaves = hidden if isinstance(hidden, tuple) else (hidden,)
-        layers = list(zip(*(leaf.unbind(1) for leaf in leaves), strict=True))
-        feed = vectors[:, -1] if self.decoder.input_feeding else None
-        return gathered(vectors.unbind(1), weights.unbind(1), layers, feed)
-
-
-@cache
-def joeynmt_decoders() -> ModuleType:
-    """joeynmt.decoders. The package names TensorBoard's writer in an annotation: a stand-in spares its installation."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=None))
-        return importlib.import_module("joeynmt.decoders")
