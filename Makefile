@@ -72,6 +72,9 @@ $(STAMPS)/demo: $(STAMPS)/torch pyproject.toml
 	FASTSEQ_NATIVE=0 $(PIP) --no-build-isolation -e '.[demo]'
 	touch $@
 
+# JoeyNMT for its decoder alone, which the tests compare with: what that imports is in the dev extra. All of its
+# requirements would bring TensorBoard, pandas, datasets and an old protobuf along.
 $(STAMPS)/dev: $(STAMPS)/torch pyproject.toml
 	FASTSEQ_NATIVE=0 $(PIP) --no-build-isolation -e '.[dev]'
+	$(PIP) --no-deps joeynmt==2.3.0
 	touch $@

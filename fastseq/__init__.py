@@ -10,15 +10,26 @@ from .accelerate import accelerate
 from .dispatch import backends, use_backend
 from .errors import InputError
 from .explain import explain
-from .modules import GRU, LSTM, GRUCell, LSTMCell
+from .modules import GRU, LSTM, Attention, Bridge, Decoder, Encoder, GRUCell, LocalP, LSTMCell
 from .patch import patch
+from .spec import DecoderOutput, DecoderSpec, DecoderState, Keys, Memory
 
 __all__ = [
     "GRU",
     "LSTM",
+    "Attention",
+    "Bridge",
+    "Decoder",
+    "DecoderOutput",
+    "DecoderSpec",
+    "DecoderState",
+    "Encoder",
     "GRUCell",
     "InputError",
+    "Keys",
     "LSTMCell",
+    "LocalP",
+    "Memory",
     "__version__",
     "accelerate",
     "backends",

@@ -11,7 +11,7 @@ from .checks import CASTS, DTYPES, need_tensor
 from .errors import InputError
 from .spec import AttentionParams, DecoderParams, DecoderSpec, DecoderState, DropoutMasks, Keys
 
-__all__ = ["check_attention", "check_decoder", "check_types"]
+__all__ = ["check_attention", "check_decoder", "check_mask", "check_types"]
 
 _PREPARE = "pass what Attention.prepare or Decoder.prepare made of the memory"
 _INIT = "Decoder.init_state makes a fitting one"
@@ -176,7 +176,7 @@ def _check_attention(asks: str, rows: int, size: int, keys: Keys, params: Attent
     key = _need_shape("keys.keys", keys.keys, "[B, S, A]", (None, None, None), _PREPARE)
     batch, source, units = key.shape
     _need_shape("keys.memory", keys.memory, "[B, S, D]", (batch, source, None), _PREPARE)
-    _check_mask(keys.mask, batch, source)
+    check_mask("keys.mask", keys.mask, batch, source)
     _check_rows(asks, rows, batch)
     if params.query is not None:
         w = _need_shape("params.query", params.query, "W_q [A, Q]", (None, None))
@@ -202,14 +202,15 @@ def _check_attention(asks: str, rows: int, size: int, keys: Keys, params: Attent
         _need_shape("params.window[1]", v, "v_p [A']", (w_p.shape[0],))
 
 
-def _check_mask(mask: Any, batch: int, source: int) -> None:
+def check_mask(name: str, mask: Any, batch: int, source: int) -> None:
+    """Raise InputError or TypeError unless `mask` is None or [B, S] bool."""
     if mask is None:
         return
-    if need_tensor("keys.mask", mask, "[B, S] bool, True = attend").dtype != torch.bool:
+    if need_tensor(name, mask, "[B, S] bool, True = attend").dtype != torch.bool:
         raise TypeError(
-            f"keys.mask is {mask.dtype}, expected torch.bool with True = attend; pass ~key_padding_mask, or mask.bool()"
+            f"{name} is {mask.dtype}, expected torch.bool with True = attend; pass ~key_padding_mask, or mask.bool()"
         )
-    _need_shape("keys.mask", mask, "[B, S]", (batch, source), "True = attend; pass ~key_padding_mask")
+    _need_shape(name, mask, "[B, S]", (batch, source), "True = attend; pass ~key_padding_mask")
 
 
 def _check_rows(asks: str, rows: int, batch: int) -> None:

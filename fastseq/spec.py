@@ -6,13 +6,17 @@ H hidden, G gates, A attention units, D memory features, R readout features, L l
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from .checks import lengths_on_cpu, need_tensor
 from .errors import InputError
 
 __all__ = [
+    "CELLS",
     "AttentionParams",
     "CellParams",
     "DecoderOutput",
@@ -23,6 +27,8 @@ __all__ = [
     "Keys",
     "LayerState",
     "Memory",
+    "one_of",
+    "prefix_mask",
 ]
 
 CELLS = ("lstm", "gru", "gru_reset_before")
@@ -38,6 +44,33 @@ class Memory(NamedTuple):
     out: Tensor | None = None  # [B, S, D]
     mask: Tensor | None = None  # [B, S] bool, True = attend; None: all
     state: tuple[LayerState, ...] | None = None  # per layer (h,) or (h, c), each [B, dirs * H], directions concatenated
+
+    @classmethod
+    def from_rnn(
+        cls,
+        output: Any,  # [S, B, D], [B, S, D] if batch_first, or a PackedSequence
+        hidden: Any = None,  # h_n [L * dirs, B, H] or (h_n, c_n), as torch.nn.GRU and LSTM return them
+        lengths: Sequence[int] | Tensor | None = None,  # [B], any order; a PackedSequence has its own
+        *,
+        batch_first: bool = False,
+        bidirectional: bool = False,
+    ) -> "Memory":
+        """The memory that torch.nn's LSTM or GRU, or fastseq's, leaves. With lengths or packing it has a mask."""
+        if isinstance(output, PackedSequence):
+            if lengths is not None:
+                raise InputError("lengths with a PackedSequence, which has its own; pass one of the two")
+            out, lengths = pad_packed_sequence(output, batch_first=True)
+        else:
+            out = need_tensor("output", output, "or a PackedSequence")
+            if out.dim() != 3:
+                raise InputError(f"output has shape {tuple(out.shape)}, {out.dim()}-D; expected [S, B, D]")
+            out = out if batch_first else out.transpose(0, 1)
+        mask = None if lengths is None else prefix_mask(lengths, out)
+        if hidden is None:
+            return cls(out, mask)
+        leaves = hidden if isinstance(hidden, (tuple, list)) else (hidden,)
+        each = [_of_layers(name, leaf, out, bidirectional) for name, leaf in zip(("h_n", "c_n"), leaves, strict=False)]
+        return cls(out, mask, tuple(zip(*each, strict=True)))
 
 
 class Keys(NamedTuple):
@@ -137,17 +170,17 @@ class DecoderSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "readout", tuple(self.readout))
-        _one_of("cell", self.cell, CELLS)
-        _one_of("attend", self.attend, ("before", "after", "between"))
-        _one_of("query", self.query, ("state", "feed"))
-        _one_of("context_to", self.context_to, ("none", "first", "upper", "all"))
-        _one_of("context_side", self.context_side, ("input", "hidden"))
-        _one_of("feed", self.feed, (None, "context", "output"))
-        _one_of("combine", self.combine, (None, "tanh", "linear", "maxout"))
+        one_of("cell", self.cell, CELLS)
+        one_of("attend", self.attend, ("before", "after", "between"))
+        one_of("query", self.query, ("state", "feed"))
+        one_of("context_to", self.context_to, ("none", "first", "upper", "all"))
+        one_of("context_side", self.context_side, ("input", "hidden"))
+        one_of("feed", self.feed, (None, "context", "output"))
+        one_of("combine", self.combine, (None, "tanh", "linear", "maxout"))
         if not self.readout:
             raise InputError("readout is empty; name at least one of " + ", ".join(READOUT))
         for part in self.readout:
-            _one_of("readout", part, READOUT)
+            one_of("readout", part, READOUT)
         if self.num_layers < 1:
             raise InputError(f"num_layers={self.num_layers}; a decoder has at least one")
         layer = self.query_layer + self.num_layers if self.query_layer < 0 else self.query_layer
@@ -240,6 +273,25 @@ class DecoderSpec:
         )
 
 
-def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+def prefix_mask(lengths: Any, out: Tensor) -> Tensor:
+    """[B, S] bool of `out` [B, S, D], True before each row's length."""
+    ends = lengths_on_cpu(lengths, out.shape[0], out.shape[1]).to(out.device)
+    return torch.arange(out.shape[1], device=out.device) < ends[:, None]
+
+
+def _of_layers(name: str, leaf: Any, out: Tensor, bidirectional: bool) -> tuple[Tensor, ...]:
+    """For each layer [B, dirs * H], directions concatenated."""
+    dirs, t = 2 if bidirectional else 1, need_tensor(name, leaf, "hidden is h_n, or (h_n, c_n)")
+    if t.dim() != 3 or t.shape[1] != out.shape[0] or t.shape[0] % dirs:
+        raise InputError(
+            f"{name} has shape {tuple(t.shape)}; expected [L * dirs, B, H] with dirs={dirs}, B={out.shape[0]}, whatever"
+            " batch_first"
+        )
+    layers = t.unflatten(0, (-1, dirs)).transpose(1, 2).flatten(2)  # [L, B, dirs * H]
+    return layers.unbind(0)
+
+
+def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raise InputError unless `value` is among the allowed ones."""
     if value not in allowed:
         raise InputError(f"{name}={value!r}; use one of {', '.join(map(repr, allowed))}")

@@ -4,6 +4,6 @@
     python -m examples.g2p train --data DIR       # DIR/*.train.tsv and DIR/*.test.tsv: word, tab, phonemes
     python -m examples.g2p say WORD...            # with the checkpoint that `train` left
 
-data: files, splits, batches. model: the encoder and decoder, from fastseq's layers or torch.nn's. train: the loop.
+data: files, splits, batches. model: the encoder and decoder. stock: the same from torch.nn. train: the loop.
 score: error rates. speed: the same model from both libraries, timed side by side. picture: the attention as PNG.
 """

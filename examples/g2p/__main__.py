@@ -7,17 +7,15 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import nn
-
-import fastseq
 
 from . import checkpoint, data, speed
 from .model import Config, Model
 from .picture import draw
 from .progress import Display
+from .stock import StockModel
 from .train import Plan, Training, evaluate
 
-LIBRARIES = {"fastseq": fastseq, "torch": nn}
+LIBRARIES: dict[str, type[Model]] = {"fastseq": Model, "torch": StockModel}
 OUT = Path("build/g2p")
 NEW_WORDS = ["fastseq", "pytorch", "tokenizer", "backpropagation", "blogosphere", "zumba", "wordle", "kubernetes"]
 
@@ -44,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     train_.add_argument("--batch", type=count, default=Plan.batch, help="words a step (default %(default)s)")
     train_.add_argument("--hidden", type=count, default=Config.hidden, help="units per layer (default %(default)s)")
     train_.add_argument("--layers", type=layers, default=Config.layers, help="of either side (default %(default)s)")
-    train_.add_argument("--library", choices=LIBRARIES, default="fastseq", help="whose LSTM (default %(default)s)")
+    train_.add_argument("--library", choices=LIBRARIES, default="fastseq", help="whose layers (default %(default)s)")
     train_.add_argument("--seed", type=int, default=Plan.seed)
     train_.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="results (default %(default)s)")
     train_.set_defaults(run=train)
@@ -79,7 +77,7 @@ def train(options: argparse.Namespace) -> int:
     pairs = data.encode(splits.train, letters, phonemes)
     torch.manual_seed(options.seed)
     config = Config(letters, phonemes, options.hidden, options.layers, limit=2 * pairs.target.shape[1])
-    model = Model(config, LIBRARIES[options.library])
+    model = LIBRARIES[options.library](config)
     console.print(
         f"words: {len(splits.train):,} to train on, {len(splits.dev):,} development, {len(splits.test):,} held out; "
         f"{sum(p.numel() for p in model.parameters()):,} parameters; {torch.get_num_threads()} threads"

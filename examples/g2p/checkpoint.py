@@ -11,7 +11,7 @@ import torch
 from .data import DataError
 from .model import Config, Model
 
-FORMAT = "fastseq-g2p-1"
+FORMAT = "fastseq-g2p-2"
 
 
 def save(model: Model, path: Path) -> None:

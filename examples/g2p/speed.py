@@ -5,12 +5,10 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from torch import nn
-
-import fastseq
 
 from .data import Pairs, batches
 from .model import Model
+from .stock import StockModel
 from .train import Plan, optimizer_of, step
 
 ROUNDS, STEPS = 40, 4  # a round: STEPS updates of the one, then the same batches with the other
@@ -27,7 +25,7 @@ class Speed(NamedTuple):
 
 def compare(model: Model, pairs: Pairs, plan: Plan) -> Speed:
     """Time whole training steps from the same parameters on the same batches; they must also agree."""
-    twins = [Model(model.config, library) for library in (fastseq, nn)]
+    twins = [kind(model.config) for kind in (Model, StockModel)]
     for twin in twins:
         twin.load_state_dict(model.state_dict())
     optimizers = [optimizer_of(twin, plan) for twin in twins]

@@ -1,0 +1,118 @@
+"""fastseq.Encoder: recurrent layers over padded rows of any lengths, whose result a decoder reads."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+from ..checks import lengths_on_cpu, need_tensor
+from ..engine import run
+from ..errors import InputError
+from ..functional import Lengths
+from ..spec import CELLS, LayerState, Memory, one_of, prefix_mask
+from .rnn import GRU, LSTM, gru_call
+
+__all__ = ["Encoder"]
+
+
+class Encoder(nn.Module):
+    """LSTM or GRU layers, batch first: forward(x, lengths) -> Memory.
+
+    bidirectional: all layers, or an int, so many from the bottom (1: GNMT). residual: from the second layer on, a
+    layer's input is added to its output where both have one size (Wu et al. 2016, eq. 6). dropout: on the input of
+    every layer but the first. embedding: a module that makes x [B, S, input_size] of token ids, or whatever is given.
+    cell, backend: as for `Decoder` and `LSTM`; "gru_reset_before" is the encoder of Cho et al. 2014 and Bahdanau et al.
+    2014. `output_size`: features D of the memory.
+
+    Parameters: layers.0.weight_ih_l0, ... as of one-layer fastseq.LSTM and GRU; embedding.*.
+    """
+
+    embedding: nn.Module | None
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,  # of each direction
+        num_layers: int = 1,
+        *,
+        cell: str = "lstm",
+        bidirectional: bool | int = False,
+        dropout: float = 0.0,
+        residual: bool = False,
+        embedding: nn.Module | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        one_of("cell", cell, CELLS)
+        if num_layers < 1:
+            raise InputError(f"num_layers={num_layers}; an encoder has at least one")
+        both = num_layers * bidirectional if isinstance(bidirectional, bool) else bidirectional
+        if not 0 <= both <= num_layers:
+            raise InputError(f"bidirectional={both} of {num_layers} layer(s); use 0 to num_layers, or True for all")
+        if not 0 <= dropout <= 1:
+            raise InputError(f"dropout={dropout}; it is a probability, 0 to 1")
+        if embedding is not None and not isinstance(embedding, nn.Module):
+            raise TypeError(f"embedding must be a torch.nn.Module, got {type(embedding).__name__}; use nn.Embedding")
+        self.input_size, self.hidden_size, self.num_layers, self.cell = input_size, hidden_size, num_layers, cell
+        self.bidirectional, self.dropout, self.residual = both, dropout, residual
+        self.register_module("embedding", embedding)
+        kind = {"lstm": LSTM, "gru": GRU, "gru_reset_before": ResetBefore}[cell]
+        sizes = [hidden_size * (1 + (index < both)) for index in range(num_layers)]
+        self.layers = nn.ModuleList(
+            kind(
+                below, hidden_size, batch_first=True, bidirectional=index < both, backend=backend, device=device,
+                dtype=dtype,
+            )
+            for index, below in enumerate([input_size, *sizes[:-1]])
+        )  # fmt: skip
+        self.output_size = sizes[-1]
+
+    def forward(
+        self,
+        x: Tensor,  # [B, S, input_size], or what `embedding` takes
+        lengths: Lengths = None,  # [B], any order; None: all S. What stands behind a row's length is never read
+    ) -> Memory:
+        """The last layer's output [B, S, output_size], 0 behind the lengths; their mask; every layer's last state.
+
+        A row of length 0 gives nothing to attend to and a state of 0. Raises InputError or TypeError.
+        """
+        out = x if self.embedding is None else self.embedding(x)
+        shape = tuple(need_tensor("x", out).shape)
+        if len(shape) != 3 or shape[2] != self.input_size:
+            what = "x" if self.embedding is None else "embedding(x)"
+            raise InputError(f"{what} has shape {shape}; expected [B, S, I] with I={self.input_size}, input_size")
+        ends = None if lengths is None else lengths_on_cpu(lengths, shape[0], shape[1])
+        states: list[LayerState] = []
+        for index, layer in enumerate(self.layers):
+            below = dropout(out, self.dropout, self.training) if index else out
+            out, hidden = layer(below, lengths=ends)
+            states.append(_state(hidden))
+            if self.residual and index and out.shape == below.shape:
+                out = out + below
+        return Memory(out, None if ends is None else prefix_mask(ends, out), tuple(states))
+
+    def extra_repr(self) -> str:
+        text = f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, cell={self.cell!r}"
+        for name in ("bidirectional", "dropout", "residual"):
+            text += f", {name}={getattr(self, name)}" if getattr(self, name) else ""
+        return text
+
+
+class ResetBefore(GRU):
+    """fastseq.GRU with the reset gate before the product: Cho et al. 2014, eq. 5 to 8."""
+
+    def forward(self, input: Any, hx: Tensor | None = None, *, lengths: Lengths = None) -> tuple[Any, Tensor]:
+        """(output, h_n); input, lengths and faults as for `LSTM.forward`."""
+        call = gru_call(self, input, hx)
+        call.cell = "gru_reset_before"
+        out, (h,) = run(call, self.backend, lengths)
+        return out, h
+
+
+def _state(hidden: Any) -> LayerState:
+    """(h,) or (h, c), each [B, dirs * H], of one layer's h_n [dirs, B, H] or (h_n, c_n)."""
+    leaves = hidden if isinstance(hidden, tuple) else (hidden,)
+    return tuple(leaf[0] if leaf.shape[0] == 1 else torch.cat((leaf[0], leaf[1]), -1) for leaf in leaves)
