@@ -20,6 +20,7 @@ from benchmarks import (
     equality,
     processes,
     programs,
+    readme,
     registry,
     results,
     runner,
@@ -427,6 +428,41 @@ def test_gradients_of_batches_add_up(attention: str) -> None:
         torch.testing.assert_close(both[f"d_{name}"], parts[0][f"d_{name}"] + parts[1][f"d_{name}"])
     for k, part in enumerate(parts):
         torch.testing.assert_close(both[f"out0 of batch {k}"], part["out0"])
+
+
+def test_readme_is_written_between_its_markers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        a_row(SMALL, 1, 4.0, "torch.nn"),
+        a_row(DecoderCase("luong", "lstm", "train", 20, 20, 1, 256), 1, 7.0, "loop", "decoder"),
+    ]
+    where = {
+        "cpu": "some CPU",
+        "isa": "avx2",
+        "torch": "2",
+        "onnxruntime": "1",
+        "date": "2026-01-02T03",
+        "command": "c",
+    }
+    file, page = tmp_path / "run.json", tmp_path / "README.md"
+    file.write_text(results.Report(where, [], {}, rows).to_json())
+    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    for _ in range(2):  # writing it again changes nothing
+        main(["report", str(file), "--summary", "--readme", str(page)])
+    written = page.read_text()
+    assert written.startswith(f"before\n{readme.BEGIN}\nsome CPU, `avx2`")
+    assert written.endswith(f"\n{readme.END}\nafter\n")
+    assert "old" not in written
+    assert "| LSTM training over torch.nn | 1 | 4.00, min 4.00 | 1.3, min 0.97 |\n" in written
+    assert "| Luong, input feeding, LSTM, training | torch loop | full | 1 | 7.00 (target 6) |\n" in written
+    capsys.readouterr()
+    page.write_text(f"{readme.END} {readme.BEGIN}")
+    with pytest.raises(ValueError, match="in this order"):
+        main(["report", str(file), "--readme", str(page)])
+
+
+def test_readme_of_the_project_has_the_markers() -> None:
+    text = (Path(registry.__file__).parents[1] / "README.md").read_text()
+    assert text.count(readme.BEGIN) == text.count(readme.END) == 1
 
 
 def test_full_is_every_set() -> None:
