@@ -148,6 +148,93 @@ void step_backward(int cell, int dtype, int64_t rows, int64_t input, int64_t hid
   kernels(shape.dtype).backward(shape, order.view(), &pass, 1, threads);
 }
 
+// A dict of numbers and addresses by name, as fastseq/ops/decoder.py writes it; a name that is missing raises KeyError.
+struct Named {
+  const py::dict& values;
+
+  int64_t number(const char* name) const { return values[name].cast<int64_t>(); }
+  template <class E = void>
+  E* address(const char* name) const {
+    return static_cast<E*>(at(values[name].cast<Address>()));
+  }
+};
+
+DecoderCell decoder_cell(const Named& in, bool backward) {
+  DecoderCell cell{in.address("w_ih"), in.number("pitch_ih"), in.address("w_hh"), in.address("b_ih"), in.address("b_hh"),
+                   in.number("below") != 0, in.number("feed") != 0, in.number("context") != 0, in.address("h0"), in.address("c0"),
+                   in.address("h_n"), in.address("c_n"), nullptr, 0, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
+  if (!backward) return cell;
+  cell.d_hs = in.address("d_hs"), cell.d_hs_row = in.number("d_hs_row"), cell.d_hs_step = in.number("d_hs_step");
+  cell.d_h_n = in.address("d_h_n"), cell.d_c_n = in.address("d_c_n"), cell.d_gates = in.address("d_gates");
+  cell.d_h0 = in.address("d_h0"), cell.d_c0 = in.address("d_c0");
+  return cell;
+}
+
+Decoder decoder_of(const py::dict& sizes, const py::dict& tensors, const py::list& cells, bool backward) {
+  const Named size{sizes}, tensor{tensors};
+  Decoder d{};
+  d.cell = static_cast<CellKind>(size.number("cell")), d.dtype = static_cast<DType>(size.number("dtype"));
+  d.state_is_f32 = size.number("state_is_f32") != 0;
+  d.rows = size.number("rows"), d.copies = size.number("copies"), d.steps = size.number("steps"), d.source = size.number("source");
+  d.units = size.number("units"), d.features = size.number("features"), d.hidden = size.number("hidden"), d.output = size.number("output");
+  d.attend = static_cast<Attend>(size.number("attend")), d.query_cell = static_cast<int>(size.number("query_cell"));
+  d.feed = static_cast<Feed>(size.number("feed")), d.combine = static_cast<Combine>(size.number("combine"));
+  d.additive = size.number("additive") != 0, d.keep = size.number("keep") != 0;
+  if (cells.size() > static_cast<size_t>(kMaxCells)) throw std::length_error("more cells than kMaxCells");
+  for (const py::handle& cell : cells) d.of[d.cells++] = decoder_cell(Named{py::cast<py::dict>(cell)}, backward);
+  d.keys = tensor.address("keys"), d.memory = tensor.address("memory"), d.mask = tensor.address<bool>("mask");
+  d.w_q = tensor.address("w_q"), d.v = tensor.address("v"), d.beside = tensor.address("beside"), d.feed0 = tensor.address("feed0");
+  d.w_r = tensor.address("w_r"), d.b_r = tensor.address("b_r"), d.r_pitch = tensor.number("w_r_pitch");
+  d.r_state = tensor.number("r_state"), d.r_previous = tensor.number("r_prev"), d.r_context = tensor.number("r_context");
+  d.layer_masks = tensor.address("layer_masks"), d.read_mask = tensor.address("read_mask"), d.out_mask = tensor.address("out_mask");
+  d.hs = tensor.address("hs"), d.contexts = tensor.address("contexts"), d.outs = tensor.address("outs");
+  d.weights = tensor.address("weights"), d.gates = tensor.address("gates"), d.cs = tensor.address<float>("cs");
+  d.queries = tensor.address("queries"), d.read_saved = tensor.address("read_saved");
+  if (!backward) {
+    d.memory_gates = tensor.address("memory_gates"), d.projected = tensor.address("projected");
+    d.read_input = tensor.address("read_input"), d.feed_n = tensor.address("feed_n");
+    return d;
+  }
+  d.d_contexts = tensor.address("d_contexts"), d.d_outs = tensor.address("d_outs"), d.d_weights = tensor.address("d_weights");
+  d.d_feed_n = tensor.address("d_feed_n"), d.d_queries = tensor.address("d_queries"), d.d_read = tensor.address("d_read");
+  d.d_feed0 = tensor.address("d_feed0"), d.d_keys = tensor.address<float>("d_keys");
+  d.d_memory = tensor.address<float>("d_memory"), d.d_v = tensor.address<float>("d_v");
+  return d;
+}
+
+void run_decoder_forward(const py::dict& sizes, const py::dict& tensors, const py::list& cells) {
+  const Decoder decoder = decoder_of(sizes, tensors, cells, false);
+  const int threads = sizes["threads"].cast<int>();
+  const py::gil_scoped_release released;
+  kernels(decoder.dtype).decoder_forward(decoder, threads);
+}
+
+void run_decoder_backward(const py::dict& sizes, const py::dict& tensors, const py::list& cells) {
+  const Decoder decoder = decoder_of(sizes, tensors, cells, true);
+  const int threads = sizes["threads"].cast<int>();
+  const py::gil_scoped_release released;
+  kernels(decoder.dtype).decoder_backward(decoder, threads);
+}
+
+Tokens tokens(const py::tuple& v) {  // (address, inner size, outer stride, inner stride), strides in elements
+  return {at(v[0].cast<Address>()), v[1].cast<int64_t>(), v[2].cast<int64_t>(), v[3].cast<int64_t>()};
+}
+
+template <void (*Kernels::*Function)(const Product&, int)>
+void multiply(int dtype, int64_t count, int64_t depth, int64_t columns, const py::tuple& x, const py::tuple& out, Address w,
+              int64_t pitch, Address bias, bool add, int threads) {
+  const Product of{static_cast<DType>(dtype), count, depth, columns, tokens(x), tokens(out), at(w), pitch, at(bias), add};
+  const py::gil_scoped_release released;
+  (kernels(of.dtype).*Function)(of, threads);
+}
+
+void weight_gradient(int dtype, int64_t count, int64_t rows, int64_t columns, const py::tuple& dy, const py::tuple& x, Address d_w,
+                     int64_t pitch, Address d_b, int threads) {
+  const WeightGradient of{static_cast<DType>(dtype), count, rows, columns, tokens(dy), tokens(x), at(d_w), pitch, at(d_b)};
+  const py::gil_scoped_release released;
+  kernels(of.dtype).weight_gradient(of, threads);
+}
+
 py::dict features() {
   py::dict result;
   for (const auto& [name, present] : cpu_features()) result[name] = present;
@@ -166,6 +253,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("rnn_backward", &backward);
   m.def("rnn_step", &step);
   m.def("rnn_step_backward", &step_backward);
+  m.def("decoder_forward", &run_decoder_forward);
+  m.def("decoder_backward", &run_decoder_backward);
+  m.def("product", &multiply<&Kernels::product>);
+  m.def("input_gradient", &multiply<&Kernels::input_gradient>);
+  m.def("weight_gradient", &weight_gradient);
   m.def("poison_scratch", &poison_scratch, "For tests: fill this thread's kept scratch memory with NaN.");
   m.def(
       "tile_rate", [](int dtype, int64_t repeats) {

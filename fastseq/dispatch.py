@@ -29,7 +29,7 @@ class Operator(NamedTuple):
 _DECODERS = {"reference": "decoder_reference"}
 OPERATORS = {
     "rnn": Operator("recurrent layer", {"cpu": "cpu", "torch": "stock", "reference": "reference"}),
-    "decoder": Operator("attention decoder", _DECODERS),
+    "decoder": Operator("attention decoder", {"cpu": "decoder_cpu", **_DECODERS}),
     "attention": Operator("attention of several queries", _DECODERS, "refuses_attention"),
 }
 BACKENDS = tuple(OPERATORS["rnn"].modules)

@@ -373,9 +373,9 @@ def test_no_backend_sees_a_wrong_call(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(call: Any) -> None:
         raise AssertionError("a backend was asked")
 
-    for name in dispatch.OPERATORS["decoder"].modules:
-        monkeypatch.setattr(dispatch.load(name, "decoder"), "decoder", never)
-        monkeypatch.setattr(dispatch.load(name, "attention"), "attention", never)
+    for operator in ("decoder", "attention"):
+        for name in dispatch.OPERATORS[operator].modules:
+            monkeypatch.setattr(dispatch.load(name, operator), operator, never)
     for wrong, _ in (*VALUES.values(), *TYPES.values()):
         with pytest.raises((fastseq.InputError, TypeError)):
             wrong()

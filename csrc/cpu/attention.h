@@ -79,9 +79,9 @@ FS_INLINE void softmax(float* scores, int64_t count) {
   for (int64_t i = 0; i < count; ++i) scores[i] *= scale;
 }
 
-// context [D padded] = sum of weights[i] memory[at[i]]; zero where nothing is attended to.
+// context [D padded] = sum of weights[i] memory[at[i]], or adds that; zero where nothing is attended to.
 template <class T>
-FS_INLINE void context_row(const MemoryRow<T>& row, const float* weights, float* context) {
+FS_INLINE void context_row(const MemoryRow<T>& row, const float* weights, float* context, bool add = false) {
   constexpr int kVecs = 4;
   for (int64_t u = 0; u < row.features; u += kVecs * W) {
     vf sums[kVecs] = {};
@@ -96,7 +96,10 @@ FS_INLINE void context_row(const MemoryRow<T>& row, const float* weights, float*
         }
       }
     }
-    for (int k = 0; k < kVecs && u + k * W < row.features; ++k) store(context + u + k * W, sums[k], W);
+    for (int k = 0; k < kVecs && u + k * W < row.features; ++k) {
+      if (add) sums[k] += load_vector<vf>(context + u + k * W);
+      store(context + u + k * W, sums[k], W);
+    }
   }
 }
 

@@ -6,11 +6,19 @@
   namespace isa {                                                                                             \
   void rnn_forward(const Shape&, const Sequence&, const ForwardPass*, int directions, int threads);           \
   void rnn_backward(const Shape&, const Sequence&, const BackwardPass*, int directions, int threads);         \
+  void decoder_forward(const Decoder&, int threads);                                                          \
+  void decoder_backward(const Decoder&, int threads);                                                         \
+  void product(const Product&, int threads);                                                                  \
+  void input_gradient(const Product&, int threads);                                                           \
+  void weight_gradient(const WeightGradient&, int threads);                                                   \
   double tile_rate(DType, int64_t repeats);                                                                   \
   bool holds(DType);                                                                                          \
   }
 #define FS_ENTRY(isa, supported) \
-  Kernels { #isa, supported, isa::holds, isa::rnn_forward, isa::rnn_backward, isa::tile_rate }
+  Kernels {                      \
+    #isa, supported, isa::holds, isa::rnn_forward, isa::rnn_backward, isa::decoder_forward, isa::decoder_backward, isa::product, \
+        isa::input_gradient, isa::weight_gradient, isa::tile_rate                               \
+  }
 
 namespace fastseq {
 

@@ -5,7 +5,8 @@
 #include <utility>
 #include <vector>
 
-#include "rnn.h"
+#include "decoder.h"
+#include "products.h"
 
 namespace fastseq {
 
@@ -15,6 +16,11 @@ struct Kernels {
   bool (*holds)(DType);
   void (*forward)(const Shape&, const Sequence&, const ForwardPass*, int, int);
   void (*backward)(const Shape&, const Sequence&, const BackwardPass*, int, int);
+  void (*decoder_forward)(const Decoder&, int);
+  void (*decoder_backward)(const Decoder&, int);
+  void (*product)(const Product&, int);
+  void (*input_gradient)(const Product&, int);
+  void (*weight_gradient)(const WeightGradient&, int);
   double (*tile_rate)(DType, int64_t);
 };
 

@@ -11,7 +11,7 @@
 
 namespace fastseq {
 
-enum class CellKind : int { lstm, gru };
+enum class CellKind : int { lstm, gru, gru_reset_before };
 enum class DType : int { f32, bf16 };
 
 // Which rows are active at which step. Rows are ordered by falling length, so the active ones are a prefix.

@@ -177,15 +177,19 @@ class Backward {
 template <class Cell, class T>
 void run(const Shape& shape, const Sequence& seq, const BackwardPass* passes, int directions, int threads) {
   using B = BackwardBuffers<T>;
+  using P = Products<T>;
   const Gates cell = Gates::of<Cell>();
   threads = usable_threads(threads);
   Scratch scratch;
-  for (int d = 0; d < directions; ++d) B(scratch.measure, cell, shape, seq);
-  ProductBuffers<T>(scratch.measure, cell, shape, threads);
+  const B measured(scratch.measure, cell, shape, seq);
+  if (directions == 2) B(scratch.measure, cell, shape, seq);
+  typename P::Buffers(scratch.measure, P(shape, seq, passes[0], measured), threads);
   Carver carve = scratch.allocate();
   const B first(carve, cell, shape, seq), second = directions == 2 ? B(carve, cell, shape, seq) : first;
   const B* buffers[2] = {&first, &second};
-  const ProductBuffers<T> products(carve, cell, shape, threads);
+  const P forwards(shape, seq, passes[0], first), backwards(shape, seq, passes[directions - 1], second);
+  const P* products[2] = {&forwards, &backwards};
+  const typename P::Buffers shared(carve, forwards, threads);
 
   const Blocks blocks(seq.rows, kTileRows);
   const int64_t tile_rows = blocks.count ? (seq.rows + blocks.count - 1) / blocks.count : 0;
@@ -199,8 +203,7 @@ void run(const Shape& shape, const Sequence& seq, const BackwardPass* passes, in
   const double flops = 2.0 * seq.tokens() * Cell::kGates * shape.hidden * (2 * shape.input + shape.hidden);
   Barrier barrier;
   parallel(flops < kSmallProducts ? 1 : threads, [&](int rank, int size) {
-    for (int d = 0; d < directions; ++d)
-      Products<T>(shape, seq, passes[d], *buffers[d], products, Team{rank, size, &barrier}).run();
+    for (int d = 0; d < directions; ++d) products[d]->run(shared, Team{rank, size, &barrier});
   });
 }
 

@@ -3,24 +3,13 @@
 //
 // A product is a set of dot products along the contiguous dimension: W accumulators of W lanes, for MR rows x UB units x
 // kColumns columns, are reduced together to one vector.
+#include "dot.h"
 #include "driver.h"
 #include "rnn_step.h"
 
 namespace fastseq {
 namespace FS_ISA {
 namespace {
-
-// W vectors to one: lane i is the sum of the lanes of sums[i].
-FS_INLINE vf reduce(vf (&sums)[W]) {
-  for (int count = W; count > 1; count /= 2) {
-    for (int i = 0; i < count / 2; ++i) {
-      vu lower, upper;
-      interleave(bits_of<vu>(sums[i]), bits_of<vu>(sums[i + count / 2]), lower, upper);
-      sums[i] = bits_of<vf>(lower) + bits_of<vf>(upper);
-    }
-  }
-  return sums[0];
-}
 
 template <class Cell, class T>
 class Step {
@@ -69,25 +58,10 @@ class Step {
   template <int MR, int UB>
   FS_INLINE void add(const T* const (&source)[MR], int64_t depth, const T* w, int64_t unit, const int (&columns)[kG],
                      vf (&sums)[W]) const {
-    constexpr int64_t kStep = W * Dot<T>::kPerUnit;
-    const T* weights[UB];
-    for (int b = 0; b < UB; ++b) weights[b] = w + (unit + b < H_ ? unit + b : H_ - 1) * depth;
-    auto visit = [&](int64_t k, auto&& load_at) {
-      vu a[MR];
-      for (int m = 0; m < MR; ++m) a[m] = load_at(source[m] + k);
-      for (int b = 0; b < UB; ++b) {
-        for (int g = 0; g < kG; ++g) {
-          const vu row = load_at(weights[b] + g * H_ * depth + k);
-          for (int m = 0; m < MR; ++m) {
-            vf& sum = sums[(b * MR + m) * kColumns + columns[g]];
-            sum = Dot<T>::fma(a[m], row, sum);
-          }
-        }
-      }
-    };
-    int64_t k = 0;
-    for (; k + kStep <= depth; k += kStep) visit(k, [](const T* p) FS_LAMBDA { return load_vector<vu>(p); });
-    if (k < depth) visit(k, [&](const T* p) FS_LAMBDA { return load_units(p, depth - k); });
+    const T* rows[UB * kG];
+    for (int b = 0; b < UB; ++b)
+      for (int g = 0; g < kG; ++g) rows[b * kG + g] = w + (g * H_ + (unit + b < H_ ? unit + b : H_ - 1)) * depth;
+    add_dots<T>(source, rows, depth, sums, [&](int r, int m) FS_LAMBDA { return (r / kG * MR + m) * kColumns + columns[r % kG]; });
   }
 
   FS_INLINE void finish_row(int64_t u, int64_t r, int n, const float (&sums)[kColumns][W]) const {

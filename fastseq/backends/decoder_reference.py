@@ -12,6 +12,7 @@ Firat and Cho 2016       the conditional GRU: cell, attention, cell (as Nematus,
 Wu et al. 2016           GNMT: eq. 6, residuals; the lowest layer asks, the upper ones read the context
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,9 @@ from ..spec import AttentionParams, CellParams, DecoderOutput, DecoderSpec, Deco
 from .decoder_call import AttentionCall, DecoderCall, mapped
 from .reference import STEPS, Weights, wide
 
-__all__ = ["NAME", "attention", "decoder", "refuses", "refuses_attention", "unavailable"]
+__all__ = [
+    "NAME", "Decoder", "Source", "attention", "decoder", "refuses", "refuses_attention", "steps", "unavailable"
+]  # fmt: skip
 
 NAME = "reference"
 
@@ -45,7 +48,7 @@ def refuses_attention(call: AttentionCall) -> str | None:
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """Context [N, T, D] and weights [N, T, S] of all queries at once."""
     (rows, steps, size), dtype = call.query.shape, call.query.dtype
-    source = _Source.of(call.keys, mapped(wide, call.params), call.window)
+    source = Source.of(call.keys, mapped(wide, call.params), call.window)
     batch = source.memory.shape[0]
     query = wide(call.query).reshape(batch, rows * steps // max(batch, 1), size)  # [B, k * T, Q]
     context, weights = _attend(query, source)
@@ -55,34 +58,38 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
 
 def decoder(call: DecoderCall) -> DecoderOutput:
     """All steps, one after another."""
-    decoder, state = _Decoder.of(call), mapped(wide, call.state)
     y, masks = wide(call.y), mapped(wide, call.masks)
     if masks.input is not None:
         y = y * masks.input
-    outputs, weights = [], []
-    for t in range(y.shape[1]):
-        here = DropoutMasks(
-            layers=None if masks.layers is None else masks.layers[:, :, t],
-            readout=None if masks.readout is None else masks.readout[:, t],
-            output=None if masks.output is None else masks.output[:, t],
-        )
-        output, state, attended = _step(decoder, y[:, t], state, here)
-        outputs.append(output)
-        if call.need_weights and attended is not None:
-            weights.append(attended)
+    done = list(steps(Decoder.of(call), y, mapped(wide, call.state), masks))
+    state = done[-1].state
+    weights = [step.weights for step in done if step.weights is not None] if call.need_weights else []
     layers = tuple(
         tuple(leaf.to(given.dtype) for leaf, given in zip(layer, before, strict=True))
         for layer, before in zip(state.layers, call.state.layers, strict=True)
     )
     feed = None if state.feed is None or call.state.feed is None else state.feed.to(call.state.feed.dtype)
     return DecoderOutput(
-        torch.stack(outputs, 1).to(call.y.dtype),
+        torch.stack([step.output for step in done], 1).to(call.y.dtype),
         DecoderState(layers, feed),
         torch.stack(weights, 1).to(call.y.dtype) if weights else None,
     )
 
 
-class _Source(NamedTuple):
+def steps(decoder: "Decoder", y: Tensor, state: DecoderState, masks: DropoutMasks) -> Iterator[DecoderOutput]:
+    """Each step's output, state and weights. All tensors are at least fp32, y has had its mask."""
+    for t in range(y.shape[1]):
+        here = DropoutMasks(
+            layers=None if masks.layers is None else masks.layers[:, :, t],
+            readout=None if masks.readout is None else masks.readout[:, t],
+            output=None if masks.output is None else masks.output[:, t],
+        )
+        done = _step(decoder, y[:, t], state, here)
+        state = done.state
+        yield done
+
+
+class Source(NamedTuple):
     """What an attention reads, at least fp32. What stands behind mask False is replaced by 0: it may be NaN."""
 
     keys: Tensor  # [B, S, A]
@@ -92,7 +99,7 @@ class _Source(NamedTuple):
     window: int | None
 
     @classmethod
-    def of(cls, keys: Keys, params: AttentionParams, window: int | None) -> "_Source":
+    def of(cls, keys: Keys, params: AttentionParams, window: int | None) -> "Source":
         assert keys.keys is not None  # since the call was checked
         assert keys.memory is not None
         key, memory, mask = wide(keys.keys), wide(keys.memory), keys.mask
@@ -102,7 +109,7 @@ class _Source(NamedTuple):
         return cls(torch.where(there, key, 0.0), torch.where(there, memory, 0.0), mask[:, None], params, window)
 
 
-def _attend(query: Tensor, source: _Source) -> tuple[Tensor, Tensor]:
+def _attend(query: Tensor, source: Source) -> tuple[Tensor, Tensor]:
     """Context [B, M, D] and weights [B, M, S] of the queries [B, M, Q]."""
     keys, params, mask = source.keys, source.params, source.mask
     q = query if params.query is None else linear(query, params.query)  # [B, M, A]
@@ -118,7 +125,7 @@ def _attend(query: Tensor, source: _Source) -> tuple[Tensor, Tensor]:
     return weights @ source.memory, weights
 
 
-def _aim(query: Tensor, source: _Source) -> Tensor:
+def _aim(query: Tensor, source: Source) -> Tensor:
     """p_t [B, M] of Luong et al. 2015, eq. 9: the position, counted from 0 in the whole source, around which to look.
 
     Their S is the row's number of attended positions: the length of a padded row. Of a mask with holes it is less than
@@ -138,23 +145,23 @@ def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     return torch.where(mask, torch.where(mask, scores, lowest).softmax(-1), 0.0)
 
 
-class _Decoder(NamedTuple):
+class Decoder(NamedTuple):
     """What all steps share, at least fp32."""
 
     spec: DecoderSpec
     cells: list[Weights]
     transition: Weights | None
-    source: _Source | None
+    source: Source | None
     context: Tensor | None  # [N, D]: the fixed one
     readout: tuple[Tensor, Tensor | None] | None
 
     @classmethod
-    def of(cls, call: DecoderCall) -> "_Decoder":
+    def of(cls, call: DecoderCall) -> "Decoder":
         spec, keys, params = call.spec, call.keys, mapped(wide, call.params)
         source = context = None
         if spec.attention:
             assert params.attention is not None  # since the call was checked
-            source = _Source.of(keys, params.attention, spec.window)
+            source = Source.of(keys, params.attention, spec.window)
         elif keys.context is not None:
             copies = call.y.shape[0] // max(keys.context.shape[0], 1)
             context = wide(keys.context).repeat_interleave(copies, 0)
@@ -178,7 +185,7 @@ def _weights(cell: CellParams) -> Weights:
     return Weights(ih, hh, b_ih, b_hh)
 
 
-def _step(decoder: _Decoder, y: Tensor, state: DecoderState, masks: DropoutMasks) -> DecoderOutput:
+def _step(decoder: Decoder, y: Tensor, state: DecoderState, masks: DropoutMasks) -> DecoderOutput:
     """One step of y [N, I], numbered as in `DecoderSpec`; masks are this step's."""
     spec, step, context, weights = decoder.spec, STEPS[decoder.spec.cell], decoder.context, None
     layers = list(state.layers)
@@ -211,7 +218,7 @@ def _step(decoder: _Decoder, y: Tensor, state: DecoderState, masks: DropoutMasks
     return DecoderOutput(output, DecoderState(tuple(layers), feed), weights)
 
 
-def _readout(decoder: _Decoder, parts: list[Tensor], masks: DropoutMasks) -> Tensor:
+def _readout(decoder: Decoder, parts: list[Tensor], masks: DropoutMasks) -> Tensor:
     """The output [N, R] of the readout's parts."""
     output = torch.cat(parts, -1)
     if masks.readout is not None:

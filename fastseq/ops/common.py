@@ -8,7 +8,7 @@ from torch import Tensor
 
 __all__ = ["CELLS", "address", "is_direct", "through_reference"]
 
-CELLS = {"lstm": 0, "gru": 1}
+CELLS = {"lstm": 0, "gru": 1, "gru_reset_before": 2}
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 

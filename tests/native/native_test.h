@@ -18,5 +18,7 @@ inline void expect(bool condition, const std::string& what) {
 
 void check_attention();
 void check_cells();
+void check_decoder();
+void check_products();
 
 }  // namespace fastseq

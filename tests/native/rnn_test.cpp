@@ -12,6 +12,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/sequence.h"
+#include "native_buffer.h"
 #include "native_test.h"
 
 namespace fastseq {
@@ -20,42 +21,8 @@ namespace {
 constexpr int kProblems = 80;
 constexpr int kTeams[] = {1, 2, 5};
 
-using Random = std::mt19937;
-
 int64_t pick(Random& random, std::vector<int64_t> from) { return from[random() % from.size()]; }
 bool coin(Random& random) { return random() % 2; }
-
-class Buffer {
- public:
-  Buffer(DType dtype, int64_t count) : dtype_(dtype), bytes_(count * width(), 0xff) {}  // all ones is NaN in both types
-
-  void* data() { return bytes_.data(); }
-  int64_t count() const { return static_cast<int64_t>(bytes_.size()) / width(); }
-
-  float get(int64_t i) const {
-    uint32_t bits = 0;
-    std::memcpy(reinterpret_cast<char*>(&bits) + 4 - width(), bytes_.data() + i * width(), width());
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-  }
-
-  void set(int64_t i, float value) {  // truncates to bf16: any value will do
-    std::memcpy(bytes_.data() + i * width(), reinterpret_cast<const char*>(&value) + 4 - width(), width());
-  }
-
-  Buffer& fill(Random& random, float scale) {
-    std::uniform_real_distribution<float> draw(-scale, scale);
-    for (int64_t i = 0; i < count(); ++i) set(i, draw(random));
-    return *this;
-  }
-
- private:
-  int64_t width() const { return dtype_ == DType::f32 ? 4 : 2; }
-
-  DType dtype_;
-  std::vector<unsigned char> bytes_;
-};
 
 struct Problem {
   Shape shape;
@@ -318,6 +285,8 @@ void agree_on_random_problems() {
 int main() {
   fastseq::check_attention();
   fastseq::check_cells();
+  fastseq::check_decoder();
+  fastseq::check_products();
   fastseq::refuse_bad_input();
   fastseq::agree_on_random_problems();
   for (const char* isa : fastseq::available_isas()) std::printf("native core under sanitizers: %s ok\n", isa);

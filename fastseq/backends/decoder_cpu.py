@@ -1,0 +1,242 @@
+"""Attention decoders on the fused CPU kernels: what feeds back runs as one loop, all else over all steps at once.
+
+A `Plan` says which is which. Layers above the loop are sequences of their own, an attention without feedback asks all
+its queries together, and a readout that is not fed is one product.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..ops.attention import attention as attend
+from ..ops.decoder import LoopSpec, LoopTensors, decoder_loop
+from ..ops.linear import linear
+from ..ops.rnn import rnn_layer
+from ..spec import CellParams, DecoderOutput, DecoderSpec, DecoderState, LayerState
+from . import decoder_reference
+from .decoder_call import DecoderCall
+
+__all__ = ["NAME", "Plan", "decoder", "plan", "refuses", "unavailable"]
+
+NAME = "cpu"
+_MOST_CELLS = 16  # kMaxCells of csrc/cpu/decoder.h
+
+
+class Plan(NamedTuple):
+    """What of a decoder loops. str() says it in words."""
+
+    loop: LoopSpec | None  # None: nothing feeds back
+    layers: int  # the first so many layers are within the loop
+    attends: bool  # the attention is outside the loop
+    reads: bool  # the readout is outside the loop
+
+    def __str__(self) -> str:
+        if self.loop is None:
+            return "nothing loops"
+        looped = [f"{self.layers} layer(s)"]
+        if self.loop.attend != "none":
+            looped.append(f"attention ({self.loop.attend})")
+        if not self.reads:
+            looped.append("readout")
+        return ", ".join(looped) + " loop"
+
+
+def make_plan(spec: DecoderSpec) -> Plan:
+    """What of this decoder loops, and what is done for all steps at once."""
+    last, fed = spec.query_layer + 1, spec.feed == "output"
+    between = spec.attention and spec.attend == "between"
+    before = spec.attention and spec.attend == "before" and any(spec.reads_context[:last])
+    layers = 0
+    if fed:
+        layers = spec.num_layers
+    elif spec.feed == "context" or between or before:
+        layers = last
+    elif spec.context_side == "hidden":  # C c joins a product that `rnn_layer` has to itself
+        layers = 1
+    if layers == 0:
+        return Plan(None, 0, spec.attention, True)
+    contexts = (False, True) if between else spec.reads_context[:layers] if spec.attention else (False,) * layers
+    loop = LoopSpec(
+        spec.cell, spec.attend if spec.attention else "none", spec.query_layer if spec.attention else 0, contexts,
+        spec.feed or "none", (spec.combine or "linear") if fed else "linear", spec.readout if fed else (),
+    )  # fmt: skip
+    return Plan(loop, layers, False, not fed)
+
+
+plan = lru_cache(maxsize=256)(make_plan)
+
+
+def unavailable() -> str | None:
+    return _native.reason
+
+
+def refuses(call: DecoderCall) -> str | None:
+    return next(_obstacles(call), None)
+
+
+def _obstacles(call: DecoderCall) -> Iterator[str]:
+    spec, y = call.spec, call.y
+    if y.device.type != "cpu":
+        yield f"y is on {y.device}; these kernels run on the CPU"
+    if y.dtype not in (torch.float32, torch.bfloat16):
+        yield f"y is {y.dtype}; these kernels take float32 and bfloat16"
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        yield "torch.jit.trace cannot record these kernels"
+    if spec.window is not None:
+        yield f"window={spec.window}: local-p attention is not fused"
+    if spec.query == "feed":
+        yield "query='feed' is not fused; only a state asks"
+    looped = make_plan(spec).layers
+    if spec.residual is not None and spec.residual < looped:
+        yield f"residual={spec.residual} lies within the loop of {looped} layers; only layers above it may have one"
+    if looped > _MOST_CELLS:
+        yield f"num_layers={spec.num_layers} with feed={spec.feed!r}: at most {_MOST_CELLS} layers loop"
+    if spec.feed == "output":
+        yield from _obstacles_of_a_fed_readout(spec)
+    if y.dtype == torch.bfloat16:
+        odd = [f"{letter}={size}" for letter, size in _sizes(call).items() if size % 2]
+        if odd:
+            yield f"bfloat16 with odd {', '.join(odd)}; these kernels read bfloat16 in pairs"
+
+
+def _obstacles_of_a_fed_readout(spec: DecoderSpec) -> Iterator[str]:
+    if spec.combine is None:
+        yield "feed='output' with combine=None is not fused"
+    if len({*spec.readout}) < len(spec.readout):
+        yield f"feed='output' with a part twice in readout={spec.readout} is not fused"
+    if not spec.attention and ("context" in spec.readout or any(spec.reads_context)):
+        yield "feed='output' beside a fixed context is not fused"
+
+
+def _sizes(call: DecoderCall) -> dict[str, int]:
+    """Those that the kernels sum over or step by."""
+    keys, readout = call.keys, call.params.readout
+    context = keys.context if keys.memory is None else keys.memory
+    output = 0 if readout is None else readout[0].shape[0] // (2 if call.spec.combine == "maxout" else 1)
+    return {
+        "I": call.y.shape[2],
+        "H": call.hidden_size,
+        "A": 0 if keys.keys is None else keys.keys.shape[2],
+        "D": 0 if context is None else context.shape[-1],
+        "R": output,
+    }
+
+
+def decoder(call: DecoderCall) -> DecoderOutput:
+    """All steps: the loop, the layers above it, then attention and readout where they are not fed."""
+    if _needs_reference(call):
+        return decoder_reference.decoder(call)
+    spec, masks = call.spec, call.masks
+    todo = make_plan(spec) if torch.compiler.is_compiling() else plan(spec)
+    y = call.y if masks.input is None else call.y * masks.input
+    below, context, weights, feed = y, _fixed_context(call), None, None
+    states: list[LayerState] = []
+    if todo.loop is not None:
+        hs, seen, weights, feed, h_n, c_n = decoder_loop(todo.loop, _loop_tensors(call, todo, y), call.need_weights)
+        states = list(zip(h_n, c_n, strict=True)) if c_n else [(h,) for h in h_n]
+        if not todo.reads:
+            assert seen is not None
+            return DecoderOutput(seen, DecoderState(tuple(states), feed), weights)
+        below, context = hs[:, 1:], context if seen is None else seen
+    out = below
+    for index in range(todo.layers, spec.num_layers):
+        if index and masks.layers is not None:
+            below = below * masks.layers[index - 1]
+        x = below
+        if spec.reads_context[index]:
+            assert context is not None
+            x = torch.cat((below, context), -1)
+        out, state = _layer(spec.cell, x, call.state.layers[index], call.params.layers[index])
+        states.append(state)
+        below = out + below if spec.residual is not None and index >= spec.residual else out
+        if todo.attends and index == spec.query_layer:
+            queries = out if spec.attend == "after" else _before(call, index, out)
+            context, weights = _attend(call, queries)
+    seen_by = {"state": below, "input": y} | ({} if context is None else {"context": context})
+    if "prev_state" in spec.readout:
+        seen_by["prev_state"] = hs[:, :-1] if todo.layers == spec.num_layers else _before(call, -1, out)
+    output = _readout(call, [seen_by[part] for part in spec.readout])
+    return DecoderOutput(output, DecoderState(tuple(states), feed), weights)
+
+
+def _needs_reference(call: DecoderCall) -> bool:
+    """Transforms, forward-mode gradients and gradients of masks: the kernels have none of these."""
+    return (
+        torch.autograd.forward_ad._current_level >= 0
+        or (not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None)
+        or (torch.is_grad_enabled() and any(mask is not None and mask.requires_grad for mask in call.masks))
+    )
+
+
+def _copies(call: DecoderCall, t: Tensor) -> Tensor:
+    """[B, ...] as [N, ...]."""
+    copies = call.y.shape[0] // max(t.shape[0], 1)
+    return t if copies == 1 else t.repeat_interleave(copies, 0)
+
+
+def _fixed_context(call: DecoderCall) -> Tensor | None:
+    """[N, T, D], the same at every step."""
+    if call.keys.context is None:
+        return None
+    return _copies(call, call.keys.context)[:, None].expand(-1, call.y.shape[1], -1)
+
+
+def _loop_tensors(call: DecoderCall, todo: Plan, y: Tensor) -> LoopTensors:
+    spec, (keys, memory, mask, context), params, masks = call.spec, call.keys, call.params, call.masks
+    beside = None
+    if context is not None and params.context_hidden is not None:
+        beside = _copies(call, linear(context, params.context_hidden))
+    query, v, _ = (None, None, None) if params.attention is None else params.attention
+    cells = params.layers[: todo.layers] if params.transition is None else (*params.layers, params.transition)
+    w_read, b_read = (None, None) if todo.reads or params.readout is None else params.readout
+    carried = call.state.layers[: todo.layers]
+    return LoopTensors(
+        y, keys, memory, mask, call.state.feed, beside, query, v, w_read, b_read,
+        masks.layers[: todo.layers - 1] if masks.layers is not None and todo.layers > 1 else None,
+        None if todo.reads else masks.readout, None if todo.reads else masks.output,
+        tuple(layer[0] for layer in carried), tuple(layer[1] for layer in carried if spec.cell == "lstm"),
+        tuple(w for cell in cells for w in cell),
+    )  # fmt: skip
+
+
+def _layer(cell: str, x: Tensor, state: LayerState, weights: CellParams) -> tuple[Tensor, LayerState]:
+    """One layer over x [N, T, X]: its states [N, T, H] and the last one."""
+    h0, c0 = state if len(state) == 2 else (state[0], None)
+    if cell == "gru_reset_before":  # its recurrent product has two phases: the loop's kernels alone have that
+        hs, _, _, _, state, _ = decoder_loop(LoopSpec(cell), LoopTensors(x, h0=(h0,), weights=weights), False)
+        return hs[:, 1:], state
+    c = None if c0 is None else c0[None]
+    out, h_n, c_n = rnn_layer(cell, x, h0[None], c, weights, None, None, True, False)
+    return out, (h_n[0],) if c_n is None else (h_n[0], c_n[0])
+
+
+def _before(call: DecoderCall, index: int, out: Tensor) -> Tensor:
+    """A layer's states [N, T, H] one step earlier."""
+    return torch.cat((call.state.layers[index][0].to(out.dtype)[:, None], out[:, :-1]), 1)
+
+
+def _attend(call: DecoderCall, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+    (keys, memory, mask, _), params = call.keys, call.params.attention
+    assert params is not None and keys is not None and memory is not None  # noqa: PT018  (the call was checked)
+    if params.query is not None:
+        queries = linear(queries, params.query)
+    return attend(queries, keys, memory, mask, params.v, call.need_weights)
+
+
+def _readout(call: DecoderCall, parts: list[Tensor]) -> Tensor:
+    """The output [N, T, R] of the readout's parts."""
+    masks, combine = call.masks, call.spec.combine
+    output = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    if masks.readout is not None:
+        output = output * masks.readout
+    if call.params.readout is not None:
+        output = linear(output, *call.params.readout)
+    if combine == "tanh":
+        output = output.tanh()
+    elif combine == "maxout":
+        output = torch.maximum(output[..., 0::2], output[..., 1::2])
+    return output if masks.output is None else output * masks.output

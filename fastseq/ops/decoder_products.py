@@ -1,0 +1,156 @@
+"""From the gradients of a loop's pre-activations to those of parameters and inputs: products over all steps at once,
+each parameter's gradient in one buffer. Letters as in `decoder`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .decoder_types import KEPT, LoopSpec, LoopTensors, masked, parts
+from .linear import input_gradient, weight_gradient
+
+__all__ = [
+    "LoopGradients", "beside_gradient", "cell_gradients", "input_gradients", "query_gradient", "readout_gradients"
+]  # fmt: skip
+
+Kept = Sequence[Tensor | None]  # what KEPT names
+
+
+class LoopGradients(NamedTuple):
+    """What the loop itself makes in backward."""
+
+    d_gates: list[Tensor]  # of each cell [N, T, columns * H]: lstm i, f, g, o; gru r, z, U_n h, W_n x; else r, z, n
+    d_queries: Tensor | None  # [N, T, A], where there is a W_q
+    d_read: Tensor | None  # [N, T, R']
+    d_keys: Tensor | None  # [B, S, A] in fp32
+    d_memory: Tensor | None  # [B, S, D] in fp32
+    d_v: Tensor | None  # [A] in fp32
+    d_feed0: Tensor | None  # [N, F]; None here and below: not needed
+    d_h0: list[Tensor | None]
+    d_c0: list[Tensor | None]
+
+
+def cell_gradients(
+    loop: LoopSpec, x: LoopTensors, kept: Kept, found: LoopGradients, need: LoopTensors, i: int
+) -> list[Tensor | None]:
+    """d_w_ih, d_w_hh, d_b_ih, d_b_hh of cell i."""
+    wanted, two = need.weights[4 * i : 4 * i + 4], 2 * x.hidden
+    d_ih, d_hh, d_b_ih, d_b_hh = map(torch.empty_like, x.weights[4 * i : 4 * i + 4])
+    d_gates = found.d_gates[i]
+    if wanted[0] or wanted[2]:
+        reads = _side_by_side(_reads(loop, x, kept, i))
+        if loop.cell == "gru":  # U_n h, which the input does not reach, stands before W_n x
+            weight_gradient(d_gates[..., :two], reads, d_ih[:two], d_b_ih[:two])
+            weight_gradient(d_gates[..., two + x.hidden :], reads, d_ih[two:], d_b_ih[two:])
+        else:
+            weight_gradient(d_gates, reads, d_ih, d_b_ih)
+    if wanted[1] or wanted[3]:
+        before = _before(loop, kept, i)
+        if loop.cell == "gru_reset_before":  # U_n reads r h
+            gates = kept[_GATES]
+            assert gates is not None
+            weight_gradient(d_gates[..., :two], before, d_hh[:two], d_b_hh[:two])
+            weight_gradient(d_gates[..., two:], gates[i, :, :, 2], d_hh[two:], d_b_hh[two:])
+        else:
+            weight_gradient(_recurrent(loop, x, d_gates), before, d_hh, d_b_hh)
+    return [d if w else None for d, w in zip((d_ih, d_hh, d_b_ih, d_b_hh), wanted, strict=True)]
+
+
+_HS, _CONTEXTS, _OUTS, _GATES = map(KEPT.index, ("hs", "contexts", "outs", "gates"))
+
+
+def _recurrent(loop: LoopSpec, x: LoopTensors, d_gates: Tensor) -> Tensor:
+    """The columns of the recurrent product's gradients."""
+    return d_gates[..., : 3 * x.hidden] if loop.cell == "gru" else d_gates
+
+
+def _side_by_side(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, -1)
+
+
+def _states(kept: Kept, i: int) -> Tensor:
+    """States [N, T + 1, H] of cell i."""
+    hs = kept[_HS]
+    assert hs is not None
+    return hs[i]
+
+
+def _before(loop: LoopSpec, kept: Kept, i: int) -> Tensor:
+    """The states [N, T, H] that cell i started from."""
+    if loop.attend != "between":
+        return _states(kept, i)[:, :-1]
+    return _states(kept, 0)[:, 1:] if i else _states(kept, 1)[:, :-1]
+
+
+def _reads(loop: LoopSpec, x: LoopTensors, kept: Kept, i: int) -> list[Tensor]:
+    """The parts of cell i's input, in the order of w_ih's columns."""
+    contexts, found = kept[_CONTEXTS], []
+    if i == 0:
+        found.append(x.y)
+        fed = contexts if loop.feed == "context" else kept[_OUTS]
+        if x.feed0 is not None and fed is not None:
+            found.append(torch.cat((x.feed0.to(fed.dtype)[:, None], fed[:, :-1]), 1))
+    elif loop.attend != "between":
+        below = _states(kept, i - 1)[:, 1:]
+        found.append(below if x.layer_masks is None else below * x.layer_masks[i - 1])
+    if loop.contexts[i]:
+        assert contexts is not None
+        found.append(contexts)
+    return found
+
+
+def input_gradients(loop: LoopSpec, x: LoopTensors, found: LoopGradients) -> Tensor:
+    """d_y, through the first cell and the readout."""
+    d_gates, w, two = found.d_gates[0], x.weights[0][:, : x.y.shape[-1]], 2 * x.hidden
+    if loop.cell == "gru":
+        d_y = input_gradient(d_gates[..., :two], w[:two])
+        input_gradient(d_gates[..., two + x.hidden :], w[two:], out=d_y, add=True)
+    else:
+        d_y = input_gradient(d_gates, w)
+    if "input" in loop.readout:
+        assert found.d_read is not None and x.w_read is not None  # noqa: PT018
+        at, end = parts(loop, x)["input"]
+        if x.read_mask is None:
+            input_gradient(found.d_read, x.w_read[:, at:end], out=d_y, add=True)
+        else:
+            d_y += masked(input_gradient(found.d_read, x.w_read[:, at:end]), x.read_mask, at, end)
+    return d_y
+
+
+def beside_gradient(loop: LoopSpec, x: LoopTensors, found: LoopGradients) -> Tensor:
+    """d_beside [N, G*H]: the first cell's recurrent product at all steps."""
+    return _recurrent(loop, x, found.d_gates[0]).sum(1)
+
+
+def query_gradient(loop: LoopSpec, x: LoopTensors, kept: Kept, found: LoopGradients) -> Tensor:
+    """d_w_query."""
+    assert found.d_queries is not None and x.w_query is not None  # noqa: PT018
+    hs, d_w_query = _states(kept, loop.query_cell), torch.empty_like(x.w_query)
+    weight_gradient(found.d_queries, hs[:, :-1] if loop.attend == "before" else hs[:, 1:], d_w_query)
+    return d_w_query
+
+
+def readout_gradients(
+    loop: LoopSpec, x: LoopTensors, kept: Kept, found: LoopGradients, need: LoopTensors
+) -> tuple[Tensor | None, Tensor | None]:
+    """d_w_read, d_b_read."""
+    if not (need.w_read or need.b_read) or found.d_read is None or x.w_read is None:
+        return None, None
+    d_w, d_b = torch.empty_like(x.w_read), None if x.b_read is None else torch.empty_like(x.b_read)
+    read = _side_by_side([_part(part, x, kept) for part in loop.readout])
+    weight_gradient(found.d_read, read if x.read_mask is None else read * x.read_mask, d_w, d_b)
+    return d_w if need.w_read else None, d_b if need.b_read else None
+
+
+def _part(part: str, x: LoopTensors, kept: Kept) -> Tensor:
+    """A part [N, T, ·] of a fed readout."""
+    if part == "input":
+        return x.y
+    if part == "context":
+        contexts = kept[_CONTEXTS]
+        assert contexts is not None
+        return contexts
+    hs = _states(kept, -1)
+    return hs[:, 1:] if part == "state" else hs[:, :-1]
