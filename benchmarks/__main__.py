@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import ceilings
+from . import ceilings, readme
 from .machine import describe
 from .registry import OPT_IN, PEERS, SETS, Entry
 from .report import disturbed, print_report, row_line
@@ -27,19 +28,25 @@ FAST = Effort(seconds=0.3, least=3, most=15)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and do."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
     if options.command != "report":
         options.set = options.set or ["readme"]  # argparse would add to a default
     if options.command == "report":
-        print_report(Report.from_json(Path(options.file).read_text()), not options.summary)
+        reports = [Report.from_json(Path(file).read_text()) for file in options.files]
+        if options.readme:
+            readme.write(Path(options.readme), reports)
+        for report in reports:
+            print_report(report, not options.summary)
     elif options.command == "list":
         print("\n".join(f"{e.set:<8} {e.case}" for e in _entries(options.set, options.rows)))
     else:
-        run(options)
+        where = ("--json", options.json, f"--json={options.json}")
+        run(options, shlex.join(["python", "-m", "benchmarks", *(a for a in arguments if a not in where)]))
 
 
-def run(options: argparse.Namespace) -> None:
-    """Measure, print rows as they come and tables at the end, and write the JSON."""
+def run(options: argparse.Namespace, command: str) -> None:
+    """Measure, print rows as they come and tables at the end, and write the JSON, `command` with it."""
     effort = FAST if options.fast else Effort()
     if options.seconds is not None:
         effort = replace(effort, seconds=options.seconds, most=sys.maxsize)
@@ -55,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(before)
     import_s = runner.import_time() if set(options.set) & set(IMPORT_SETS) else None
     runner.watch.save()
-    report = Report(describe(), tops, runner.absent, rows, import_s)
+    report = Report(describe() | {"command": command}, tops, runner.absent, rows, import_s)
     if options.json:
         Path(options.json).write_text(report.to_json() + "\n")
     print_report(report, not options.summary)
@@ -99,9 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("--seconds", type=float, help=f"of measuring for each row; default {Effort.seconds}")
     runs.add_argument("--fast", action="store_true", help="a rough look: 0.3 s for each row, at least 3 rounds")
     runs.add_argument("--json", metavar="FILE", help="write the results")
-    shows.add_argument("file", metavar="FILE", help="what --json wrote")
+    shows.add_argument("files", metavar="FILE", nargs="+", help="what --json wrote")
+    shows.add_argument("--readme", metavar="README.md", help=f"write the tables between its {readme.BEGIN} markers")
     for command in (runs, shows):
-        command.add_argument("--summary", action="store_true", help="groups only, no rows")
+        command.add_argument("--summary", action="store_true", help="summaries only, no rows")
     return parser
 
 

@@ -1,35 +1,74 @@
-"""What is timed: one call of one layer stack or cell, as a value. FLOPs are those of its matrix products alone."""
+"""What is timed: one call, as a value; here the interface of every kind, and the calls of layer stacks and cells.
+
+FLOPs are those of matrix products alone: with weights, and of an attention with keys and memory.
+"""
 
 import random
-from dataclasses import dataclass, fields
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar, TypeVar
 
-__all__ = ["Case"]
+__all__ = ["GATES", "Case", "LayerCase", "named", "spread"]
 
 GATES = {"lstm": 4, "gru": 3}
 
+SomeCase = TypeVar("SomeCase", bound="Case")
+
+
+class Case(ABC):
+    """A call. `forward` records no gradients; `train` is a forward pass and the gradients of all inputs and weights."""
+
+    kind: ClassVar[str]  # its key in `kinds.KINDS`
+    mode: str  # "forward" | "train"
+    dtype: str  # "float32" | "float64" | "bfloat16" | "autocast" (fp32 tensors, autocast to bfloat16)
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """Real steps of all rows."""
+
+    @property
+    @abstractmethod
+    def forward_flops(self) -> int:
+        """2 per multiplication in a product, of real steps and positions."""
+
+    @abstractmethod
+    def small(self: SomeCase) -> SomeCase:
+        """The same kind of call, of few numbers."""
+
+    @property
+    def flops(self) -> int:
+        """Training is three times forward, since the gradient of either operand costs one product more."""
+        return self.forward_flops * (3 if self.mode == "train" else 1)
+
+    def unavailable(self) -> str | None:
+        """What this machine lacks for it."""
+        return None
+
 
 @dataclass(frozen=True)
-class Case:
-    """A call. `forward` records no gradients; `train` is a forward pass and the gradients of input, hx and weights."""
+class LayerCase(Case):
+    """A call of a layer stack or a cell."""
 
+    kind = "layers"
     op: str  # "lstm" | "gru" | "lstm_cell" | "gru_cell"
-    mode: str  # "forward" | "train"
+    mode: str
     T: int
     B: int
     I: int  # noqa: E741  (the project's letter)
     H: int
     layers: int = 1
     bidirectional: bool = False
-    dtype: str = "float32"  # "float64" | "bfloat16" | "autocast" (fp32 tensors, autocast to bfloat16)
+    dtype: str = "float32"
     rows: str = "full"  # "lengths": padded, from T/4 to T steps; "packed": the same rows in a PackedSequence
     hx: bool = False
 
     def __str__(self) -> str:
-        parts = [self.op, self.mode, f"T{self.T}", f"B{self.B}", f"I{self.I}", f"H{self.H}"]
-        if self.layers > 1:
-            parts.append(f"L{self.layers}")
-        flags = (self.bidirectional and "bi", self.dtype != "float32" and self.dtype, self.rows != "full" and self.rows)
-        return "-".join([*parts, *(f for f in flags if f), *(["hx"] if self.hx else [])])
+        return named(
+            self.op, self.mode, f"T{self.T}", f"B{self.B}", f"I{self.I}", f"H{self.H}",
+            self.layers > 1 and f"L{self.layers}", self.bidirectional and "bi", self.dtype != "float32" and self.dtype,
+            self.rows != "full" and self.rows, self.hx and "hx",
+        )  # fmt: skip
 
     @property
     def cell(self) -> str:
@@ -42,33 +81,34 @@ class Case:
 
     @property
     def lengths(self) -> list[int] | None:
-        """Steps of each row, spread evenly from T/4 to T, in random order; None where every row has T."""
-        if self.rows == "full":
-            return None
-        low, spread = self.T / 4, self.T * 3 / 4 / max(self.B - 1, 1)
-        steps = [max(1, round(low + spread * row)) for row in range(self.B)]
-        steps[-1] = self.T
-        random.Random(self.B).shuffle(steps)
-        return steps
+        """Steps of each row; None where every row has T."""
+        return None if self.rows == "full" else spread(self.B, self.T)
 
     @property
     def tokens(self) -> int:
-        """Real steps of all rows."""
         return self.T * self.B if self.lengths is None else sum(self.lengths)
 
     @property
-    def flops(self) -> int:
-        """2 per multiplication by a weight; training is three times forward, since either gradient costs one more."""
-        directions, width, forward = 2 if self.bidirectional else 1, self.I, 0
+    def forward_flops(self) -> int:
+        directions, width, flops = 2 if self.bidirectional else 1, self.I, 0
         for _ in range(self.layers):
-            forward += 2 * self.tokens * directions * GATES[self.cell] * self.H * (width + self.H)
+            flops += 2 * self.tokens * directions * GATES[self.cell] * self.H * (width + self.H)
             width = directions * self.H
-        return forward * (3 if self.mode == "train" else 1)
+        return flops
 
-    @classmethod
-    def from_dict(cls, values: dict[str, object]) -> "Case":
-        """The inverse of dataclasses.asdict; unknown keys raise."""
-        unknown = values.keys() - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"unknown fields {sorted(unknown)} of a case")
-        return cls(**values)  # type: ignore[arg-type]
+    def small(self) -> "LayerCase":
+        return replace(self, T=min(self.T, 5), B=min(self.B, 3), I=min(self.I, 4), H=6)
+
+
+def named(*parts: str | bool) -> str:
+    """The parts that are there, as one word."""
+    return "-".join(part for part in parts if isinstance(part, str))
+
+
+def spread(rows: int, most: int) -> list[int]:
+    """Lengths spread evenly from most / 4 to most, in random order."""
+    low, step = most / 4, most * 3 / 4 / max(rows - 1, 1)
+    lengths = [max(1, round(low + step * row)) for row in range(rows)]
+    lengths[-1] = most
+    random.Random(rows).shuffle(lengths)
+    return lengths

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import Case
-from .problem import Problem
+from .cases import LayerCase
+from .problem import LayerProblem
 from .programs import Program
 
 __all__ = ["onnx_program", "refuses", "unavailable"]
@@ -25,7 +25,7 @@ def unavailable() -> str | None:
     return f"not installed; run: pip install {' '.join(missing)}" if missing else None
 
 
-def refuses(case: Case) -> str | None:
+def refuses(case: LayerCase) -> str | None:
     if case.mode == "train":
         return "forward only"
     if case.is_cell or case.rows == "packed" or case.layers > 1 or case.dtype != "float32":
@@ -33,7 +33,7 @@ def refuses(case: Case) -> str | None:
     return None
 
 
-def onnx_program(problem: Problem) -> Program:
+def onnx_program(problem: LayerProblem) -> Program:
     """A session with torch.get_num_threads() threads."""
     import onnxruntime as ort
 
@@ -60,7 +60,7 @@ def onnx_program(problem: Problem) -> Program:
     return Program(step, results, grad=False, backend="onnxruntime")
 
 
-def _inputs(problem: Problem) -> dict[str, Tensor]:
+def _inputs(problem: LayerProblem) -> dict[str, Tensor]:
     """The tensors of a run, by the names in the graph."""
     inputs = {"x": problem.x}
     if problem.case.rows == "lengths" and problem.lengths is not None:
@@ -68,7 +68,7 @@ def _inputs(problem: Problem) -> dict[str, Tensor]:
     return inputs | dict(zip(("h0", "c0"), problem.hx, strict=False))
 
 
-def _model(problem: Problem) -> bytes:
+def _model(problem: LayerProblem) -> bytes:
     """x [T, B, I] -> out [T, B, D*H], h_n, (c_n) [D, B, H]: the node, and what it takes to have torch's layout."""
     from onnx import TensorProto, helper, numpy_helper
 
@@ -99,7 +99,7 @@ def _model(problem: Problem) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def _weights(problem: Problem) -> dict[str, Tensor]:
+def _weights(problem: LayerProblem) -> dict[str, Tensor]:
     """W [D, G*H, I], R [D, G*H, H], bias [D, 2*G*H]."""
     order = ORDER[problem.case.cell]
 

@@ -1,29 +1,39 @@
-"""The tensors of a case, the same for every peer."""
+"""The tensors of a case, the same for every peer; here the interface of every kind, and those of layers."""
 
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from .cases import Case
+from .cases import Case, LayerCase
 
-__all__ = ["Problem", "flatten", "module_of"]
+__all__ = ["DTYPES", "LayerProblem", "Problem", "flatten", "module_of", "uniform"]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "autocast": torch.float32}
 CLASSES = {"lstm": "LSTM", "gru": "GRU", "lstm_cell": "LSTMCell", "gru_cell": "GRUCell"}
 
 
+class Problem(Protocol):
+    """Random inputs of a case, its weights, and the gradients that training sends back."""
+
+    @property
+    def case(self) -> Case: ...
+
+    def in_float64(self) -> "Problem":
+        """The same values, to be computed without rounding."""
+
+
 @dataclass(frozen=True)
-class Problem:
+class LayerProblem:
     """Random input of a case, its weights, and the gradients that training sends back.
 
     Whole sequences get a gradient of their output; calls with a state, which stand in a loop, of the states as well.
     """
 
-    case: Case
+    case: LayerCase
     weights: dict[str, Tensor]  # a torch.nn module's state_dict
     x: Tensor  # [T, B, I]; a cell: [B, I]
     hx: tuple[Tensor, ...]  # () | (h,) | (h, c): [L*D, B, H]; a cell: [B, H]
@@ -31,15 +41,12 @@ class Problem:
     grads: tuple[Tensor, ...]  # of the first outputs, in the order of `flatten`
 
     @classmethod
-    def draw(cls, case: Case, seed: int = 0) -> "Problem":
+    def draw(cls, case: LayerCase, seed: int = 0) -> "LayerProblem":
         """The same values for every dtype of the same shapes, rounded to it."""
         g, dtype = torch.Generator().manual_seed(seed), DTYPES[case.dtype]
         directions, states = 2 if case.bidirectional else 1, 2 if case.cell == "lstm" else 1
         module = module_of(nn, replace(case, dtype="float32"))
-        bound = case.H**-0.5
-        weights = {
-            n: ((torch.rand(p.shape, generator=g) * 2 - 1) * bound).to(dtype) for n, p in module.state_dict().items()
-        }
+        weights = uniform(module, case.H, dtype, g)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=g).to(dtype)
@@ -54,19 +61,24 @@ class Problem:
             back = (normal(*rows, directions * case.H), *(back if case.hx else ()))
         return cls(case, weights, x, hx if case.hx else (), lengths, back)
 
-    def in_float64(self) -> "Problem":
-        """The same values, to be computed without rounding."""
+    def in_float64(self) -> "LayerProblem":
         case = replace(self.case, dtype="float64")
         weights = {n: w.double() for n, w in self.weights.items()}
         hx, grads = (tuple(t.double() for t in ts) for ts in (self.hx, self.grads))
-        return Problem(case, weights, self.x.double(), hx, self.lengths, grads)
+        return LayerProblem(case, weights, self.x.double(), hx, self.lengths, grads)
 
     def packed(self) -> PackedSequence:
         """The input as callers pack it; done outside the timing where the case has `rows="packed"`."""
         return pack_padded_sequence(self.x.detach(), self.case.lengths or [], enforce_sorted=False)
 
 
-def module_of(package: ModuleType, case: Case, **options: Any) -> nn.Module:
+def uniform(module: nn.Module, hidden: int, dtype: torch.dtype, g: torch.Generator) -> dict[str, Tensor]:
+    """A state_dict for `module`, of numbers up to hidden^-1/2 as torch.nn draws them."""
+    bound = hidden**-0.5
+    return {n: ((torch.rand(p.shape, generator=g) * 2 - 1) * bound).to(dtype) for n, p in module.state_dict().items()}
+
+
+def module_of(package: ModuleType, case: LayerCase, **options: Any) -> nn.Module:
     """The module of `package`, which names its classes as torch.nn does, that makes the case's call."""
     kind = getattr(package, CLASSES[case.op])
     options = options | {"dtype": DTYPES[case.dtype]}

@@ -3,13 +3,12 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from .cases import Case
-from .problem import Problem
+from .kinds import case_from_dict, case_to_dict, draw
 from .registry import PEERS
 
 __all__ = ["import_seconds", "memory_unavailable", "peak_bytes"]
@@ -25,7 +24,7 @@ def memory_unavailable() -> str | None:
 
 def peak_bytes(case: Case, peer: str, threads: int) -> float:
     """Bytes of resident memory that one call of a fresh program adds at its peak."""
-    request = json.dumps({"case": asdict(case), "peer": peer, "threads": threads})
+    request = json.dumps({"case": case_to_dict(case), "peer": peer, "threads": threads})
     return float(_child("-m", "benchmarks.processes", request))
 
 
@@ -43,8 +42,8 @@ def _peak_here(case: Case, peer: str, threads: int) -> int:
     torch.set_num_threads(threads)
     build, grad = PEERS[peer].build, case.mode == "train"
     with torch.set_grad_enabled(grad):
-        build(Problem.draw(replace(case, T=2, B=2, I=8, H=8))).step()  # libraries loaded, threads started
-        program = build(Problem.draw(case))
+        build(draw(case.small())).step()  # libraries loaded, threads started
+        program = build(draw(case))
         CLEAR_REFS.write_text("5")  # the peak starts from here
         before = _kib("VmRSS")
         kept = program.step()
@@ -59,4 +58,4 @@ def _kib(name: str) -> int:
 
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
-    print(_peak_here(Case.from_dict(asked["case"]), asked["peer"], asked["threads"]))
+    print(_peak_here(case_from_dict(asked["case"]), asked["peer"], asked["threads"]))

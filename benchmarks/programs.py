@@ -1,9 +1,9 @@
-"""A case made ready to run: the peers that are modules with torch.nn's interface, fastseq's among them."""
+"""A case made ready to run: what every program is, and those of layers, which have torch.nn's interface."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -11,11 +11,23 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastseq
+from fastseq.explain import Explanation
 
-from .cases import Case
-from .problem import Problem, flatten, module_of
+from .cases import LayerCase
+from .problem import LayerProblem, flatten, module_of
 
-__all__ = ["NotRunnable", "Program", "compile_refuses", "compiled_program", "fastseq_program", "torch_program"]
+__all__ = [
+    "NotRunnable",
+    "Program",
+    "Results",
+    "chosen_backend",
+    "compile_refuses",
+    "compiled",
+    "compiled_program",
+    "fastseq_program",
+    "program_of",
+    "torch_program",
+]
 
 Results = dict[str, Tensor]  # out0, out1, ...; d_x, d_h0, ..., d_<parameter>
 
@@ -35,25 +47,61 @@ class Program:
     note: str = ""
 
 
-def torch_program(problem: Problem) -> Program:
+def program_of(
+    forward: Callable[[], list[Tensor]],
+    leaves: Mapping[str, Tensor],  # what training wants the gradients of
+    grads: Sequence[Tensor],  # sent back to the first outputs
+    train: bool,
+    backend: str,
+) -> Program:
+    """`forward`, and in training the gradients of its outputs."""
+
+    def backward(outputs: list[Tensor]) -> tuple[Tensor, ...]:
+        sent = tuple(g.to(o.dtype) for o, g in zip(outputs, grads, strict=False))
+        return torch.autograd.grad(outputs[: len(sent)], list(leaves.values()), sent)
+
+    def results() -> Results:
+        outputs = forward()
+        found = {f"out{k}": o.detach() for k, o in enumerate(outputs)}
+        names = [f"d_{name}" for name in leaves]
+        return found | (dict(zip(names, backward(outputs), strict=True)) if train else {})
+
+    return Program((lambda: backward(forward())) if train else forward, results, train, backend)
+
+
+def chosen_backend(explanation: Explanation, backend: str) -> str:
+    """Which backend runs the explained call, `backend` being asked for; NotRunnable with its reason where none does."""
+    if explanation.chosen is None:
+        raise NotRunnable(next(v.reason for v in explanation if v.backend == backend))
+    return explanation.chosen
+
+
+def compiled(program: Program) -> Program:
+    """`program`, of a compiled module, after its first call, which compiles."""
+    begin = time.perf_counter()
+    try:
+        with torch.set_grad_enabled(program.grad):
+            program.step()
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise NotRunnable(f"torch.compile raised {type(error).__name__}") from error
+    return replace(program, note=f"compiled in {time.perf_counter() - begin:.1f} s")
+
+
+def torch_program(problem: LayerProblem) -> Program:
     """Stock torch.nn. Where the case has lengths it packs and pads, as its user has to."""
     return _module_program(_load(module_of(nn, problem.case), problem), problem, _packing_call, "torch.nn")
 
 
-def fastseq_program(backend: str) -> Callable[[Problem], Program]:
+def fastseq_program(problem: LayerProblem, backend: str) -> Program:
     """fastseq with `backend=` forced, or "auto"; the program says which one runs."""
-
-    def build(problem: Problem) -> Program:
-        module = _load(module_of(fastseq, problem.case, backend=backend), problem)
-        with torch.set_grad_enabled(problem.case.mode == "train"), _precision(problem):
-            x, hx = _arguments(problem, list(problem.hx))
-            chosen = fastseq.explain(module, x, hx, lengths=_lengths(problem)).chosen
-        return _module_program(module, problem, _lengths_call, chosen or "none")
-
-    return build
+    module = _load(module_of(fastseq, problem.case, backend=backend), problem)
+    with torch.set_grad_enabled(problem.case.mode == "train"), _precision(problem):
+        x, hx = _arguments(problem, list(problem.hx))
+        chosen = chosen_backend(fastseq.explain(module, x, hx, lengths=_lengths(problem)), backend)
+    return _module_program(module, problem, _lengths_call, chosen)
 
 
-def compile_refuses(case: Case) -> str | None:
+def compile_refuses(case: LayerCase) -> str | None:
     if case.rows != "full":
         return "packing breaks the graph"
     if case.cell == "gru" and case.T > 1:
@@ -61,79 +109,61 @@ def compile_refuses(case: Case) -> str | None:
     return None
 
 
-def compiled_program(problem: Problem) -> Program:
+def compiled_program(problem: LayerProblem) -> Program:
     """torch.compile of stock torch.nn, which by itself leaves recurrent modules alone: `allow_rnn` is set."""
     module = _load(module_of(nn, problem.case), problem)
     with torch._dynamo.config.patch(allow_rnn=True):
-        compiled = torch.compile(module, dynamic=False)
-        program = _module_program(compiled, problem, _packing_call, "torch.compile")
-        begin = time.perf_counter()
-        try:
-            with torch.set_grad_enabled(program.grad):
-                program.step()
-        except torch._dynamo.exc.TorchDynamoException as error:
-            raise NotRunnable(f"torch.compile: {type(error).__name__}") from error
-    note = f"compiled in {time.perf_counter() - begin:.1f} s"
-    return Program(program.step, program.results, program.grad, program.backend, note)
+        unrolled = torch.compile(module, dynamic=False)
+        return compiled(_module_program(unrolled, problem, _packing_call, "torch.compile"))
 
 
-def _load(module: nn.Module, problem: Problem) -> nn.Module:
+def _load(module: nn.Module, problem: LayerProblem) -> nn.Module:
     module.load_state_dict(problem.weights)
     return module.train(problem.case.mode == "train")
 
 
-def _lengths(problem: Problem) -> Tensor | None:
+def _lengths(problem: LayerProblem) -> Tensor | None:
     return problem.lengths if problem.case.rows == "lengths" else None
 
 
-def _precision(problem: Problem) -> AbstractContextManager[Any]:
+def _precision(problem: LayerProblem) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16) if problem.case.dtype == "autocast" else nullcontext()
 
 
-def _arguments(problem: Problem, hx: list[Tensor]) -> tuple[Any, Any]:
+def _arguments(problem: LayerProblem, hx: list[Tensor]) -> tuple[Any, Any]:
     """(input, hx) as the module takes them; packed data are packed here, once."""
     x = problem.packed() if problem.case.rows == "packed" else problem.x.detach()
     return x, None if not hx else tuple(hx) if problem.case.cell == "lstm" else hx[0]
 
 
-Call = Callable[[Any, Any, Any, Problem], list[Tensor]]
+Call = Callable[[Any, Any, Any, LayerProblem], list[Tensor]]
 
 
-def _lengths_call(module: Any, x: Any, hx: Any, problem: Problem) -> list[Tensor]:
+def _lengths_call(module: Any, x: Any, hx: Any, problem: LayerProblem) -> list[Tensor]:
     if problem.case.rows == "lengths":
         return flatten(module(x, hx, lengths=problem.lengths))
     return flatten(module(x, hx))
 
 
-def _packing_call(module: Any, x: Any, hx: Any, problem: Problem) -> list[Tensor]:
+def _packing_call(module: Any, x: Any, hx: Any, problem: LayerProblem) -> list[Tensor]:
     if problem.case.rows == "lengths":
         out, state = module(pack_padded_sequence(x, cast(Tensor, problem.lengths), enforce_sorted=False), hx)
         return [pad_packed_sequence(out, total_length=problem.case.T)[0], *flatten(state)]
     return flatten(module(x, hx))
 
 
-def _module_program(module: Any, problem: Problem, call: Call, backend: str) -> Program:
+def _module_program(module: Any, problem: LayerProblem, call: Call, backend: str) -> Program:
     train = problem.case.mode == "train"
     x, hx = _arguments(problem, [h.detach().requires_grad_(train) for h in problem.hx])
     data = x if isinstance(x, Tensor) else x.data
     data.requires_grad_(train)
     states = [] if hx is None else flatten(hx)
-    names = ["d_x", *(f"d_hx{k}" for k in range(len(states))), *(f"d_{n}" for n, _ in module.named_parameters())]
-    leaves, grads, autocast = [data, *states, *module.parameters()], problem.grads, problem.case.dtype == "autocast"
+    leaves = {"x": data} | {f"hx{k}": h for k, h in enumerate(states)} | dict(module.named_parameters())
 
     def forward() -> list[Tensor]:
-        if not autocast:
+        if problem.case.dtype != "autocast":
             return call(module, x, hx, problem)
         with _precision(problem):
             return call(module, x, hx, problem)
 
-    def backward(outputs: list[Tensor]) -> tuple[Tensor, ...]:
-        sent = tuple(g.to(o.dtype) for o, g in zip(outputs, grads, strict=False))
-        return torch.autograd.grad(outputs[: len(sent)], leaves, sent)
-
-    def results() -> Results:
-        outputs = forward()
-        found = {f"out{k}": o.detach() for k, o in enumerate(outputs)}
-        return found | (dict(zip(names, backward(outputs), strict=True)) if train else {})
-
-    return Program((lambda: backward(forward())) if train else forward, results, train, backend)
+    return program_of(forward, leaves, problem.grads, train, backend)

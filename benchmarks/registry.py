@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
-from . import onnx_program
-from .cases import Case
-from .problem import Problem
-from .programs import Program, compile_refuses, compiled_program, fastseq_program, torch_program
+from . import attention_programs, decoder_programs, onnx_program, programs
+from .cases import Case, LayerCase
+from .decoder_cases import WIDTHS, AttentionCase, CorpusCase, DecoderCase
+from .kinds import KINDS, fastseq_program
+from .programs import Program
 
 __all__ = ["OPT_IN", "OURS", "PEERS", "SETS", "Entry", "Peer"]
 
@@ -18,13 +20,18 @@ Pairs = tuple[tuple[str, str], ...]
 class Peer:
     """A contender: how it makes a case ready to run. Some run another form of the case, to be compared with ours."""
 
-    build: Callable[[Problem], Program]
+    build: Callable[[Any], Program]  # of the problem of a case that it can run
     label: str
+    kinds: tuple[str, ...] = ("layers",)  # of cases
     unavailable: Callable[[], str | None] = lambda: None  # why this machine has it not
-    refuses: Callable[[Case], str | None] = lambda case: None  # why it cannot run the case
-    form: Callable[[Case], Case] = lambda case: case
-    scale: Callable[[Case], float] = lambda case: 1.0  # by which its time is multiplied in a ratio
+    refuses: Callable[[Any], str | None] = lambda case: None  # why it cannot run a case of its kinds
+    form: Callable[[Any], Any] = lambda case: case
+    scale: Callable[[Any], float] = lambda case: 1.0  # by which its time is multiplied in a ratio
     threads: int | None = None  # None: the row's
+
+    def obstacle(self, case: Case) -> str | None:
+        """Why it cannot run the case."""
+        return self.refuses(case) if case.kind in self.kinds else f"it runs {', '.join(self.kinds)} only"
 
 
 @dataclass(frozen=True)
@@ -38,37 +45,50 @@ class Entry:
     measure: str = "time"  # "memory": peak bytes of a call
 
 
-def _in_fp32(case: Case) -> Case:
+def _in_fp32(case: LayerCase) -> LayerCase:
     return replace(case, dtype="float32")
 
 
-def _full_length(case: Case) -> Case:
+def _full_length(case: LayerCase) -> LayerCase:
     return replace(case, rows="full")
 
 
-def _real_share(case: Case) -> float:
+def _real_share(case: LayerCase) -> float:
     return case.tokens / (case.T * case.B)
 
 
+DECODERS = ("decoder", "corpus")
 OURS = ("auto", "cpu")  # the choice that users get, and the fused kernels whatever the choice would be
 PEERS = {
-    "torch.nn": Peer(torch_program, "torch.nn"),
-    "torch.compile": Peer(compiled_program, "torch.compile of torch.nn", refuses=compile_refuses),
+    "torch.nn": Peer(programs.torch_program, "torch.nn"),
+    "torch.compile": Peer(
+        programs.compiled_program, "torch.compile of torch.nn", refuses=programs.compile_refuses
+    ),
     "onnxruntime": Peer(
-        onnx_program.onnx_program, "ONNX Runtime", onnx_program.unavailable, onnx_program.refuses
+        onnx_program.onnx_program, "ONNX Runtime", unavailable=onnx_program.unavailable, refuses=onnx_program.refuses
+    ),
+    "loop": Peer(decoder_programs.loop_program, "torch loop", DECODERS),
+    "loop.compile": Peer(
+        decoder_programs.compiled_loop_program, "torch.compile of the loop", DECODERS,
+        refuses=decoder_programs.compile_refuses,
+    ),
+    "plain": Peer(attention_programs.plain_program, "plain PyTorch", ("attention",)),
+    "sdpa": Peer(
+        attention_programs.sdpa_program, "PyTorch's sdpa", ("attention",), refuses=attention_programs.sdpa_refuses
     ),
 }  # fmt: skip
 for _ours in OURS:
     _build = fastseq_program(_ours)
     PEERS |= {
-        _ours: Peer(_build, f"fastseq ({_ours})"),
+        _ours: Peer(_build, f"fastseq ({_ours})", tuple(KINDS)),
         f"{_ours}.fp32": Peer(_build, "our fp32", form=_in_fp32),
         f"{_ours}.full": Peer(_build, "our full length", form=_full_length, scale=_real_share),
         f"{_ours}.1thread": Peer(_build, "our one thread", threads=1),
     }
-OPT_IN = {"torch.compile"}  # minutes of compilation: run only when --peers names it
+OPT_IN = {"torch.compile", "loop.compile"}  # minutes of compilation: run only when --peers names it
 
 OPS, MODES = ("lstm", "gru"), ("forward", "train")
+DECODER_SHAPES = ((1, 256, 20), (32, 128, 20), (32, 256, 30), (64, 512, 30))  # B, H, and S = T
 
 
 def _against(*peers: str) -> Pairs:
@@ -81,7 +101,7 @@ def _own(suffix: str) -> Pairs:
 
 def _grid(batches: Iterable[int], hidden: Iterable[int]) -> tuple[Entry, ...]:
     return tuple(
-        Entry("grid", Case(op, mode, 50, b, h, h), _against("torch.nn", "onnxruntime", "torch.compile"))
+        Entry("grid", LayerCase(op, mode, 50, b, h, h), _against("torch.nn", "onnxruntime", "torch.compile"))
         for op, mode, b, h in product(OPS, MODES, batches, hidden)
     )
 
@@ -89,14 +109,14 @@ def _grid(batches: Iterable[int], hidden: Iterable[int]) -> tuple[Entry, ...]:
 def _bf16() -> tuple[Entry, ...]:
     shapes = product(OPS, MODES, ("bfloat16", "autocast"), (8, 32, 64), (256, 512))
     return tuple(
-        Entry("bf16", Case(op, mode, 50, b, h, h, dtype=dtype), _own(".fp32"))
+        Entry("bf16", LayerCase(op, mode, 50, b, h, h, dtype=dtype), _own(".fp32"))
         for op, mode, dtype, b, h in shapes
     )  # fmt: skip
 
 
 def _varlen() -> tuple[Entry, ...]:
     return tuple(
-        Entry("varlen", Case(op, mode, 50, b, h, h, rows="lengths"), _own(".full") + _against("torch.nn"))
+        Entry("varlen", LayerCase(op, mode, 50, b, h, h, rows="lengths"), _own(".full") + _against("torch.nn"))
         for op, mode, b, h in product(OPS, MODES, (8, 32, 64), (64, 256))
     )
 
@@ -107,32 +127,62 @@ def _calls() -> tuple[Entry, ...]:
     for cell, mode in product(OPS, MODES):
         for op in (cell, f"{cell}_cell"):
             shapes += [
-                Case(op, mode, 1, 1, 4, 256, hx=True),  # reinforcement learning
-                Case(op, mode, 1, 8, 4, 256, hx=True),
-                Case(op, mode, 1, 16, 80, 64, hx=True),  # a translation decoder, step by step
+                LayerCase(op, mode, 1, 1, 4, 256, hx=True),  # reinforcement learning
+                LayerCase(op, mode, 1, 8, 4, 256, hx=True),
+                LayerCase(op, mode, 1, 16, 80, 64, hx=True),  # a translation decoder, step by step
             ]
         shapes += [
-            Case(cell, mode, 20, 16, 80, 64, bidirectional=True, rows="packed"),  # its encoder
-            Case(cell, mode, 16, 64, 100, 400, rows="packed", hx=True),  # a tagger: characters of words
-            Case(cell, mode, 64, 16, 300, 200, bidirectional=True, rows="packed", hx=True),  # words of sentences
-            Case(cell, mode, 64, 1, 1, 64, layers=2),  # forecasting
-            Case(cell, mode, 64, 128, 1, 64, layers=2),
+            LayerCase(cell, mode, 20, 16, 80, 64, bidirectional=True, rows="packed"),  # its encoder
+            LayerCase(cell, mode, 16, 64, 100, 400, rows="packed", hx=True),  # a tagger: characters of words
+            LayerCase(cell, mode, 64, 16, 300, 200, bidirectional=True, rows="packed", hx=True),  # words of sentences
+            LayerCase(cell, mode, 64, 1, 1, 64, layers=2),  # forecasting
+            LayerCase(cell, mode, 64, 128, 1, 64, layers=2),
         ]
     return tuple(Entry("calls", case, _against("torch.nn")) for case in shapes)
 
 
 def _threads() -> tuple[Entry, ...]:
     return tuple(
-        Entry("threads", Case(op, mode, 50, b, h, h), _own(".1thread"), threads=(2,))
+        Entry("threads", LayerCase(op, mode, 50, b, h, h), _own(".1thread"), threads=(2,))
         for op, mode, b, h in product(OPS, MODES, (8, 32, 64), (256, 512))
     )
 
 
 def _memory() -> tuple[Entry, ...]:
-    shapes = [Case(op, "train", 50, b, h, h) for op, b, h in product(OPS, (8, 64), (64, 256, 512))]
-    shapes += [Case(op, "train", 50, 32, 256, 256, layers=2, bidirectional=True) for op in OPS]
-    shapes += [Case(op, "train", 64, 16, 300, 200, bidirectional=True, rows="packed", hx=True) for op in OPS]
-    return tuple(Entry("memory", case, _against("torch.nn"), (2,), "memory") for case in shapes)
+    shapes: list[Case] = [LayerCase(op, "train", 50, b, h, h) for op, b, h in product(OPS, (8, 64), (64, 256, 512))]
+    shapes += [LayerCase(op, "train", 50, 32, 256, 256, layers=2, bidirectional=True) for op in OPS]
+    shapes += [LayerCase(op, "train", 64, 16, 300, 200, bidirectional=True, rows="packed", hx=True) for op in OPS]
+    layers = [Entry("memory", case, _against("torch.nn"), (2,), "memory") for case in shapes]
+    decoders = [DecoderCase(attention, cell, "train", 30, 30, 64, 512) for attention, cell in product(WIDTHS, OPS)]
+    return (*layers, *(Entry("memory", case, _against("loop"), (2,), "memory") for case in decoders))
+
+
+def _decoder() -> tuple[Entry, ...]:
+    """The promised shapes with full masks, and with sources of different length; one row has but one length."""
+    shapes = product(WIDTHS, OPS, MODES, ("full", "lengths"), DECODER_SHAPES)
+    cases = [
+        DecoderCase(attention, cell, mode, steps, steps, b, h, rows=rows)
+        for attention, cell, mode, rows, (b, h, steps) in shapes
+        if rows == "full" or b > 1
+    ]
+    return tuple(Entry("decoder", case, _against("loop", "loop.compile")) for case in cases)
+
+
+def _corpus() -> tuple[Entry, ...]:
+    """A training step for each of some batches of Multi30k."""
+    sources = (("multi30k", 8), ("multi30k_text", 24))
+    return tuple(
+        Entry("corpus", CorpusCase(attention, "lstm", "train", source, h, count), _against("loop"))
+        for (source, count), attention, h in product(sources, WIDTHS, (256, 512))
+    )
+
+
+def _attention() -> tuple[Entry, ...]:
+    shapes = [(*shape, "full") for shape in DECODER_SHAPES] + [(32, 256, 30, "lengths")]
+    return tuple(
+        Entry("attention", AttentionCase(score, mode, steps, steps, b, h, rows=rows), _against("plain", "sdpa"))
+        for score, mode, (b, h, steps, rows) in product(("additive", "dot"), MODES, shapes)
+    )
 
 
 SETS: dict[str, tuple[Entry, ...]] = {
@@ -143,6 +193,9 @@ SETS: dict[str, tuple[Entry, ...]] = {
     "calls": _calls(),
     "threads": _threads(),
     "memory": _memory(),
+    "decoder": _decoder(),
+    "corpus": _corpus(),
+    "attention": _attention(),
     "import": (),  # no call: the runner times a process
 }
 SETS["full"] = tuple(entry for name, entries in SETS.items() if name != "quick" for entry in entries)

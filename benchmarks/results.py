@@ -6,6 +6,7 @@ from typing import Any
 
 from .cases import Case
 from .ceilings import Ceiling
+from .kinds import case_from_dict, case_to_dict
 
 __all__ = ["SCHEMA", "Ratio", "Report", "Row", "Timing"]
 
@@ -45,7 +46,7 @@ class Row:
     measure: str  # "time" | "memory"
     timings: dict[str, Timing]  # by contender
     ratios: tuple[Ratio, ...]
-    calm: float  # the share of rounds that nobody disturbed; the others count only where this was too small
+    calm: float | None  # the share of rounds that nobody disturbed; the others count only where this was too small
 
     @property
     def name(self) -> str:
@@ -64,7 +65,8 @@ class Report:
     schema: int = SCHEMA
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        rows = [asdict(row) | {"case": case_to_dict(row.case)} for row in self.rows]
+        return json.dumps(asdict(self) | {"rows": rows}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
@@ -79,5 +81,7 @@ class Report:
 
 def _row(d: dict[str, Any]) -> Row:
     timings = {name: Timing(**t) for name, t in d["timings"].items()}
-    case, ratios = Case.from_dict(d["case"]), tuple(Ratio(**r) for r in d["ratios"])
-    return Row(d["set"], case, d["threads"], d["measure"], timings, ratios, d["calm"])
+    case, ratios = case_from_dict(d["case"]), tuple(Ratio(**r) for r in d["ratios"])
+    return Row(
+        d["set"], case, d["threads"], d["measure"], timings, ratios, d.get("calm")
+    )  # the first runs did not watch

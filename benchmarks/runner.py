@@ -10,6 +10,7 @@ from . import ceilings
 from .calm import MEMORY, Watch
 from .cases import Case
 from .equality import check, truth_of
+from .kinds import draw
 from .problem import Problem
 from .processes import import_seconds, memory_unavailable, peak_bytes
 from .programs import NotRunnable, Results
@@ -41,8 +42,9 @@ class Runner:
 
     def row(self, entry: Entry, threads: int) -> Row | None:
         """None where no pair can run."""
-        if entry.measure == "memory" and memory_unavailable():
-            self.absent["memory"] = str(memory_unavailable())
+        lacking = entry.case.unavailable() or (memory_unavailable() if entry.measure == "memory" else None)
+        if lacking is not None:
+            self._note(f"some rows of set {entry.set}", lacking)
             return None
         pairs = tuple(pair for pair in entry.pairs if all(self._runs(name, entry.case) for name in pair))
         runnables, same_as = self._prepare(entry.case, _names(pairs), threads)
@@ -70,12 +72,16 @@ class Runner:
         """Leaves a note where it could but refuses this case."""
         if name not in self.peers or name in self.absent:
             return False
-        reason = PEERS[name].refuses(case)
+        reason = PEERS[name].obstacle(case)
         if reason is not None:
-            noted = self.absent.setdefault(f"{name}, from some rows", reason)
-            if reason not in noted:
-                self.absent[f"{name}, from some rows"] = f"{noted}; {reason}"
+            self._note(f"{name}, from some rows", reason)
         return reason is None
+
+    def _note(self, what: str, reason: str) -> None:
+        """Each reason once, however many rows it keeps out."""
+        noted = self.absent.setdefault(what, reason)
+        if reason not in noted:
+            self.absent[what] = f"{noted}; {reason}"
 
     def _prepare(self, entered: Case, names: Iterable[str], threads: int) -> tuple[dict[str, Runnable], dict[str, str]]:
         """Built and found equal; and for each contender the name of the runnable that is measured for it.
@@ -92,7 +98,7 @@ class Runner:
             try:
                 program = peer.build(_problem(case))
             except NotRunnable as reason:
-                self.absent[f"{name} on {case}"] = str(reason)
+                self._note(f"{name}, from some rows", str(reason))
                 continue
             same_as[name] = first.setdefault((program.backend, case, n), name)
             if same_as[name] == name:
@@ -128,7 +134,7 @@ def _ratios(case: Case, pairs: Pairs, samples: Mapping[str, list[float]]) -> tup
 
 @lru_cache(maxsize=2)
 def _problem(case: Case) -> Problem:
-    return Problem.draw(case)
+    return draw(case)
 
 
 @lru_cache(maxsize=2)  # the same for every number of threads

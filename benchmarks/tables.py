@@ -1,4 +1,4 @@
-"""A table on the terminal: by rich where it is installed, otherwise plain text."""
+"""A table: on the terminal by rich where it is installed, otherwise as plain text; or as Markdown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ try:
 except ImportError:
     rich = None  # type: ignore[assignment]
 
-__all__ = ["Table", "print_table"]
+__all__ = ["Table", "markdown", "plain", "print_table"]
 
 
 @dataclass(frozen=True)
@@ -49,3 +49,10 @@ def plain(table: Table) -> str:
         for line in (table.head, *table.lines)
     ]
     return "\n".join([table.title, *(line.rstrip() for line in lines)])
+
+
+def markdown(table: Table) -> str:
+    """The title as a line of its own, since Markdown's tables have none."""
+    rule = ["---", *["---:"] * (len(table.head) - 1)]
+    rows = [f"| {' | '.join(cells)} |" for cells in (table.head, rule, *table.lines)]
+    return "\n".join([f"{table.title[0].upper()}{table.title[1:]}:", "", *rows])

@@ -1,11 +1,13 @@
-"""What the project promises of each group of rows: geometric mean and minimum of the ratios."""
+"""What the project promises: of groups of rows the geometric mean and minimum of the ratios; of decoders each ratio."""
 
 from typing import NamedTuple
 
-from .registry import PEERS
+from .cases import LayerCase
+from .decoder_cases import AttentionCase, DecoderCase
+from .registry import DECODER_SHAPES, PEERS
 from .results import Ratio, Row
 
-__all__ = ["IMPORT_S", "TARGETS", "Target", "group"]
+__all__ = ["IMPORT_S", "MODES", "TARGETS", "Target", "group", "promised"]
 
 IMPORT_S = 0.3
 MODES = {"forward": "forward", "train": "training"}
@@ -21,15 +23,26 @@ class Target(NamedTuple):
 def group(row: Row, ratio: Ratio) -> str:
     """The group's name, a key of TARGETS where something is promised."""
     peer, mode = PEERS[ratio.peer].label, MODES[row.case.mode]
-    if row.set == "grid":
+    if row.set == "grid" and isinstance(row.case, LayerCase):
         return f"{row.case.cell.upper()} {mode} over {peer}"
     if row.set == "varlen":
         return f"variable length over {peer}{' x real/padded' if ratio.peer.endswith('.full') else ''}"
     if row.set == "memory":
-        return f"peak memory of training, {peer}'s over ours"
+        return f"peak memory of {'' if row.case.kind == 'layers' else 'decoder '}training, {peer}'s over ours"
     if row.set == "threads":
         return f"two threads over {peer}"
+    if isinstance(row.case, AttentionCase):
+        return f"{row.case.score} attention {mode} over {peer}"
     return f"{row.set} {mode} over {peer}"
+
+
+def promised(row: Row, ratio: Ratio) -> float | None:
+    """The least ratio, where one is promised of this very row."""
+    case = row.case
+    if row.set != "decoder" or not isinstance(case, DecoderCase) or ratio.peer != "loop" or row.threads != 1:
+        return None
+    targets = DECODER_TARGETS.get((case.attention, case.mode))
+    return None if targets is None else dict(zip(DECODER_SHAPES, targets, strict=True)).get((case.B, case.H, case.T))
 
 
 TARGETS = {
@@ -46,4 +59,10 @@ TARGETS = {
     "calls training over torch.nn": Target(1.3, 0.97),
     "two threads over our one thread": Target(None, 1.6),
     "peak memory of training, torch.nn's over ours": Target(None, 1.0),
+    "peak memory of decoder training, torch loop's over ours": Target(None, 2.0),
+}
+DECODER_TARGETS = {  # over the loop, on one thread, at each of DECODER_SHAPES; LSTM and GRU alike
+    ("bahdanau", "forward"): (5.0, 3.0, 2.2, 1.8),
+    ("bahdanau", "train"): (6.0, 2.5, 2.0, 1.55),
+    ("luong", "train"): (6.0, 2.5, 2.0, 1.55),
 }

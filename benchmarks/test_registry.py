@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.cases import Case
 from benchmarks.equality import check, truth_of
-from benchmarks.problem import Problem
+from benchmarks.kinds import draw
+from benchmarks.programs import NotRunnable
 from benchmarks.registry import OPT_IN, PEERS, SETS
 
 pytest.importorskip("pytest_benchmark")
@@ -22,7 +23,7 @@ def _cases() -> Iterator[Any]:
     pairs = [(e.case, name) for e in SETS["full"] if e.measure == "time" for pair in e.pairs for name in pair]
     for case, name in dict.fromkeys(pairs):
         peer = PEERS[name]
-        if name not in OPT_IN and peer.threads is None and peer.form(case) == case and peer.refuses(case) is None:
+        if name not in OPT_IN and peer.threads is None and peer.form(case) == case and peer.obstacle(case) is None:
             yield pytest.param(case, name, id=f"{case}-{name}")
 
 
@@ -37,11 +38,14 @@ def _one_thread() -> Iterator[None]:
 @pytest.mark.usefixtures("_one_thread")
 @pytest.mark.parametrize(("case", "name"), list(_cases()))
 def test_registry(case: Case, name: str, benchmark: Any) -> None:
-    reason = PEERS[name].unavailable()
+    reason = PEERS[name].unavailable() or case.unavailable()
     if reason is not None:
         pytest.skip(reason)
-    problem = Problem.draw(case)
-    program = PEERS[name].build(problem)
+    problem = draw(case)
+    try:
+        program = PEERS[name].build(problem)
+    except NotRunnable as reason:
+        pytest.skip(str(reason))
     check(program, truth_of(problem), case.dtype)
     benchmark.group = str(case)
     benchmark.extra_info["backend"] = program.backend

@@ -1,0 +1,142 @@
+"""What a run comes to: the tables of the README, also printed at the end of a run."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from .decoder_cases import DecoderCase
+from .registry import OURS, PEERS
+from .results import Ratio, Report, Row
+from .stats import geometric_mean
+from .tables import Table
+from .targets import MODES, TARGETS, group, promised
+
+__all__ = ["ceiling_of", "group_table", "promise", "ratios_of", "summaries", "under"]
+
+NEARLY = 0.95  # of the ceiling: a promise that needs more is named
+ABOUT = {"bahdanau": "Bahdanau", "luong": "Luong, input feeding"}
+
+
+def summaries(report: Report) -> list[Table]:
+    """All that have lines, under `auto` and with the kernels forced; once where these are the same."""
+    found: list[Table] = []
+    for make in (group_table, decoder_table, corpus_table):
+        merged: list[tuple[Table, list[str]]] = []
+        for ours in OURS:
+            table = make(report, ours)
+            same = next((names for known, names in merged if known.lines == table.lines), None)
+            if same is None:
+                merged.append((table, [under(ours)]))
+            else:
+                same.append(under(ours))
+        found += [replace(t, title=f"{t.title}, {' and '.join(names)}") for t, names in merged if t.lines]
+    return found
+
+
+def under(ours: str) -> str:
+    return "under auto" if ours == "auto" else f'with backend="{ours}"'
+
+
+def group_table(report: Report, ours: str) -> Table:
+    """Geometric mean and minimum of each group, for each number of threads and for all, beside the target."""
+    groups: dict[str, list[tuple[Row, float]]] = defaultdict(list)
+    for row in report.rows:
+        if _own_table(row) is None:
+            for ratio in ratios_of(row, ours):
+                groups[group(row, ratio)].append((row, ratio.median))
+    threads = sorted({row.threads for members in groups.values() for row, _ in members})
+    counts: list[Callable[[Row], bool]] = [lambda row, n=n: row.threads == n for n in threads]  # type: ignore[misc]
+    heads = [_threads(n) for n in threads]
+    if len(threads) > 1:
+        counts, heads = [*counts, lambda row: True], [*heads, "all"]
+    lines = [
+        [name, str(len(members)), *(_mean(v for row, v in members if of(row)) for of in counts), _target(name, members)]
+        for name, members in groups.items()
+    ]
+    return Table(
+        "geometric mean and minimum of the peer's time, or memory, over ours",
+        ("group", "rows", *heads, "target"),
+        lines,
+    )
+
+
+def decoder_table(report: Report, ours: str) -> Table:
+    """A line for each decoder, a column for each shape: the ratio beside what is promised of that shape."""
+    cells: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
+    for row in report.rows:
+        case = row.case
+        if _own_table(row) == "decoder" and isinstance(case, DecoderCase):
+            for ratio in ratios_of(row, ours):
+                masks = "full" if case.rows == "full" else case.rows
+                name = f"{ABOUT[case.attention]}, {case.cell.upper()}, {MODES[case.mode]}"
+                line = name, PEERS[ratio.peer].label, masks, str(row.threads)
+                shape = f"B={case.B} H={case.H} S=T={case.T}" if case.S == case.T else f"B={case.B} H={case.H}"
+                cells[line][shape] = f"{ratio.median:.2f}{_in_brackets(promise(report, row, ratio))}"
+    shapes = list(dict.fromkeys(shape for line in cells.values() for shape in line))
+    lines = [[*line, *(of.get(shape, "") for shape in shapes)] for line, of in cells.items()]
+    return Table("decoders: the peer's time over ours", ("decoder", "over", "sources", "threads", *shapes), lines)
+
+
+def corpus_table(report: Report, ours: str) -> Table:
+    """Target tokens per second on real batches."""
+    lines = []
+    for row in report.rows:
+        for ratio in ratios_of(row, ours) if _own_table(row) == "corpus" else ():
+            speeds = [f"{row.case.tokens / row.timings[name].median:,.0f}" for name in (ours, ratio.peer)]
+            lines.append([str(row.case), str(row.threads), *speeds, PEERS[ratio.peer].label, f"{ratio.median:.2f}"])
+    head = ("decoder", "threads", "fastseq", "peer", "which is", "ratio")
+    return Table("Multi30k: target tokens/s of training steps", head, lines)
+
+
+def ratios_of(row: Row, ours: str) -> list[Ratio]:
+    return [ratio for ratio in row.ratios if ratio.ours == ours]
+
+
+def ceiling_of(report: Report, row: Row) -> float | None:
+    """FLOP/s."""
+    key = "float32" if row.case.dtype == "float32" else "bfloat16", row.threads
+    return next((c.gflops * 1e9 for c in report.ceilings if (c.dtype, c.threads) == key), None)
+
+
+def promise(report: Report, row: Row, ratio: Ratio) -> str:
+    """What is promised of this ratio, whether it is missed, and whether the machine could hardly do it."""
+    target, ceiling = promised(row, ratio), ceiling_of(report, row)
+    if target is None:
+        return ""
+    words = [f"target {target:g}", *(["missed"] if ratio.median < target else [])]
+    if ceiling is not None:
+        share = target * row.case.flops / row.timings[ratio.peer].median / ceiling
+        words += [f"needs {share * 100:.0f} % of the ceiling"] if share > NEARLY else []
+    return ", ".join(words)
+
+
+def _own_table(row: Row) -> str | None:
+    """The set, where its rows have a table of their own."""
+    return row.set if row.set in ("decoder", "corpus") else None
+
+
+def _threads(n: int) -> str:
+    return "1 thread" if n == 1 else f"{n} threads"
+
+
+def _in_brackets(text: str) -> str:
+    return f" ({text})" if text else ""
+
+
+def _mean(values: Iterable[float]) -> str:
+    known = list(values)
+    return f"{geometric_mean(known):.2f}, min {min(known):.2f}" if known else ""
+
+
+def _target(name: str, members: Sequence[tuple[Row, float]]) -> str:
+    target = TARGETS.get(name)
+    if target is None:
+        return ""
+    worst, least = min(members, key=lambda member: member[1])
+    words = []
+    if target.mean is not None:
+        missed = geometric_mean([v for _, v in members]) < target.mean
+        words.append(f"{target.mean:.3g}{' (missed)' if missed else ''}")
+    if target.least is not None:
+        words.append(f"min {target.least:.3g}{f' (missed: {worst.name})' if least < target.least else ''}")
+    return ", ".join(words)
