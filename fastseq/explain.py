@@ -75,7 +75,9 @@ def _call(module: nn.Module, input: Any, hx: Any, lengths: Any) -> tuple[RnnCall
             engine.set_batched_cell(call)
         return call, True
     if not isinstance(module, (nn.LSTM, nn.GRU)):
-        raise TypeError(f"explain takes an LSTM, GRU, LSTMCell or GRUCell, got {type(module).__name__}")
+        raise TypeError(
+            f"explain takes an LSTM, GRU, LSTMCell, GRUCell, Attention or Decoder, got {type(module).__name__}"
+        )
     call = lstm_call(module, input, hx) if isinstance(module, nn.LSTM) else gru_call(module, input, hx)
     if isinstance(input, PackedSequence):
         engine.set_packed(call, input, lengths)

@@ -158,6 +158,7 @@ TYPES: dict[str, tuple[Callable[[], Any], str]] = {
         r"torch.float32.*True = attend.*~key_padding_mask",
     ),
     "memory as keys": (lambda: PLAIN(torch.zeros(B, Q), Memory(OUT)), r"keys must be of type Keys.*Attention.prepare"),
+    "a number as window": (lambda: Attention(4, 5, window=2), r"window must be a LocalP, got int; use LocalP\(D\)"),
     "query": (lambda: PLAIN([0.0], KEYS), r"query must be a torch.Tensor, got list"),
 }
 

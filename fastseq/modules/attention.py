@@ -110,6 +110,8 @@ class Attention(nn.Module):
         for name, given in (("query_bias", query_bias), ("normalize", self.normalize)):
             if given and not self.additive:
                 raise InputError(f"{name}=True with score={score!r}; it is for score='additive' or 'concat'")
+        if self.window is not None and not isinstance(self.window, LocalP):
+            raise TypeError(f"window must be a LocalP, got {type(self.window).__name__}; use LocalP(D)")
         if scale is None:
             return
         if scale != "learned" and (not isinstance(scale, float | int) or isinstance(scale, bool)):
