@@ -159,14 +159,12 @@ def opennmt_mlp(p: P, y: Tensor, memory: Read) -> Result:
 
 def fairseq(p: P, y: Tensor, memory: Read) -> Result:
     w = p["readout.weight"]
-    states = [[mapped(p, f"bridge.{n}.{k}", s) for n, s in zip("hc", state, strict=True)]
-              for k, state in enumerate(memory.state)]  # fmt: skip
+    states = [[mapped(p, f"bridge.{n}.0", s) for n, s in zip("hc", state, strict=True)] for state in memory.state]
     return input_feeding(p, y, memory, states, general, lambda c, s: torch.tanh(cat(c, s) @ w.T))
 
 
 def joeynmt(p: P, y: Tensor, memory: Read) -> Result:
-    top = memory.state[-1][0]
-    first = torch.tanh(mapped(p, "bridge.h.0", top[:, : top.shape[1] // 2]))
+    first = torch.tanh(mapped(p, "bridge.h.0", memory.state[-1][0]))
     states = [[first, first] for _ in memory.state]
     return input_feeding(p, y, memory, states, additive, lambda c, s: torch.tanh(mapped(p, "readout", cat(s, c))))
 
