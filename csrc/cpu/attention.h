@@ -124,10 +124,8 @@ FS_INLINE void context_row(const MemoryRow<T>& row, const float* weights, float*
 }
 
 template <class T>
-FS_INLINE void attend(const MemoryRow<T>& row, bool additive, const float* query, const float* v, float* weights, float* context) {
-  additive ? score_row<AdditiveScore<SimdMath>>(row, query, v, weights) : score_row<DotScore<SimdMath>>(row, query, v, weights);
-  softmax(weights, row.count);
-  context_row(row, weights, context);
+FS_INLINE void score(const MemoryRow<T>& row, bool additive, const float* query, const float* v, float* scores) {
+  additive ? score_row<AdditiveScore<SimdMath>>(row, query, v, scores) : score_row<DotScore<SimdMath>>(row, query, v, scores);
 }
 
 // Gradients that gather over steps: fp32, the memory row's own.
@@ -176,11 +174,10 @@ FS_INLINE void scores_backward(const MemoryRow<T>& row, const float* query, cons
 }
 
 template <class T>
-FS_INLINE void attend_backward(const MemoryRow<T>& row, bool additive, const float* query, const float* v, const float* weights,
-                               const float* d_context, float* d_weights, float* d_query, const MemoryGradients& into) {
-  weights_backward(row, weights, d_context, d_weights, into);
-  additive ? scores_backward<AdditiveScore<SimdMath>>(row, query, v, d_weights, d_query, into)
-           : scores_backward<DotScore<SimdMath>>(row, query, v, d_weights, d_query, into);
+FS_INLINE void score_backward(const MemoryRow<T>& row, bool additive, const float* query, const float* v, const float* d_scores,
+                              float* d_query, const MemoryGradients& into) {
+  additive ? scores_backward<AdditiveScore<SimdMath>>(row, query, v, d_scores, d_query, into)
+           : scores_backward<DotScore<SimdMath>>(row, query, v, d_scores, d_query, into);
 }
 
 }  // namespace FS_ISA

@@ -77,12 +77,6 @@ void dot_products(const T* const* a, int64_t queries, const T* const* rows, int6
   for (; q < queries; ++q) dot_rows<T, 1>(a + q, rows, count, depth, results + q * pitch, pitch);
 }
 
-// An odd number of cache lines, or a column of rows would fall into a few sets of the cache.
-int64_t odd_pitch(int64_t n) {
-  const int64_t vectors = (n + W - 1) / W;
-  return (vectors | 1) * W;
-}
-
 // What a thread needs for the memory row in hand.
 template <class T>
 struct Workspace {

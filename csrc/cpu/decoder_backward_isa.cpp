@@ -19,15 +19,18 @@ struct BackwardBuffers {
   CellProducts<T> cells[kMaxCells];
   StepProduct<T> query, read[kMaxParts];
   Positions positions;
+  KeyExponentials exponentials;
   float *v, *d_v;                // [padded]; [threads][padded]
   float *dh, *carry;             // [C][N][width], [running][N][width]
   float *d_feed, *d_context, *d_previous;  // [N][padded]
   float* part;                   // [N][padded]: one part before its mask, or d(r h)
-  float *asked, *d_asked, *weights, *d_weights;  // a thread's, of one row
+  float *asked, *exp_asked, *d_asked, *weights, *d_weights;  // a thread's, of one row
   const uint32_t** operands;     // [kMaxParts][N]
   int64_t width, feed_width, context_width, part_width, query_width, weight_width;
 
-  BackwardBuffers(Carver& carve, const Decoder& d, int threads) : positions(carve, d.source ? d.memory_rows() : 0, d.source) {
+  BackwardBuffers(Carver& carve, const Decoder& d, int threads)
+      : positions(carve, d.source ? d.memory_rows() : 0, d.source),
+        exponentials(carve, takes_exponentials(d) ? d.memory_rows() : 0, d.source, d.units, true) {
     using Over = typename StepProduct<T>::Over;
     const int64_t N = d.rows, H = d.hidden, GH = d.gate_count() * H;
     const bool in_place = reads_weights_in_place(N, d.steps);
@@ -74,6 +77,7 @@ struct BackwardBuffers {
     d_context = carve.take<float>(N * context_width);
     d_previous = carve.take<float>(d.r_previous >= 0 ? N * width : 0);
     part = carve.take<float>(d.layer_masks || d.read_mask || d.cell == CellKind::gru_reset_before ? N * part_width : 0);
+    exp_asked = carve.take<float>(takes_exponentials(d) ? threads * query_width : 0);
     asked = carve.take<float>(threads * query_width), d_asked = carve.take<float>(threads * query_width);
     weights = carve.take<float>(threads * weight_width), d_weights = carve.take<float>(threads * weight_width);
     operands = carve.take<const uint32_t*>(kMaxParts * N);
@@ -99,7 +103,8 @@ template <class T>
 class BackwardLoop {
  public:
   BackwardLoop(const Decoder& decoder, const BackwardBuffers<T>& buffers, const Team& team)
-      : d(decoder), at_(decoder), buf_(buffers), team_(team), rows_(own_rows(decoder, team)), lstm_(decoder.cell == CellKind::lstm) {}
+      : d(decoder), at_(decoder), buf_(buffers), team_(team), rows_(own_rows(decoder, team)), lstm_(decoder.cell == CellKind::lstm),
+        exponentials_(takes_exponentials(decoder)) {}
 
   void run() {
     prepare();
@@ -159,6 +164,7 @@ class BackwardLoop {
       buf_.positions.fill(d.mask, b);
       std::memset(d.d_keys + b * d.source * d.units, 0, sizeof(float) * d.source * d.units);
       std::memset(d.d_memory + b * d.source * d.features, 0, sizeof(float) * d.source * d.features);
+      if (exponentials_) buf_.exponentials.fill(b, at_.memory_row(b, buf_.positions));
     }
   }
 
@@ -370,7 +376,10 @@ class BackwardLoop {
     for (int64_t u = 0; u < A; u += W) store(query + u, load(asked + u, lanes_left(u, A)), W);
     const MemoryGradients into{d.d_keys + b * S * A, d.d_memory + b * S * d.features,
                                d.additive ? buf_.d_v + team_.rank * buf_.query_width : nullptr};
-    attend_backward(row, d.additive, query, buf_.v, weights, buf_.d_context + n * buf_.context_width, d_weights, d_query, into);
+    weights_backward(row, weights, buf_.d_context + n * buf_.context_width, d_weights, into);
+    float* exp_query = buf_.exp_asked + team_.rank * buf_.query_width;
+    if (exponentials_ && buf_.exponentials.backward(b, row.count, query, exp_query, buf_.v, d_weights, d_query, into.v)) return;
+    score_backward(row, d.additive, query, buf_.v, d_weights, d_query, into);
   }
 
   void finish() const {
@@ -392,6 +401,8 @@ class BackwardLoop {
         });
       });
     if (!d.additive) return;
+    for (int64_t b = rows_.begin / d.copies; exponentials_ && d.source && b < rows_.end / d.copies; ++b)
+      buf_.exponentials.finish(b, at_.memory_row(b, buf_.positions), buf_.v, d.d_keys + b * d.source * d.units);
     team_.sync();
     if (team_.rank == 0)
       for_vectors(d.units, [&](int64_t u, int lanes) FS_LAMBDA {
@@ -406,7 +417,7 @@ class BackwardLoop {
   const BackwardBuffers<T>& buf_;
   const Team team_;
   Range rows_;
-  bool lstm_;
+  bool lstm_, exponentials_;
 };
 
 template <class T>

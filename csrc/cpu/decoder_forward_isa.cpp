@@ -20,7 +20,8 @@ struct ForwardBuffers {
   CellProducts<T> cells[kMaxCells];
   StepProduct<T> query, read;
   Positions positions;
-  float* v;
+  KeyExponentials exponentials;
+  float *v, *exp_query;          // [padded]; [threads][padded]
   float *h, *c;                  // [running][N][width] the states, fp32
   float *pre, *pre_hidden;       // [N][gate_width]
   float *queries, *contexts, *weights, *reads;  // [N][padded]
@@ -29,7 +30,9 @@ struct ForwardBuffers {
   const T** starts;              // [N]
   int64_t width, gate_width, query_width, context_width, weight_width, read_width;
 
-  ForwardBuffers(Carver& carve, const Decoder& d) : positions(carve, d.source ? d.memory_rows() : 0, d.source) {
+  ForwardBuffers(Carver& carve, const Decoder& d, int threads)
+      : positions(carve, d.source ? d.memory_rows() : 0, d.source),
+        exponentials(carve, takes_exponentials(d) ? d.memory_rows() : 0, d.source, d.units, false) {
     using Over = typename StepProduct<T>::Over;
     const int64_t N = d.rows, H = d.hidden, GH = d.gate_count() * H;
     const bool in_place = reads_weights_in_place(N, d.steps);
@@ -67,6 +70,7 @@ struct ForwardBuffers {
       read.place(carve);
     }
     v = carve.take<float>(d.additive ? query_width : 0);
+    exp_query = carve.take<float>(takes_exponentials(d) ? threads * query_width : 0);
     const int64_t running = d.attend == Attend::between ? 1 : d.cells;
     h = carve.take<float>(running * N * width);
     c = carve.take<float>(d.cell == CellKind::lstm ? running * N * width : 0);
@@ -114,7 +118,8 @@ template <class T>
 class ForwardLoop {
  public:
   ForwardLoop(const Decoder& decoder, const ForwardBuffers<T>& buffers, const Team& team)
-      : d(decoder), at_(decoder), buf_(buffers), rows_(own_rows(decoder, team)), lstm_(decoder.cell == CellKind::lstm) {}
+      : d(decoder), at_(decoder), buf_(buffers), rows_(own_rows(decoder, team)), lstm_(decoder.cell == CellKind::lstm),
+        exponentials_(takes_exponentials(decoder)), exp_query_(buffers.exp_query + team.rank * buffers.query_width) {}
 
   void run() {
     prepare();
@@ -176,7 +181,10 @@ class ForwardLoop {
       for_vectors(F, [&](int64_t u, int lanes) FS_LAMBDA { store(buf_.feed + n * F + u, at_.load_carried(d.feed0, n * F + u, lanes), lanes); });
     });
     if (!d.units || !d.source) return;
-    for (int64_t b = rows_.begin / d.copies; b < rows_.end / d.copies; ++b) buf_.positions.fill(d.mask, b);
+    for (int64_t b = rows_.begin / d.copies; b < rows_.end / d.copies; ++b) {
+      buf_.positions.fill(d.mask, b);
+      if (exponentials_) buf_.exponentials.fill(b, at_.memory_row(b, buf_.positions));
+    }
   }
 
   const T* fed(int64_t n, int64_t t) const {
@@ -201,7 +209,10 @@ class ForwardLoop {
     const int64_t token = at_.token(n, t), S = d.source;
     MemoryRow<T> row{nullptr, nullptr, d.units, d.features, nullptr, 0};
     if (S) row = at_.memory_row(n / d.copies, buf_.positions);
-    fastseq::FS_ISA::attend(row, d.additive, query, buf_.v, weights, context);
+    if (!S || !exponentials_ || !buf_.exponentials.score(n / d.copies, row.count, query, exp_query_, buf_.v, weights))
+      score(row, d.additive, query, buf_.v, weights);
+    softmax(weights, row.count);
+    context_row(row, weights, context);
     for_vectors(d.features, [&](int64_t u, int lanes) FS_LAMBDA { store(at_.context(n, t) + u, load_vector<vf>(context + u), lanes); });
     if (d.keep && d.w_q)
       for_vectors(d.units, [&](int64_t u, int lanes) FS_LAMBDA {
@@ -380,18 +391,20 @@ class ForwardLoop {
   const Places<T> at_;
   const ForwardBuffers<T>& buf_;
   Range rows_;
-  bool lstm_;
+  bool lstm_, exponentials_;
+  float* exp_query_;  // this thread's
 };
 
 template <class T>
 void run(const Decoder& decoder, int threads) {
-  Scratch scratch;
-  ForwardBuffers<T>(scratch.measure, decoder);
-  Carver carve = scratch.allocate();
-  const ForwardBuffers<T> buffers(carve, decoder);
-  Barrier barrier;
   const int64_t most = decoder.memory_rows();
-  parallel(usable_threads(threads < most ? threads : static_cast<int>(most)), [&](int rank, int size) {
+  threads = usable_threads(threads < most ? threads : static_cast<int>(most));
+  Scratch scratch;
+  ForwardBuffers<T>(scratch.measure, decoder, threads);
+  Carver carve = scratch.allocate();
+  const ForwardBuffers<T> buffers(carve, decoder, threads);
+  Barrier barrier;
+  parallel(threads, [&](int rank, int size) {
     const Team team{rank, size, &barrier};
     buffers.pack(decoder, team);
     team.sync();

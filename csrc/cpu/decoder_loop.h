@@ -1,7 +1,7 @@
 // What the forward and the backward loop of an attention decoder share: where a row's values lie, and which row reads what.
 #pragma once
 
-#include "attention.h"
+#include "additive.h"
 #include "decoder.h"
 #include "driver.h"
 #include "step_product.h"
@@ -88,6 +88,9 @@ FS_INLINE int read_parts(const Decoder& d, ReadPart (&parts)[kMaxParts]) {
 
 // Maxout takes the larger of two neighbours: which, 0 or 1. A NaN is the larger.
 FS_INLINE int larger_of(float a, float b) { return a >= b || a != a ? 0 : 1; }
+
+// Whether keys are met more than once: then their exponentials are taken beforehand.
+FS_INLINE bool takes_exponentials(const Decoder& d) { return d.additive && d.copies * d.steps > 1; }
 
 // A thread's rows: whole memory rows, and with them their decoder rows.
 FS_INLINE Range own_rows(const Decoder& d, const Team& team) {

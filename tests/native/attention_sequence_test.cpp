@@ -87,10 +87,13 @@ class Check {
       for (int64_t n = b * s_.queries; n < (b + 1) * s_.queries; ++n) {
         const Floats query = row_of(q_, n * s_.units, s_.units), d_context = row_of(d_context_, n * s_.features, s_.features);
         Floats weights(padded(count)), context(padded(s_.features)), d_weights(padded(count)), d_query(query.size());
-        base::attend(row, additive_, query.data(), v.data(), weights.data(), context.data());
+        base::score(row, additive_, query.data(), v.data(), weights.data());
+        base::softmax(weights.data(), count);
+        base::context_row(row, weights.data(), context.data());
         for (int64_t i = 0; i < count; ++i) d_weights[i] = d_weights_.get(n * s_.source + at[i]), weights_[n * s_.source + at[i]] = weights[i];
-        base::attend_backward(row, additive_, query.data(), v.data(), weights.data(), d_context.data(), d_weights.data(), d_query.data(),
-                              {d_keys_.data() + first * s_.units, d_memory_.data() + first * s_.features, d_v.data()});
+        const base::MemoryGradients into{d_keys_.data() + first * s_.units, d_memory_.data() + first * s_.features, d_v.data()};
+        base::weights_backward(row, weights.data(), d_context.data(), d_weights.data(), into);
+        base::score_backward(row, additive_, query.data(), v.data(), d_weights.data(), d_query.data(), into);
         for (int64_t f = 0; f < s_.features; ++f) context_[n * s_.features + f] = context[f];
         for (int64_t u = 0; u < s_.units; ++u) d_q_[n * s_.units + u] = d_query[u];
       }

@@ -103,7 +103,9 @@ void check(const Sizes& s, std::mt19937& draw) {
   std::vector<float> query(padded(s.units)), v(query.size()), weights(padded(count)), context(padded(s.features));
   for (int64_t u = 0; u < s.units; ++u) query[u] = static_cast<float>(x[u]), v[u] = static_cast<float>(x[plain.v() + u]);
   const base::MemoryRow<T> row{keys.data(), memory.data(), s.units, s.features, plain.at.data(), static_cast<int64_t>(count)};
-  base::attend(row, s.additive, query.data(), v.data(), weights.data(), context.data());
+  base::score(row, s.additive, query.data(), v.data(), weights.data());
+  base::softmax(weights.data(), row.count);
+  base::context_row(row, weights.data(), context.data());
   const Doubles wanted = plain.forward(x);
   for (size_t i = 0; i < count; ++i) near(weights[i], wanted[i], 0, s.name() + " weight");
   for (int64_t f = 0; f < s.features; ++f) near(context[f], wanted[count + f], 1, s.name() + " context");
@@ -112,8 +114,9 @@ void check(const Sizes& s, std::mt19937& draw) {
       d_keys(keys.size()), d_memory(memory.size());
   for (size_t i = 0; i < count; ++i) d_weights[i] = static_cast<float>(d[i]);
   for (int64_t f = 0; f < s.features; ++f) d_context[f] = static_cast<float>(d[count + f]);
-  base::attend_backward(row, s.additive, query.data(), v.data(), weights.data(), d_context.data(), d_weights.data(), d_query.data(),
-                        {d_keys.data(), d_memory.data(), d_v.data()});
+  const base::MemoryGradients into{d_keys.data(), d_memory.data(), d_v.data()};
+  base::weights_backward(row, weights.data(), d_context.data(), d_weights.data(), into);
+  base::score_backward(row, s.additive, query.data(), v.data(), d_weights.data(), d_query.data(), into);
   for (int64_t i = 0; i < plain.size(); ++i) {
     Doubles up = x, down = x;
     up[i] += kDifference, down[i] -= kDifference;

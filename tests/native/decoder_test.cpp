@@ -106,6 +106,7 @@ struct Run {
     }
     if (attends && (A != H || d.additive)) d.w_q = (w_q = random(A * H)).data();
     if (d.additive) d.v = (v = random(A)).data();
+    if (d.additive && keys.size() && draw() % 2) keys.set(draw() % keys.size(), 25.f);  // past kMostExponent: that row goes another way
     for (int c = 0; c < d.cells; ++c) {
       DecoderCell& cell = d.of[c];
       cell.feed = c == 0 && d.feed != Feed::none, cell.below = c > 0 && d.attend != Attend::between;
