@@ -15,7 +15,8 @@ import fastseq
 from fastseq import _native
 from fastseq.backends.decoder_call import DecoderCall, mapped
 from fastseq.spec import DecoderOutput, DecoderSpec
-from tests.decoder_oracle import PRESETS, Case, Problem, check, check_second, fast, preset, run
+from tests.decoder_oracle import PRESETS, Case, Problem, check, check_second, fast, plain, preset, run
+from tests.oracle import Terms, allow, compare
 from tests.test_decoder import EVEN, assert_close, decode, decoder_call, lower
 from tests.test_decoder_reference import any_case
 
@@ -75,6 +76,28 @@ def test_what_loops(name: str) -> None:
 def test_every_plan_computes_the_decoder(name: str, cell: str) -> None:
     if (name, cell) != ("cho", "gru_reset_before"):  # no such DecoderSpec
         check(fast("cpu"), Case(name=name, spec=DecoderSpec(cell=cell, **PLANS[name][0]), bias=True))
+
+
+@pytest.mark.parametrize("where", ["keys", "queries"])
+def test_scores_whose_exponentials_would_overflow(where: str) -> None:
+    """Of a row of keys, or of a query at some steps: they are computed another way."""
+    spec = DecoderSpec(attend="before", context_to="first", readout=("state",))
+    case = Case(name=where, spec=spec, dropout=False, mask="prefix", T=8)
+    problem = Problem.draw(case)
+    tensors = {n: t.clone() for n, t in problem.tensors.items()}
+    if where == "keys":
+        tensors["keys"][1, :, 2] += 25
+    else:
+        tensors["w_query"][3] *= 25
+    problem = replace(problem, tensors=tensors)
+    problems = [problem, *(problem.near(seed) for seed in range(4))]
+    pairs = [(run(plain, p), run(plain, p, torch.float64)) for p in problems]
+    truth = pairs[0][1]
+    before = torch.cat((tensors["h0.0"][:, None], truth["out"][:, :-1]), 1)
+    beyond = (before @ tensors["w_query"].double().T).abs().amax((0, 2)) > 21
+    assert where == "keys" or (beyond.any() and not beyond.all())
+    terms = Terms(case.I + case.H + case.A + case.S, 4 * case.H + case.A + case.D + case.S, case.N * case.T)
+    compare(run(fast("cpu"), problem), truth, allow(truth, pairs, torch.float32, terms))
 
 
 def fused_case(seed: int) -> Case:
