@@ -51,6 +51,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     if options.seconds is not None:
         effort = replace(effort, seconds=options.seconds, most=sys.maxsize)
     entries = _entries(options.set, options.rows)
+    _need_pairs(entries, set(options.peers))
     runner = Runner(effort, set(options.peers))
     work = [(entry, n) for entry in entries for n in entry.threads or options.threads]
     threads = sorted({n for _, n in work})
@@ -66,6 +67,16 @@ def run(options: argparse.Namespace, command: str) -> None:
     if options.json:
         Path(options.json).write_text(report.to_json() + "\n")
     print_report(report, not options.summary)
+
+
+def _need_pairs(entries: Sequence[Entry], peers: set[str]) -> None:
+    """Ends the run where nothing would be compared."""
+    pairs = {pair for entry in entries for pair in entry.pairs}
+    if pairs and not any(peers.issuperset(pair) for pair in pairs):
+        ours, theirs = (", ".join(sorted(set(side))) for side in zip(*pairs, strict=True))
+        raise SystemExit(
+            f"--peers {','.join(sorted(peers))} compares nothing here; name one of {ours} and one of {theirs}"
+        )
 
 
 def _measure(runner: Runner, work: Sequence[tuple[Entry, int]], second_chance_s: float) -> list[Row]:

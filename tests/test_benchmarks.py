@@ -335,6 +335,12 @@ def test_peak_memory_counts_what_a_call_keeps() -> None:
     assert processes.peak_bytes(case, "torch.nn", 1) > least
 
 
+def test_peers_that_compare_nothing_end_the_run() -> None:
+    """Rather than printing an empty table."""
+    with pytest.raises(SystemExit, match="one of auto, cpu and one of loop"):
+        main(["run", "--set", "decoder", "--peers", "loop"])
+
+
 def test_command_line_lists_and_reports(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     main(["list", "--set", "calls", "--rows", "gru_cell*B16"])
     assert capsys.readouterr().out.split() == [
