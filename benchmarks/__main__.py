@@ -51,7 +51,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     if options.seconds is not None:
         effort = replace(effort, seconds=options.seconds, most=sys.maxsize)
     entries = _entries(options.set, options.rows)
-    _need_pairs(entries, set(options.peers))
+    _need_pairs(entries, options)
     runner = Runner(effort, set(options.peers))
     work = [(entry, n) for entry in entries for n in entry.threads or options.threads]
     threads = sorted({n for _, n in work})
@@ -69,8 +69,14 @@ def run(options: argparse.Namespace, command: str) -> None:
     print_report(report, not options.summary)
 
 
-def _need_pairs(entries: Sequence[Entry], peers: set[str]) -> None:
-    """Ends the run where nothing would be compared."""
+def _need_pairs(entries: Sequence[Entry], options: argparse.Namespace) -> None:
+    """Ends the run where nothing would be measured or compared."""
+    if not entries and not set(options.set) & set(IMPORT_SETS):
+        sets = [name for name in SETS if _entries([name], options.rows)]
+        raise SystemExit(
+            f"no case of --set {', '.join(options.set)} matches --rows; of other sets: {', '.join(sets) or 'none'}"
+        )
+    peers = set(options.peers)
     pairs = {pair for entry in entries for pair in entry.pairs}
     if pairs and not any(peers.issuperset(pair) for pair in pairs):
         ours, theirs = (", ".join(sorted(set(side))) for side in zip(*pairs, strict=True))
@@ -125,6 +131,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
+    if not all(n.isdecimal() and int(n) > 0 for n in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r}; numbers of threads, as in 1,2")
     return tuple(int(n) for n in text.split(","))
 
 

@@ -148,7 +148,7 @@ void step_backward(int cell, int dtype, int64_t rows, int64_t input, int64_t hid
   kernels(shape.dtype).backward(shape, order.view(), &pass, 1, threads);
 }
 
-// A dict of numbers and addresses by name, as fastseq/ops/decoder.py writes it; a name that is missing raises KeyError.
+// A dict of numbers and addresses by name, as fastseq/ops/decoder_native.py writes it; a name that is missing raises KeyError.
 struct Named {
   const py::dict& values;
 

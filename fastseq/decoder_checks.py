@@ -14,7 +14,7 @@ from .spec import AttentionParams, DecoderParams, DecoderSpec, DecoderState, Dro
 __all__ = ["check_attention", "check_decoder", "check_mask", "check_types"]
 
 _PREPARE = "pass what Attention.prepare or Decoder.prepare made of the memory"
-_INIT = "Decoder.init_state makes a fitting one"
+_INIT = "Decoder.init_state makes a fitting one, for N = B * k rows with copies=k"
 
 
 def check_types(call: AttentionCall | DecoderCall) -> None:
@@ -72,7 +72,9 @@ class _Sizes:
 
     def __init__(self, call: DecoderCall) -> None:
         spec, keys, params = call.spec, call.keys, call.params
-        if not isinstance(params.layers, tuple) or len(params.layers) != spec.num_layers:
+        if not isinstance(params.layers, tuple):
+            raise TypeError(f"params.layers must be a tuple, got {type(params.layers).__name__}")
+        if len(params.layers) != spec.num_layers:
             raise InputError(f"params.layers has {len(params.layers)} layers, spec.num_layers={spec.num_layers}")
         w_hh = _need_shape("params.layers[0][1]", params.layers[0][1], "w_hh [G*H, H]", (None, None))
         self.rows, self.steps, self.inputs = call.y.shape
@@ -144,11 +146,13 @@ def _check_cell(name: str, cell: Any, parts: dict[str, int], sizes: _Sizes) -> N
 def _check_state(call: DecoderCall, sizes: _Sizes) -> None:
     spec, state = call.spec, call.state
     leaves = ("h", "c") if spec.cell == "lstm" else ("h",)
-    if not isinstance(state.layers, tuple) or len(state.layers) != spec.num_layers:
+    if not isinstance(state.layers, tuple):
+        raise TypeError(f"state.layers must be a tuple, got {type(state.layers).__name__}; {_INIT}")
+    if len(state.layers) != spec.num_layers:
         raise InputError(f"state.layers has {len(state.layers)} layers, spec.num_layers={spec.num_layers}; {_INIT}")
     for index, layer in enumerate(state.layers):
         if not isinstance(layer, tuple) or len(layer) != len(leaves):
-            kind = f"{type(layer).__name__} of length {len(layer)}"
+            kind = type(layer).__name__ + (f" of length {len(layer)}" if isinstance(layer, (tuple, list)) else "")
             raise TypeError(f"state.layers[{index}] must be a tuple ({', '.join(leaves)},), got {kind}; {_INIT}")
         for leaf, letter in zip(layer, leaves, strict=True):
             name = f"{letter} of state.layers[{index}]"

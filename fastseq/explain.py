@@ -42,7 +42,8 @@ def explain(target: Any, input: Any = None, hx: Any = None, *, lengths: Any = No
     """For each backend: chosen, or the reason why not, were `target(input, hx, lengths=lengths)` called here and now.
 
     target: a fastseq LSTM, GRU, LSTMCell or GRUCell, one of torch.nn as `accelerate` would run it, a module that itself
-    makes its call, by as_call(input, hx) (Decoder: y and memory; Attention: query and keys), or a call.
+    makes its call, by as_call(input, hx) (Encoder, whose first layer is looked at: x; Decoder: y and memory; Attention:
+    query and keys), or a call, such as decoder.as_call(y, keys, state).
     Raises what the call itself would raise for a wrong input.
 
     >>> print(fastseq.explain(torch.nn.LSTM(4, 8), torch.zeros(3, 2, 4)))
@@ -76,7 +77,7 @@ def _call(module: nn.Module, input: Any, hx: Any, lengths: Any) -> tuple[RnnCall
         return call, True
     if not isinstance(module, (nn.LSTM, nn.GRU)):
         raise TypeError(
-            f"explain takes an LSTM, GRU, LSTMCell, GRUCell, Attention or Decoder, got {type(module).__name__}"
+            f"explain takes an LSTM, GRU, LSTMCell, GRUCell, Encoder, Attention or Decoder, got {type(module).__name__}"
         )
     call = lstm_call(module, input, hx) if isinstance(module, nn.LSTM) else gru_call(module, input, hx)
     if isinstance(input, PackedSequence):

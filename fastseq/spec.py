@@ -44,6 +44,7 @@ class Memory(NamedTuple):
     out: Tensor | None = None  # [B, S, D]
     mask: Tensor | None = None  # [B, S] bool, True = attend; None: all
     state: tuple[LayerState, ...] | None = None  # per layer (h,) or (h, c), each [B, dirs * H], directions concatenated
+    dirs: tuple[int, ...] | None = None  # of each layer in `state`: 1 or 2; None: a bridge goes by their width
 
     @classmethod
     def from_rnn(
@@ -69,8 +70,11 @@ class Memory(NamedTuple):
         if hidden is None:
             return cls(out, mask)
         leaves = hidden if isinstance(hidden, (tuple, list)) else (hidden,)
+        if not 1 <= len(leaves) <= 2:
+            raise InputError(f"hidden has {len(leaves)} tensors; expected h_n, or (h_n, c_n)")
         each = [_of_layers(name, leaf, out, bidirectional) for name, leaf in zip(("h_n", "c_n"), leaves, strict=False)]
-        return cls(out, mask, tuple(zip(*each, strict=True)))
+        layers = tuple(zip(*each, strict=True))
+        return cls(out, mask, layers, (2 if bidirectional else 1,) * len(layers))
 
 
 class Keys(NamedTuple):
@@ -123,6 +127,11 @@ class DecoderState(NamedTuple):
     layers: tuple[LayerState, ...]
     feed: Tensor | None = None  # [N, D] or [N, R]
 
+    def select(self, rows: Tensor) -> "DecoderState":
+        """The state of these rows [M], any of them, in any order: a beam search goes on from the rows it keeps."""
+        layers = tuple(tuple(leaf.index_select(0, rows) for leaf in layer) for layer in self.layers)
+        return DecoderState(layers, None if self.feed is None else self.feed.index_select(0, rows))
+
 
 class DecoderOutput(NamedTuple):
     """Results of a whole sequence, or of one step (then without the dimension T)."""
@@ -169,6 +178,8 @@ class DecoderSpec:
     window: int | None = None  # D of Luong et al. 2015, eq. 10; the Gaussian's deviation is D / 2
 
     def __post_init__(self) -> None:
+        if isinstance(self.readout, str):
+            raise TypeError(f"readout={self.readout!r}; pass a tuple of parts: ({self.readout!r},)")
         object.__setattr__(self, "readout", tuple(self.readout))
         one_of("cell", self.cell, CELLS)
         one_of("attend", self.attend, ("before", "after", "between"))

@@ -339,6 +339,8 @@ def test_peers_that_compare_nothing_end_the_run() -> None:
     """Rather than printing an empty table."""
     with pytest.raises(SystemExit, match="one of auto, cpu and one of loop"):
         main(["run", "--set", "decoder", "--peers", "loop"])
+    with pytest.raises(SystemExit, match="of other sets: decoder"):
+        main(["run", "--rows", "luong-gru-forward*B1-"])
 
 
 def test_command_line_lists_and_reports(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]

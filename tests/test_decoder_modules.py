@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,18 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import fastseq
-from fastseq import Attention, Bridge, Decoder, DecoderOutput, DecoderState, Encoder, LocalP, Memory
+from fastseq import (
+    Attention,
+    Bridge,
+    Decoder,
+    DecoderOutput,
+    DecoderState,
+    Encoder,
+    InputError,
+    LocalP,
+    Memory,
+    _native,
+)
 from fastseq.spec import DropoutMasks
 from tests.decoder_loops import LOOPS
 from tests.test_decoder_presets import B, H, I, S, T, build, close, take
@@ -309,3 +321,88 @@ def test_local_attention_and_queries_of_what_is_fed() -> None:
     wide = Decoder(I, H, attention="dot", memory_size=H, context_to="first", combine="maxout", combine_size=3)
     assert wide(*inputs(wide)).output.shape == (B, T, 3)
     assert wide.output_size == 3
+
+
+def _stacked(cell: type[torch.nn.LSTM] | type[torch.nn.GRU]) -> tuple[Tensor, Any]:
+    """Output and hidden of two layers of torch's."""
+    torch.manual_seed(0)
+    return cell(5, 16, 2, batch_first=True)(torch.randn(3, 6, 5))  # type: ignore[no-any-return]
+
+
+PAIR = (torch.zeros(3, 16),) * 2
+STATES: dict[str, tuple[Callable[[], Memory], type[Exception], str]] = {
+    "torch's h_n and c_n": (
+        lambda: Memory(_stacked(torch.nn.LSTM)[0], None, _stacked(torch.nn.LSTM)[1]), TypeError, "Memory.from_rnn"),
+    "torch's h_n": (
+        lambda: Memory(_stacked(torch.nn.GRU)[0], None, (_stacked(torch.nn.GRU)[1],)), TypeError, "Memory.from_rnn"),
+    "a layer of three dimensions": (
+        lambda: Memory(torch.randn(3, 6, 16), None, ((torch.zeros(1, 3, 16),) * 2,) * 2), InputError, "from_rnn"),
+    "another batch": (
+        lambda: Memory(torch.randn(4, 6, 16), None, (PAIR, PAIR)), InputError, "B=4, that of memory.out"),
+    "directions of three layers": (
+        lambda: Memory(torch.randn(3, 6, 16), None, (PAIR, PAIR), (1, 1, 1)), InputError, "dirs="),
+    "another dtype": (
+        lambda: Memory(torch.randn(3, 6, 16).bfloat16(), None, (PAIR, PAIR)), InputError, "memory.out is torch.b"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_memories_that_are_misread_are_refused(name: str) -> None:
+    make, error, says = STATES[name]
+    memory = make()
+    with pytest.raises(error, match=says):
+        Decoder.luong(5, 16, 2, memory_size=16)(torch.randn(len(memory.out), 4, 5), memory)  # type: ignore[arg-type]
+
+
+def test_a_half_of_one_direction_is_never_a_quarter_of_two() -> None:
+    """An encoder of one direction has states as wide as one of two with half the units."""
+    memory = fastseq.Encoder(5, 16)(torch.randn(3, 6, 5))
+    assert memory.dirs == (1,)
+    for decoder in (Decoder.bahdanau(5, 16, memory_size=16), Decoder.gnmt(5, 8, 2, memory_size=16)):
+        with pytest.raises(InputError, match=r"memory\.state"):
+            decoder.init_state(memory)
+    whole = Decoder.bahdanau(5, 16, memory_size=16, bridge=Bridge("backward", act="tanh", size=16))
+    linear = whole.bridge.h[0]  # type: ignore[union-attr]
+    expected = torch.tanh(memory.state[0][0] @ linear.weight.T + linear.bias)  # type: ignore[index]
+    torch.testing.assert_close(whole.init_state(memory).layers[0][0], expected)
+
+
+def test_states_of_beams() -> None:
+    """Copies of the first state fit N = B * k rows; `select` reorders whatever a state has."""
+    decoder, k = Decoder.luong(5, 16, 2, memory_size=16), 3
+    out, hidden = _stacked(torch.nn.LSTM)
+    memory = Memory.from_rnn(out, hidden, batch_first=True)
+    keys, state, y = decoder.prepare(memory), decoder.init_state(memory, copies=k), torch.randn(3 * k, 5)
+    whole = decoder(y[:, None], memory)
+    stepped = decoder.step(y, keys, state)
+    torch.testing.assert_close(stepped.output, whole.output[:, 0])
+    rows = torch.tensor([4, 0, 0, 8, 7, 1])
+    chosen = stepped.state.select(rows)
+    assert torch.equal(chosen.feed, stepped.state.feed[rows])  # type: ignore[arg-type, index]
+    for layer, before in zip(chosen.layers, stepped.state.layers, strict=True):
+        assert all(torch.equal(a, b[rows]) for a, b in zip(layer, before, strict=True))
+    with pytest.raises(InputError, match="copies=k"):
+        decoder.step(y, keys, decoder.init_state(memory))
+
+
+@pytest.mark.parametrize("bridge", [None, Bridge, 3])
+def test_a_bridge_that_is_none_is_refused_at_construction(bridge: Any) -> None:
+    with pytest.raises(TypeError, match="bridge must be a Bridge"):
+        Decoder.luong(5, 16, memory_size=16, bridge=bridge)
+
+
+def test_a_bridge_by_the_name_of_its_source() -> None:
+    memory = Memory(torch.randn(3, 6, 16))
+    for leaf in Decoder.luong(5, 16, memory_size=16, bridge="zero").init_state(memory).layers[0]:
+        assert not leaf.any()
+    with pytest.raises(InputError, match="source='middle'"):
+        Decoder.luong(5, 16, memory_size=16, bridge="middle")
+    for wrong in ({"layers": "top"}, {"size": -3, "act": "tanh"}):
+        with pytest.raises(InputError):
+            Bridge(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("cell", "runs"), [("lstm", "cpu"), ("gru", "cpu"), ("gru_reset_before", "reference")])
+def test_explain_looks_at_an_encoders_first_layer(cell: str, runs: str) -> None:
+    encoder = fastseq.Encoder(5, 16, 2, cell=cell)
+    assert fastseq.explain(encoder, torch.randn(3, 6, 5)).chosen == (runs if _native.C is not None else "torch")

@@ -134,7 +134,7 @@ struct MemoryGradients {
   float* v;              // [A padded], the thread's; additive form only
 };
 
-// d_weights [count] in: gradients of the weights themselves; scratch after. d_query [A padded] out.
+// d_weights [count]: gradients of the weights themselves in, of the scores out.
 template <class T>
 FS_INLINE void weights_backward(const MemoryRow<T>& row, const float* weights, const float* d_context, float* d_weights,
                                 const MemoryGradients& into) {

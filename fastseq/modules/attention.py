@@ -19,11 +19,12 @@ from ..checks import need_tensor
 from ..decoder_checks import check_mask
 from ..decoding import run_attention
 from ..dispatch import check_name
+from ..engine import autocast_dtype
 from ..errors import InputError
 from ..spec import AttentionParams, Keys, Memory, one_of
 from .rnn import backend_repr
 
-__all__ = ["Attention", "AttentionMaker", "LocalP", "check_memory", "parameter", "uniform"]
+__all__ = ["Attention", "AttentionMaker", "LocalP", "check_memory", "need_dtype", "parameter", "uniform"]
 
 SCORES = ("additive", "dot", "general", "concat")
 
@@ -142,6 +143,8 @@ class Attention(nn.Module):
         mask, weight, bias = memory.mask, parameter(self, "weight_memory"), parameter(self, "bias")
         factor = self.factor if self.factor is not None else parameter(self, "scale")
         keys = out
+        if weight is not None:
+            need_dtype("memory.out", out, weight)
         if mask is not None and (weight is not None or factor is not None):
             keys = torch.where(mask[..., None], keys, 0.0)  # NaN behind the mask would reach the weight's gradient
         if weight is not None:
@@ -201,20 +204,56 @@ def need_memory(memory: Any, size: int) -> Tensor:
 
 
 def check_memory(memory: Any) -> None:
-    """Raise InputError or TypeError unless `memory` is a sound Memory, whatever it has."""
+    """Raise InputError or TypeError unless `memory` is a sound Memory, whatever it has of out, mask and state."""
     if not isinstance(memory, Memory):
         raise TypeError(
             f"memory must be a fastseq.Memory, got {type(memory).__name__}; use Memory(out, mask),"
             " or Memory.from_rnn(output, hidden, lengths)"
         )
-    if memory.out is None:
-        if memory.mask is not None:
-            raise InputError("memory.mask is given without memory.out; pass both, or neither")
-        return
-    out = need_tensor("memory.out", memory.out)
-    if out.dim() != 3:
-        raise InputError(f"memory.out has shape {tuple(out.shape)}, {out.dim()}-D; expected [B, S, D]")
-    check_mask("memory.mask", memory.mask, out.shape[0], out.shape[1])
+    rows = None
+    if memory.out is not None:
+        out = need_tensor("memory.out", memory.out)
+        if out.dim() != 3:
+            raise InputError(f"memory.out has shape {tuple(out.shape)}, {out.dim()}-D; expected [B, S, D]")
+        check_mask("memory.mask", memory.mask, out.shape[0], out.shape[1])
+        rows = out.shape[0]
+    elif memory.mask is not None:
+        raise InputError("memory.mask is given without memory.out; pass both, or neither")
+    if memory.state is not None:
+        _check_layers(memory.state, memory.dirs, rows)
+
+
+HIDDEN = "Memory.from_rnn(output, hidden) takes (h_n, c_n) as torch.nn's layers return it"
+
+
+def _check_layers(state: Any, dirs: Any, rows: int | None) -> None:
+    """Raise InputError or TypeError unless `state` is a tuple of (h,) or (h, c), each [B, dirs * H], for each layer."""
+    if not isinstance(state, (tuple, list)) or not state:
+        raise TypeError(
+            f"memory.state must be a tuple, one (h,) or (h, c) a layer, got {type(state).__name__}; {HIDDEN}"
+        )
+    if dirs is not None and (len(dirs) != len(state) or any(n not in (1, 2) for n in dirs)):
+        raise InputError(
+            f"memory.dirs={dirs} with {len(state)} layer(s) of memory.state; it is 1 or 2 for each of them"
+        )
+    for index, layer in enumerate(state):
+        name = f"memory.state[{index}]"
+        if not isinstance(layer, (tuple, list)) or len(layer) not in (1, 2):
+            raise TypeError(f"{name} must be a layer's (h,) or (h, c), got {type(layer).__name__}; {HIDDEN}")
+        for leaf in layer:
+            if need_tensor(name, leaf).dim() != 2 or (rows is not None and leaf.shape[0] != rows):
+                expected = "[B, dirs * H]" if rows is None else f"[B, dirs * H] with B={rows}, that of memory.out"
+                raise InputError(f"{name} has a tensor of shape {tuple(leaf.shape)}; expected {expected}; {HIDDEN}")
+            rows = leaf.shape[0]
+
+
+def need_dtype(name: str, t: Tensor, weight: Tensor) -> None:
+    """Raise InputError unless `weight` can be multiplied by `t`: of one dtype, or under autocast."""
+    if t.dtype != weight.dtype and autocast_dtype(t.device.type) is None:
+        raise InputError(
+            f"{name} is {t.dtype}, parameters are {weight.dtype}; convert one: .to({weight.dtype}),"
+            " or use torch.autocast"
+        )
 
 
 def parameter(module: nn.Module, name: str) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..spec import LayerState, Memory, one_of
+from .attention import need_dtype, parameter
 
 __all__ = ["Bridge", "BridgeMap", "StateMaker", "mean"]
 
@@ -33,7 +34,7 @@ class Bridge:
 
     source: "last", each layer's last state; "backward", its backward half; "top", the top layer's for all;
     "top_forward", its forward half; "mean", the memory's mean over attended positions; "zero". Of a layer with one
-    direction, a half is the whole.
+    direction a half is the whole: `Memory.dirs` says how many it has; without that, twice as wide as `size` means two.
     map: "copy"; "per_layer", a linear map for each decoder layer; "shared", one for all; "joint", one from all layers'
     values together to all layers. None: "copy", or with an `act` "per_layer". act follows the map.
     cell, of an LSTM: "own", from the memory's cell state by maps of its own; "same", the mapped h; "zero".
@@ -56,6 +57,10 @@ class Bridge:
             object.__setattr__(self, "map", "copy" if self.act is None or self.source == "zero" else "per_layer")
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
+            if not all(isinstance(index, int) for index in self.layers):
+                raise InputError(f"layers={self.layers}; they are numbers of the memory's layers, as in (0, 1)")
+        if self.size is not None and self.size < 1:
+            raise InputError(f"size={self.size}; it is at least 1")
         one_of("map", self.map, MAPS)
         one_of("act", self.act, tuple(ACTS))
         one_of("cell", self.cell, ("own", "same", "zero"))
@@ -184,18 +189,20 @@ class BridgeMap(nn.Module):
                 )
         if not all(-count <= index < count for index in layers):
             raise InputError(f"Bridge(layers={layers}), but memory.state has {count} layer(s), numbered from 0")
-        return [self._half(memory.state[index], leaf, f"memory.state[{index}]") for index in layers]
+        return [self._half(memory, index, leaf) for index in layers]
 
-    def _half(self, state: LayerState, leaf: int, name: str) -> Tensor:
-        """The state's h or c, or the half that the source asks for."""
+    def _half(self, memory: Memory, index: int, leaf: int) -> Tensor:
+        """The h or c of a layer of the memory, or the half that the source asks for."""
+        assert memory.state is not None
+        state, name = memory.state[index], f"memory.state[{index}]"
         if leaf >= len(state):
             raise InputError(
                 f"{name} has no cell state, which Bridge(cell='own') of an LSTM reads; use cell='same' or 'zero'"
             )
         value = state[leaf]
-        if self.bridge.half and value.shape[-1] == 2 * self.size:
-            forward, backward = value.chunk(2, -1)
-            return backward if self.bridge.source == "backward" else forward
+        both = value.shape[-1] == 2 * self.size if memory.dirs is None else memory.dirs[index] == 2
+        if self.bridge.half and both and value.shape[-1] == 2 * self.size:
+            value = value.chunk(2, -1)[self.bridge.source == "backward"]
         return self._fitting(value, name)
 
     def _fitting(self, value: Tensor, name: str) -> Tensor:
@@ -205,6 +212,8 @@ class BridgeMap(nn.Module):
             raise InputError(
                 f"{name} gives {tuple(value.shape)}; {self.bridge} reads [B, {self.size}]{directions} of it: {remedy}"
             )
+        if len(self.h):
+            need_dtype(name, value, parameter(self.h[0], "weight"))
         return value
 
     def extra_repr(self) -> str:

@@ -25,7 +25,7 @@ from ..spec import (
     LayerState,
     Memory,
 )
-from .attention import Attention, AttentionMaker, check_memory, parameter, uniform
+from .attention import Attention, AttentionMaker, check_memory, need_dtype, parameter, uniform
 from .bridge import Bridge, BridgeMap, StateMaker, mean
 from .presets import Presets
 from .rnn import backend_repr
@@ -50,7 +50,7 @@ class Decoder(Presets):
     refuses what no step can compute.
     combine: what is made of the readout's parts side by side: tanh(W x), "linear" W x, "maxout" over pairs of W x, or
     None, the parts themselves. W x has combine_size features (None: hidden_size), with combine_bias + b.
-    bridge: a `Bridge`, or any function Memory -> for each layer (h [B, H],) or (h, c).
+    bridge: a `Bridge`, the name of its source, or any function Memory -> for each layer (h [B, H],) or (h, c).
     dropout: on what a layer reads of the one below; input_dropout: on y; readout_dropout: on the readout's parts;
     output_dropout: on its result, before it is fed back. Drawn in that order of input, layers, readout, output from
     torch's generator, outside the operator.
@@ -88,7 +88,7 @@ class Decoder(Presets):
         combine_size: int | None = None,
         combine_bias: bool = False,
         residual: int | None = None,
-        bridge: Bridge | StateMaker = COPY,
+        bridge: Bridge | str | StateMaker = COPY,
         dropout: float = 0.0,
         input_dropout: float = 0.0,
         readout_dropout: float = 0.0,
@@ -102,7 +102,8 @@ class Decoder(Presets):
         self.backend = check_name(backend)
         spec = DecoderSpec(
             cell, num_layers, attention is not None, attend, query, query_layer, context_to, context_side, feed,
-            tuple(readout), combine, residual,
+            readout,  # type: ignore[arg-type]  # a tuple of it is the spec's
+            combine, residual,
         )  # fmt: skip
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.dropout, self.input_dropout = dropout, input_dropout
@@ -123,8 +124,11 @@ class Decoder(Presets):
         summary = None if summary_size is None else nn.Linear(self.memory_size or 0, summary_size, **factory)
         self.register_module("summary", summary)
         source = summary_size or self.memory_size
+        made_bridge = _bridge(bridge)
         self.bridge = (
-            bridge.build(hidden_size, num_layers, cell, source, **factory) if isinstance(bridge, Bridge) else bridge
+            made_bridge.build(hidden_size, num_layers, cell, source, **factory)
+            if isinstance(made_bridge, Bridge)
+            else made_bridge
         )
         self.reset_parameters()
 
@@ -186,10 +190,14 @@ class Decoder(Presets):
         check_memory(memory)
         return self._keys(self._seen(memory))
 
-    def init_state(self, memory: Memory) -> DecoderState:
-        """The first state, by the bridge; what is fed starts at 0. In fp32 where the bridge gives fp16 or bf16."""
+    def init_state(self, memory: Memory, copies: int = 1) -> DecoderState:
+        """The first state, by the bridge; what is fed starts at 0. In fp32 where the bridge gives fp16 or bf16.
+
+        copies: k rows for each of the memory's B, for N = B * k rows of `step`, as in a beam search.
+        """
         check_memory(memory)
-        return self._state(self._seen(memory))
+        state = self._state(self._seen(memory))
+        return _repeated(state, copies * state.layers[0][0].shape[0])
 
     def forward(
         self,
@@ -244,7 +252,9 @@ class Decoder(Presets):
         """What the decoder sees of the memory: with summary_size, tanh(V h) alone."""
         if self.summary is None:
             return memory
-        context = torch.tanh(self.summary(self._fixed(memory, self.summary.in_features)))
+        vector = self._fixed(memory, self.summary.in_features)
+        need_dtype("what the summary reads of the memory", vector, self.summary.weight)
+        context = torch.tanh(self.summary(vector))
         return Memory(context[:, None], None, ((context,),))
 
     def _fixed(self, memory: Memory, size: int) -> Tensor:
@@ -267,12 +277,13 @@ class Decoder(Presets):
     def _state(self, memory: Memory) -> DecoderState:
         made = self.bridge(memory)
         if not isinstance(self.bridge, BridgeMap):
-            self._check_states(made)
+            known = memory.out if memory.out is not None or memory.state is None else memory.state[0][0]
+            self._check_states(made, None if known is None else known.shape[0])
         layers: tuple[LayerState, ...] = mapped(_wide, made)
         h = layers[0][0]
         return DecoderState(layers, h.new_zeros(h.shape[0], self.feed_size) if self.spec.feed else None)
 
-    def _check_states(self, layers: Any) -> None:
+    def _check_states(self, layers: Any, rows: int | None) -> None:
         """Raise InputError unless the bridge, a function, made a state for each layer."""
         leaves = 2 if self.spec.cell == "lstm" else 1
         if not isinstance(layers, tuple) or len(layers) != self.num_layers:
@@ -282,9 +293,11 @@ class Decoder(Presets):
                 expected = "(h, c)" if leaves == 2 else "(h,)"
                 raise InputError(f"bridge gave {_kind(layer)} for layer {index}; expected a tuple {expected}")
             for leaf in layer:
-                if need_tensor(f"bridge's state of layer {index}", leaf).shape[1:] != (self.hidden_size,):
+                shape = need_tensor(f"bridge's state of layer {index}", leaf).shape
+                if shape[1:] != (self.hidden_size,) or rows not in (None, shape[0]):
+                    batch = "B" if rows is None else f"B={rows}"
                     raise InputError(
-                        f"bridge gave {tuple(leaf.shape)} for layer {index}; expected [B, H={self.hidden_size}]"
+                        f"bridge gave {tuple(shape)} for layer {index}; expected [{batch}, H={self.hidden_size}]"
                     )
 
     def _params(self) -> DecoderParams:
@@ -372,7 +385,7 @@ def _attention(attention: Any, query_size: int, memory_size: int, factory: dict[
         return Attention(query_size, memory_size, score=attention, **factory)
     if attention is None or isinstance(attention, Attention):
         made = attention
-    elif callable(attention):
+    elif callable(attention) and not isinstance(attention, nn.Module):
         made = attention(query_size, memory_size)
         if isinstance(made, Attention):
             made = made.to(**factory)
@@ -388,6 +401,18 @@ def _attention(attention: Any, query_size: int, memory_size: int, factory: dict[
             f" has {query_size} and {memory_size}"
         )
     return made
+
+
+def _bridge(bridge: Any) -> Any:
+    """A Bridge, or a function."""
+    if isinstance(bridge, str):
+        return Bridge(bridge)
+    if isinstance(bridge, type) or (not callable(bridge) and not isinstance(bridge, Bridge)):
+        raise TypeError(
+            f"bridge must be a Bridge, the name of its source or a function Memory -> layer states, got {bridge!r}; use"
+            " Bridge()"
+        )
+    return bridge
 
 
 def _cell(module: nn.Module, names: tuple[str, ...]) -> CellParams:

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
+from ..backends.call import RnnCall
 from ..checks import lengths_on_cpu, need_tensor
 from ..engine import run
 from ..errors import InputError
 from ..functional import Lengths
 from ..spec import CELLS, LayerState, Memory, one_of, prefix_mask
-from .rnn import GRU, LSTM, gru_call
+from .rnn import GRU, LSTM, gru_call, lstm_call
 
 __all__ = ["Encoder"]
 
@@ -92,7 +93,20 @@ class Encoder(nn.Module):
             states.append(_state(hidden))
             if self.residual and index and out.shape == below.shape:
                 out = out + below
-        return Memory(out, None if ends is None else prefix_mask(ends, out), tuple(states))
+        dirs = tuple(1 + (index < self.bidirectional) for index in range(self.num_layers))
+        return Memory(out, None if ends is None else prefix_mask(ends, out), tuple(states), dirs)
+
+    @property
+    def backend(self) -> str:
+        """The first layer's."""
+        return str(self.layers[0].backend)
+
+    def as_call(self, x: Tensor, hx: None = None) -> RnnCall:
+        """The call that the first layer makes of x without lengths; the others differ in size alone."""
+        out, layer = x if self.embedding is None else self.embedding(x), self.layers[0]
+        if isinstance(layer, ResetBefore):
+            return layer.as_call(out)
+        return lstm_call(layer, out, None) if isinstance(layer, LSTM) else gru_call(layer, out, None)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, cell={self.cell!r}"
@@ -106,10 +120,14 @@ class ResetBefore(GRU):
 
     def forward(self, input: Any, hx: Tensor | None = None, *, lengths: Lengths = None) -> tuple[Any, Tensor]:
         """(output, h_n); input, lengths and faults as for `LSTM.forward`."""
+        out, (h,) = run(self.as_call(input, hx), self.backend, lengths)
+        return out, h
+
+    def as_call(self, input: Any, hx: Tensor | None = None) -> RnnCall:
+        """The call that `forward` makes."""
         call = gru_call(self, input, hx)
         call.cell = "gru_reset_before"
-        out, (h,) = run(call, self.backend, lengths)
-        return out, h
+        return call
 
 
 def _state(hidden: Any) -> LayerState:

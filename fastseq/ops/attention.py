@@ -1,7 +1,7 @@
 """Attention of all queries of a sequence: `torch.ops.fastseq.attention_forward`, `attention_backward`, their autograd.
 
 Letters: N = B * k decoder rows, of which row n reads memory row n // k; T queries a row, S positions, A units,
-D features. Only the weights [N, T, S] are stored: backward takes the tanh of the additive form again.
+D features. Only the weights [N, T, S] are stored: backward computes the additive form's tanh again.
 """
 
 from collections.abc import Sequence

@@ -106,7 +106,7 @@ struct Run {
     }
     if (attends && (A != H || d.additive)) d.w_q = (w_q = random(A * H)).data();
     if (d.additive) d.v = (v = random(A)).data();
-    if (d.additive && keys.size() && draw() % 2) keys.set(draw() % keys.size(), 25.f);  // past kMostExponent: that row goes another way
+    if (d.additive && keys.size() && draw() % 2) keys.set(draw() % keys.size(), 60.f);  // past kMostExponent: that row goes another way
     for (int c = 0; c < d.cells; ++c) {
       DecoderCell& cell = d.of[c];
       cell.feed = c == 0 && d.feed != Feed::none, cell.below = c > 0 && d.attend != Attend::between;
@@ -159,6 +159,26 @@ struct Run {
       if (starts) cell.d_h0 = (d_h0[c] = empty(N * H)).data();
       if (starts && lstm) cell.d_c0 = (d_c0[c] = empty(N * H)).data();
     }
+  }
+
+  // The one cell that reads the context; -1 where there is none, or several, or `memory_gates` does not apply.
+  int reader() const {
+    int found = -1, count = 0;
+    for (int c = 0; c < d.cells; ++c)
+      if (d.of[c].context) found = c, ++count;
+    return count == 1 && !bf16 && d.attend != Attend::after && d.source ? found : -1;
+  }
+
+  void fill_memory_gates() {
+    const DecoderCell& cell = d.of[reader()];
+    const int64_t GH = d.gate_count() * d.hidden, D = d.features, positions = d.memory_rows() * d.source;
+    d.memory_gates = (memory_gates = empty(positions * GH)).data();
+    for (int64_t s = 0; s < positions; ++s)
+      for (int64_t o = 0; o < GH; ++o) {
+        float sum = 0;
+        for (int64_t i = 0; i < D; ++i) sum += memory.at(s * D + i) * w_ih[reader()].at(o * cell.pitch_ih + cell.pitch_ih - D + i);
+        memory_gates.set(s * GH + o, sum);
+      }
   }
 
   void forward() { kernels(d.dtype).decoder_forward(d, threads); }
@@ -256,6 +276,7 @@ void check_decoder() {
         Run other(seed);
         other.threads = threads;
         other.forward(), poison_scratch(), other.backward(), poison_scratch();
+        if (other.reader() >= 0 && seed % 2) other.fill_memory_gates(), other.forward(), poison_scratch();
         compare(wanted, other.results(), other.bf16 ? 5e-2f : 1e-4f, context + " on " + isa + ", " + std::to_string(threads) + " threads");
       }
     }
