@@ -19,7 +19,7 @@ constexpr int kTileRows = kAccumulators / Cell::kGates;
 template <class Cell, class T>
 struct Buffers {
   int64_t panels, depth_x, depth_h;  // depths in 32-bit units
-  uint32_t *w_ih, *w_hh;
+  uint32_t *w_ih, *w_hh;  // w_ih also holds one panel a thread
   float* bias;         // [panels][kColumns][W]
   float* projected;    // [slots][panels][G][W], each row group its own slots: they do not wait for each other
   uint32_t* operand[2];  // [B][depth_h] h in T, of the last step and of this one
@@ -34,7 +34,7 @@ struct Buffers {
     depth_x = units<T>(shape.input), depth_h = units<T>(shape.hidden);
     const int64_t row_slots = Blocks(seq.rows, kTileRows<Cell>).count * kTileRows<Cell>;
     slots = kChunkRows + row_slots + kTileRows<Cell>;
-    w_ih = carve.take<uint32_t>(panels * depth_x * kG * W);
+    w_ih = carve.take<uint32_t>((panels > threads ? panels : threads) * depth_x * kG * W);
     w_hh = carve.take<uint32_t>(panels * depth_h * kG * W);
     bias = carve.take<float>(panels * Cell::kColumns * W);
     projected = carve.take<float>((threads * (kChunkRows + kTileRows<Cell>) + row_slots) * panels * kG * W);
@@ -63,6 +63,8 @@ class Forward {
     x_copy_ = buf_.x_copy ? buf_.x_copy + team.rank * buf_.slots * buf_.depth_x : nullptr;
     panels_ = share(buf_.panels, team.rank % split.unit_groups, split.unit_groups);
     step_team_ = {team.rank % split.unit_groups, split.unit_groups, step_barriers + (idle_ ? 0 : row_rank_)};
+    packs_late_ = row_groups_ == 1;
+    passing_ = packs_late_ && seq.steps && chunk_end(0) == seq.steps;
   }
 
   void run() {
@@ -102,24 +104,29 @@ class Forward {
     return s;
   }
 
-  // Packs the weights and spreads the initial state, each thread its share.
+  // Packs the weights and spreads the initial state, each thread its share. A thread that alone reads a panel packs it where it
+  // first multiplies by it, while it is in the cache.
   void prepare() {
     const Range own = share(buf_.panels, team_.rank, team_.size);
     for (int64_t p = own.begin; p < own.end; ++p) {
-      const int64_t u = p * W;
-      const int n = lanes(p);
-      for (int g = 0; g < kG; ++g) {
-        const int64_t row = g * H_ + u;
-        pack_transposed(static_cast<const T*>(pass_.dir.w_ih) + row * shape_.input, shape_.input, n, shape_.input,
-                        buf_.w_ih + (p * buf_.depth_x * kG + g) * W, kG * W);
-        pack_transposed(static_cast<const T*>(pass_.dir.w_hh) + row * H_, H_, n, H_,
-                        buf_.w_hh + (p * buf_.depth_h * kG + g) * W, kG * W);
-      }
-      prepare_bias(p, n);
+      if (!packs_late_) pack_input(p), pack_hidden(p);
+      prepare_bias(p, lanes(p));
     }
     const Range rows = share(seq_.rows, team_.rank, team_.size);
     for (int64_t r = rows.begin; r < rows.end; ++r) prepare_row(r);
   }
+
+  void pack_input(int64_t p) const { pack(pass_.dir.w_ih, shape_.input, p, input_panel(p)); }
+  void pack_hidden(int64_t p) const { pack(pass_.dir.w_hh, H_, p, hidden_panel(p)); }
+
+  void pack(const void* w, int64_t depth, int64_t p, uint32_t* panel) const {
+    for (int g = 0; g < kG; ++g)
+      pack_transposed(static_cast<const T*>(w) + (g * H_ + p * W) * depth, depth, lanes(p), depth, panel + g * W, kG * W);
+  }
+
+  // In a sequence of one chunk, one panel at a time: it never leaves the core's cache.
+  FS_INLINE uint32_t* input_panel(int64_t p) const { return buf_.w_ih + (passing_ ? team_.rank : p) * buf_.depth_x * kG * W; }
+  FS_INLINE uint32_t* hidden_panel(int64_t p) const { return buf_.w_hh + p * buf_.depth_h * kG * W; }
 
   void prepare_bias(int64_t p, int n) {
     vf sums[Cell::kColumns] = {};
@@ -155,6 +162,7 @@ class Forward {
   // W_ih x + bias, for the input's gates, all steps of the chunk, one slot a row and step: a panel of weights serves them all
   // while it is in the cache.
   void project(int64_t s, int64_t end) {
+    const bool packs = packs_late_ && s == 0;
     int64_t slots = 0;
     for (; s < end; ++s) {
       const int64_t t = time(s);
@@ -163,8 +171,10 @@ class Forward {
       });
     }
     const Blocks tiles(slots, kMR);
-    for (int64_t p = panels_.begin; p < panels_.end; ++p)
+    for (int64_t p = panels_.begin; p < panels_.end; ++p) {
+      if (packs) pack_input(p);
       for (int64_t i = 0; i < tiles.count; ++i) project_tile(p, tiles.begin(i), tiles.begin(i + 1));
+    }
   }
 
   const uint32_t* operand_of_x(int64_t t, int64_t position, int64_t slot) const {
@@ -184,7 +194,7 @@ class Forward {
         const vf bias = load_vector<vf>(buf_.bias + (p * Cell::kColumns + Cell::kInput[g]) * W);
         for (int m = 0; m < kRows; ++m) acc[m][g] = bias;
       }
-      multiply<T, kRows, kG>(x_rows_ + begin, 1, buf_.w_ih + p * buf_.depth_x * kG * W, kG * W, buf_.depth_x, acc);
+      multiply<T, kRows, kG>(x_rows_ + begin, 1, input_panel(p), kG * W, buf_.depth_x, acc);
       for (int m = 0; m < kRows; ++m)
         for (int g = 0; g < kG; ++g) store(slot_of(begin + m, p) + g * W, acc[m][g], W);
     });
@@ -199,6 +209,7 @@ class Forward {
     int64_t slot = first;
     for (int64_t i = panels_.begin; i < panels_.end; ++i) {
       const int64_t p = s & 1 ? panels_.begin + panels_.end - 1 - i : i;
+      if (packs_late_ && s == 0) pack_hidden(p);
       slot = first;
       for_own_blocks(seq_.active(t), [&](int64_t begin, int64_t end) {
         with_rows<kMR>(end - begin, [&](auto count) { step_tile<decltype(count)::value>(s, t, p, begin, slot); });
@@ -220,7 +231,7 @@ class Forward {
                                            : buf_.bias + (p * Cell::kColumns + Cell::kHidden[g]) * W);
       }
     }
-    multiply<T, MR, kG>(h, 1, buf_.w_hh + p * buf_.depth_h * kG * W, kG * W, buf_.depth_h, acc);
+    multiply<T, MR, kG>(h, 1, hidden_panel(p), kG * W, buf_.depth_h, acc);
     for (int m = 0; m < MR; ++m)
       finish_row(s, t, p, begin + m, acc[m], slot_of(slot + m, p));
   }
@@ -277,6 +288,7 @@ class Forward {
   Range panels_;
   int row_groups_, row_rank_;
   bool idle_;
+  bool packs_late_, passing_;  // passing: panels of W_ih pass through one place a thread
 };
 
 template <class Cell, class T>
