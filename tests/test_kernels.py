@@ -32,6 +32,8 @@ SHAPES = [  # T, B, I, H
     (9, 30, 2, 3),  # more tokens than a block of them
     (2, 9, 70, 140),  # more units, and more gate rows, than a block of them
     (2, 40, 258, 260),  # weights larger than a core's share of the cache: two threads split the units
+    (9, 1, 33, 260),  # they do, in one chunk: no panel of W_ih outlives its use
+    (70, 1, 5, 130),  # one row, two chunks
 ]
 
 

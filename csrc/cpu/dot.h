@@ -9,13 +9,16 @@ namespace FS_ISA {
 
 // W vectors to one: lane i is the sum of the lanes of sums[i].
 FS_INLINE vf reduce(vf (&sums)[W]) {
-  for (int count = W; count > 1; count /= 2) {
-    for (int i = 0; i < count / 2; ++i) {
+  const auto halve = [&](int count, auto&& halves) FS_LAMBDA {
+    for (int i = 0; i < count; ++i) {
       vu lower, upper;
-      interleave(bits_of<vu>(sums[i]), bits_of<vu>(sums[i + count / 2]), lower, upper);
+      halves(bits_of<vu>(sums[2 * i]), bits_of<vu>(sums[2 * i + 1]), lower, upper);
       sums[i] = bits_of<vf>(lower) + bits_of<vf>(upper);
     }
-  }
+  };
+  halve(W / 2, interleave<uint32_t>);
+  halve(W / 4, interleave<uint64_t>);
+  for (int count = W / 8; count; count /= 2) halve(count, deal);
   return sums[0];
 }
 

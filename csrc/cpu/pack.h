@@ -14,17 +14,36 @@ FS_INLINE vu load_units(const T* p, int64_t elements) {  // past `elements`: zer
   return load_vector<vu>(lanes);
 }
 
+// to[k * to_pitch + r] = unit k of row r: a W x W transpose, four rows of each 128 bits at a time.
+template <class T>
+FS_INLINE void transpose(const T* source, int64_t pitch, uint32_t* to, int64_t to_pitch) {
+  for (int k = 0; k < W; k += 4) {
+    vu rows[4], low[2], high[2], unit[4];
+    for (int r = 0; r < 4; ++r) rows[r] = load_quads(source + r * pitch + k * Dot<T>::kPerUnit, 4 * pitch);
+    for (int i = 0; i < 2; ++i) interleave<uint32_t>(rows[2 * i], rows[2 * i + 1], low[i], high[i]);
+    interleave<uint64_t>(low[0], low[1], unit[0], unit[1]);
+    interleave<uint64_t>(high[0], high[1], unit[2], unit[3]);
+    for (int i = 0; i < 4; ++i) __builtin_memcpy(to + (k + i) * to_pitch, &unit[i], sizeof(vu));
+  }
+}
+
 // source: rows of `depth` contiguous elements, `pitch` elements apart; the first `rows` <= W exist.
 // panel[k * panel_pitch + r] = unit k of row r: the transpose of W rows.
 template <class T>
 void pack_transposed(const T* source, int64_t pitch, int rows, int64_t depth, uint32_t* panel, int64_t panel_pitch) {
-  constexpr int kPer = Dot<T>::kPerUnit;
-  for (int64_t k = 0; k < depth; k += W * kPer) {
-    vu block[W];
-    for (int r = 0; r < W; ++r) block[r] = r < rows ? load_units(source + r * pitch + k, depth - k) : vu{};
-    transpose(block);
-    const int64_t first = k / kPer, last = units<T>(depth);
-    for (int i = 0; i < W && first + i < last; ++i) __builtin_memcpy(panel + (first + i) * panel_pitch, &block[i], sizeof(vu));
+  constexpr int64_t kStep = W * Dot<T>::kPerUnit;
+  int64_t k = 0;
+  if (rows == W)
+    for (; k + kStep <= depth; k += kStep) transpose(source + k, pitch, panel + k / Dot<T>::kPerUnit * panel_pitch, panel_pitch);
+  for (; k < depth; k += kStep) {
+    uint32_t block[W * W] = {}, packed[W * W];
+    for (int r = 0; r < rows; ++r) {
+      const vu row = load_units(source + r * pitch + k, depth - k);
+      __builtin_memcpy(block + r * W, &row, sizeof(vu));
+    }
+    transpose(reinterpret_cast<const T*>(block), kStep, packed, W);
+    const int64_t first = k / Dot<T>::kPerUnit, last = units<T>(depth);
+    for (int i = 0; i < W && first + i < last; ++i) __builtin_memcpy(panel + (first + i) * panel_pitch, packed + i * W, sizeof(vu));
   }
 }
 

@@ -13,16 +13,21 @@ struct Range {
 
 FS_INLINE Range share(int64_t total, int64_t rank, int64_t size) { return {total * rank / size, total * (rank + 1) / size}; }
 
-// f(first row, last row) for the blocks of one of `groups` row groups, among the first `active` rows. With one group the blocks
-// are those of the active rows; several keep fixed ones, since a row must stay with its group.
-template <class F>
-FS_INLINE void own_blocks(const Blocks& blocks, int64_t group, int64_t groups, int64_t active, F&& f) {
-  for (int64_t b = group; b < blocks.count; b += groups) {
-    const int64_t begin = blocks.begin(b), end = blocks.begin(b + 1);
-    if (begin >= active) return;
-    f(begin, end < active ? end : active);
+// The rows of one of `groups` row groups, dealt round: rows are ordered by falling length, so that every group's active rows are
+// a prefix of its own and all groups have the same work at each step, which a range of rows each would not give them.
+struct OwnRows {
+  int64_t group, groups;
+
+  FS_INLINE int64_t row(int64_t own) const { return own * groups + group; }
+  FS_INLINE int64_t count(int64_t rows) const { return (rows - group + groups - 1) / groups; }  // among the first `rows`
+
+  // f(first, last) for tiles of at most `most` own rows among the first `rows`.
+  template <class F>
+  FS_INLINE void for_blocks(int64_t rows, int64_t most, F&& f) const {
+    const Blocks blocks(count(rows), most);
+    for (int64_t b = 0; b < blocks.count; ++b) f(blocks.begin(b), blocks.begin(b + 1));
   }
-}
+};
 
 // Cycles, from measurement on Zen 5 at about 3.8 GHz (docs/design.md, "CPU kernels").
 constexpr int64_t kBarrierCycles = 1200;

@@ -18,12 +18,12 @@ class Backward {
  public:
   Backward(const Shape& shape, const Sequence& seq, const BackwardPass& pass, const BackwardBuffers<T>& buffers, Team team,
            Partition split, Barrier* step_barriers)
-      : shape_(shape), seq_(seq), pass_(pass), buf_(buffers), team_(team), H_(shape.hidden), blocks_(seq.rows, kTileRows) {
+      : shape_(shape), seq_(seq), pass_(pass), buf_(buffers), team_(team), H_(shape.hidden) {
     carries_ = seq.steps > 1 || wants_initial();
     idle_ = team.rank >= split.size();
-    row_groups_ = split.row_groups, row_rank_ = team.rank / split.unit_groups;
+    own_ = {idle_ ? 0 : team.rank / split.unit_groups, split.row_groups};
     panels_ = share(buf_.panels, team.rank % split.unit_groups, split.unit_groups);
-    step_team_ = {team.rank % split.unit_groups, split.unit_groups, step_barriers + (idle_ ? 0 : row_rank_)};
+    step_team_ = {team.rank % split.unit_groups, split.unit_groups, step_barriers + own_.group};
   }
 
   void run() {
@@ -74,23 +74,19 @@ class Backward {
     }
   }
 
-  template <class F>
-  FS_INLINE void for_own_blocks(int64_t rows, F&& f) const {
-    own_blocks(row_groups_ == 1 ? Blocks(rows, kTileRows) : blocks_, row_rank_, row_groups_, rows, f);
-  }
-
   // Rows [0, before) carry a gradient through W_hh; rows [before, active) start here from dL/dh_n; rows [active, before) are
   // through, and what arrives is dL/dh_0.
   void step(int64_t s, int64_t t, int64_t before, int64_t active) const {
     const int64_t from = s == 0 ? t : time(s - 1);
     for (int64_t i = panels_.begin; i < panels_.end; ++i) {
       const int64_t p = s & 1 ? panels_.begin + panels_.end - 1 - i : i;
-      for_own_blocks(before > active ? before : active, [&](int64_t begin, int64_t end) {
+      own_.for_blocks(before > active ? before : active, kTileRows, [&](int64_t begin, int64_t end) {
         vf arrived[kTileRows][kVectors];
         with_rows<kTileRows>(end - begin, [&](auto count) { arriving<decltype(count)::value>(from, before, p, begin, arrived); });
-        for (int64_t r = begin; r < end; ++r) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t r = own_.row(i);
           for (int64_t u = p * kPanel; u < (p + 1) * kPanel && u < H_; u += W) {
-            const vf dh = arrived[r - begin][(u - p * kPanel) / W];
+            const vf dh = arrived[i - begin][(u - p * kPanel) / W];
             r < active ? through_cell(t, r, u, dh) : to_initial_state(r, u, dh);
           }
         }
@@ -103,12 +99,13 @@ class Backward {
     const uint32_t* gates[MR];
     vf acc[MR][kVectors];
     for (int m = 0; m < MR; ++m) {
-      const bool starts = begin + m >= before;
-      gates[m] = starts ? buf_.zeros : buf_.gate_row(seq_.offsets[from] + begin + m);
+      const int64_t r = own_.row(begin + m);
+      const bool starts = r >= before;
+      gates[m] = starts ? buf_.zeros : buf_.gate_row(seq_.offsets[from] + r);
       for (int v = 0; v < kVectors; ++v)
-        acc[m][v] = starts ? load_vector<vf>(buf_.pending + (begin + m) * buf_.width + p * kPanel + v * W) : vf{};
+        acc[m][v] = starts ? load_vector<vf>(buf_.pending + r * buf_.width + p * kPanel + v * W) : vf{};
     }
-    if (begin < before) {
+    if (own_.row(begin) < before) {
       const bool in_place = reads_in_place<T>(seq_.tokens(), H_, p);
       const uint32_t* panel = in_place ? static_cast<const uint32_t*>(pass_.dir.w_hh) + p * kPanel : buf_.w_hh + p * buf_.depth() * kPanel;
       multiply<T, MR, kVectors>(gates, 1, panel, in_place ? H_ : kPanel, buf_.depth(), acc);
@@ -155,11 +152,9 @@ class Backward {
 
   void finish_empty_rows() const {
     const int64_t first = seq_.steps ? seq_.active(0) : 0;
-    for_own_blocks(seq_.rows, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin > first ? begin : first; r < end; ++r)
-        for (int64_t u = panels_.begin * kPanel; u < panels_.end * kPanel && u < H_; u += W)
-          to_initial_state(r, u, load_vector<vf>(buf_.pending + r * buf_.width + u));
-    });
+    for (int64_t i = own_.count(first); i < own_.count(seq_.rows); ++i)
+      for (int64_t u = panels_.begin * kPanel; u < panels_.end * kPanel && u < H_; u += W)
+        to_initial_state(own_.row(i), u, load_vector<vf>(buf_.pending + own_.row(i) * buf_.width + u));
   }
 
   const Shape& shape_;
@@ -168,9 +163,8 @@ class Backward {
   const BackwardBuffers<T>& buf_;
   Team team_, step_team_;
   int64_t H_;
-  Blocks blocks_;
+  OwnRows own_;
   Range panels_;
-  int row_groups_, row_rank_;
   bool idle_, carries_;  // carries: some gradient goes through W_hh
 };
 

@@ -19,7 +19,7 @@ constexpr int kTileRows = kAccumulators / Cell::kGates;
 template <class Cell, class T>
 struct Buffers {
   int64_t panels, depth_x, depth_h;  // depths in 32-bit units
-  uint32_t *w_ih, *w_hh;
+  uint32_t *w_ih, *w_hh;  // w_ih also holds one panel a thread
   float* bias;         // [panels][kColumns][W]
   float* projected;    // [slots][panels][G][W], each row group its own slots: they do not wait for each other
   uint32_t* operand[2];  // [B][depth_h] h in T, of the last step and of this one
@@ -32,12 +32,11 @@ struct Buffers {
     constexpr int kG = Cell::kGates;
     panels = (shape.hidden + W - 1) / W;
     depth_x = units<T>(shape.input), depth_h = units<T>(shape.hidden);
-    const int64_t row_slots = Blocks(seq.rows, kTileRows<Cell>).count * kTileRows<Cell>;
-    slots = kChunkRows + row_slots + kTileRows<Cell>;
-    w_ih = carve.take<uint32_t>(panels * depth_x * kG * W);
+    slots = kChunkRows + seq.rows;
+    w_ih = carve.take<uint32_t>((panels > threads ? panels : threads) * depth_x * kG * W);
     w_hh = carve.take<uint32_t>(panels * depth_h * kG * W);
     bias = carve.take<float>(panels * Cell::kColumns * W);
-    projected = carve.take<float>((threads * (kChunkRows + kTileRows<Cell>) + row_slots) * panels * kG * W);
+    projected = carve.take<float>((threads * (kChunkRows + 1) + seq.rows) * panels * kG * W);
     for (auto& buffer : operand) buffer = carve.take<uint32_t>(seq.rows * depth_h);
     h = carve.take<float>(seq.rows * panels * W);
     c = Cell::kCellState ? carve.take<float>(seq.rows * panels * W) : nullptr;
@@ -54,15 +53,17 @@ class Forward {
   Forward(const Shape& shape, const Sequence& seq, const ForwardPass& pass, const Buffers<Cell, T>& buffers, Team team,
           Partition split, Barrier* step_barriers)
       : shape_(shape), seq_(seq), pass_(pass), buf_(buffers), team_(team), H_(shape.hidden),
-        blocks_(seq.rows, kMR), width_(buffers.panels * W) {
+        width_(buffers.panels * W) {
     idle_ = team.rank >= split.size();
-    row_groups_ = split.row_groups, row_rank_ = team.rank / split.unit_groups;
-    const int64_t group_slots = kChunkRows + (blocks_.count + row_groups_ - 1) / row_groups_ * kMR;
-    projected_ = buf_.projected + (idle_ ? 0 : row_rank_) * group_slots * buf_.panels * kG * W;
+    own_ = {idle_ ? 0 : team.rank / split.unit_groups, split.row_groups};
+    const int64_t group_slots = kChunkRows + (seq.rows + own_.groups - 1) / own_.groups;
+    projected_ = buf_.projected + own_.group * group_slots * buf_.panels * kG * W;
     x_rows_ = buf_.x_rows + team.rank * buf_.slots;
     x_copy_ = buf_.x_copy ? buf_.x_copy + team.rank * buf_.slots * buf_.depth_x : nullptr;
     panels_ = share(buf_.panels, team.rank % split.unit_groups, split.unit_groups);
-    step_team_ = {team.rank % split.unit_groups, split.unit_groups, step_barriers + (idle_ ? 0 : row_rank_)};
+    step_team_ = {team.rank % split.unit_groups, split.unit_groups, step_barriers + own_.group};
+    packs_late_ = own_.groups == 1;
+    passing_ = packs_late_ && seq.steps && chunk_end(0) == seq.steps;
   }
 
   void run() {
@@ -86,40 +87,38 @@ class Forward {
  private:
   int64_t time(int64_t s) const { return pass_.dir.reverse ? seq_.steps - 1 - s : s; }
 
-  // Rows of this thread's group that are active at time t.
-  int64_t own_active(int64_t t) const {
-    int64_t rows = 0;
-    for_own_blocks(seq_.active(t), [&](int64_t begin, int64_t end) { rows += end - begin; });
-    return rows;
-  }
-
   int64_t chunk_end(int64_t s) const {
-    int64_t rows = own_active(time(s));
+    int64_t rows = own_.count(seq_.active(time(s)));
     for (++s; s < seq_.steps; ++s) {
-      rows += own_active(time(s));
+      rows += own_.count(seq_.active(time(s)));
       if (rows > kChunkRows) break;
     }
     return s;
   }
 
-  // Packs the weights and spreads the initial state, each thread its share.
+  // Packs the weights and spreads the initial state, each thread its share. A thread that alone reads a panel packs it where it
+  // first multiplies by it, while it is in the cache.
   void prepare() {
     const Range own = share(buf_.panels, team_.rank, team_.size);
     for (int64_t p = own.begin; p < own.end; ++p) {
-      const int64_t u = p * W;
-      const int n = lanes(p);
-      for (int g = 0; g < kG; ++g) {
-        const int64_t row = g * H_ + u;
-        pack_transposed(static_cast<const T*>(pass_.dir.w_ih) + row * shape_.input, shape_.input, n, shape_.input,
-                        buf_.w_ih + (p * buf_.depth_x * kG + g) * W, kG * W);
-        pack_transposed(static_cast<const T*>(pass_.dir.w_hh) + row * H_, H_, n, H_,
-                        buf_.w_hh + (p * buf_.depth_h * kG + g) * W, kG * W);
-      }
-      prepare_bias(p, n);
+      if (!packs_late_) pack_input(p), pack_hidden(p);
+      prepare_bias(p, lanes(p));
     }
     const Range rows = share(seq_.rows, team_.rank, team_.size);
     for (int64_t r = rows.begin; r < rows.end; ++r) prepare_row(r);
   }
+
+  void pack_input(int64_t p) const { pack(pass_.dir.w_ih, shape_.input, p, input_panel(p)); }
+  void pack_hidden(int64_t p) const { pack(pass_.dir.w_hh, H_, p, hidden_panel(p)); }
+
+  void pack(const void* w, int64_t depth, int64_t p, uint32_t* panel) const {
+    for (int g = 0; g < kG; ++g)
+      pack_transposed(static_cast<const T*>(w) + (g * H_ + p * W) * depth, depth, lanes(p), depth, panel + g * W, kG * W);
+  }
+
+  // In a sequence of one chunk, one panel at a time: it never leaves the core's cache.
+  FS_INLINE uint32_t* input_panel(int64_t p) const { return buf_.w_ih + (passing_ ? team_.rank : p) * buf_.depth_x * kG * W; }
+  FS_INLINE uint32_t* hidden_panel(int64_t p) const { return buf_.w_hh + p * buf_.depth_h * kG * W; }
 
   void prepare_bias(int64_t p, int n) {
     vf sums[Cell::kColumns] = {};
@@ -146,25 +145,21 @@ class Forward {
 
   int lanes(int64_t p) const { return H_ - p * W < W ? static_cast<int>(H_ - p * W) : W; }
 
-  // f(first row, last row) for this thread's row blocks among the first `active` rows.
-  template <class F>
-  FS_INLINE void for_own_blocks(int64_t active, F&& f) const {
-    own_blocks(row_groups_ == 1 ? Blocks(active, kMR) : blocks_, row_rank_, row_groups_, active, f);
-  }
-
   // W_ih x + bias, for the input's gates, all steps of the chunk, one slot a row and step: a panel of weights serves them all
   // while it is in the cache.
   void project(int64_t s, int64_t end) {
+    const bool packs = packs_late_ && s == 0;
     int64_t slots = 0;
     for (; s < end; ++s) {
       const int64_t t = time(s);
-      for_own_blocks(seq_.active(t), [&](int64_t begin, int64_t last) {
-        for (int64_t r = begin; r < last; ++r, ++slots) x_rows_[slots] = operand_of_x(t, r, slots);
-      });
+      const int64_t rows = own_.count(seq_.active(t));
+      for (int64_t i = 0; i < rows; ++i, ++slots) x_rows_[slots] = operand_of_x(t, own_.row(i), slots);
     }
     const Blocks tiles(slots, kMR);
-    for (int64_t p = panels_.begin; p < panels_.end; ++p)
+    for (int64_t p = panels_.begin; p < panels_.end; ++p) {
+      if (packs) pack_input(p);
       for (int64_t i = 0; i < tiles.count; ++i) project_tile(p, tiles.begin(i), tiles.begin(i + 1));
+    }
   }
 
   const uint32_t* operand_of_x(int64_t t, int64_t position, int64_t slot) const {
@@ -184,7 +179,7 @@ class Forward {
         const vf bias = load_vector<vf>(buf_.bias + (p * Cell::kColumns + Cell::kInput[g]) * W);
         for (int m = 0; m < kRows; ++m) acc[m][g] = bias;
       }
-      multiply<T, kRows, kG>(x_rows_ + begin, 1, buf_.w_ih + p * buf_.depth_x * kG * W, kG * W, buf_.depth_x, acc);
+      multiply<T, kRows, kG>(x_rows_ + begin, 1, input_panel(p), kG * W, buf_.depth_x, acc);
       for (int m = 0; m < kRows; ++m)
         for (int g = 0; g < kG; ++g) store(slot_of(begin + m, p) + g * W, acc[m][g], W);
     });
@@ -192,20 +187,18 @@ class Forward {
 
   FS_INLINE float* slot_of(int64_t slot, int64_t p) const { return projected_ + (slot * buf_.panels + p) * kG * W; }
 
-  // One step: every own panel of units for every own block of active rows, whose projections start at `first`. Panels alternate
+  // One step: every own panel of units for all own active rows, whose projections start at `first`. Panels alternate
   // in direction: what the cache still holds of the last step is what this one reads first. Returns the slot past its last.
   int64_t step(int64_t s, int64_t first) const {
     const int64_t t = time(s);
-    int64_t slot = first;
     for (int64_t i = panels_.begin; i < panels_.end; ++i) {
       const int64_t p = s & 1 ? panels_.begin + panels_.end - 1 - i : i;
-      slot = first;
-      for_own_blocks(seq_.active(t), [&](int64_t begin, int64_t end) {
-        with_rows<kMR>(end - begin, [&](auto count) { step_tile<decltype(count)::value>(s, t, p, begin, slot); });
-        slot += end - begin;
+      if (packs_late_ && s == 0) pack_hidden(p);
+      own_.for_blocks(seq_.active(t), kMR, [&](int64_t begin, int64_t end) {
+        with_rows<kMR>(end - begin, [&](auto count) { step_tile<decltype(count)::value>(s, t, p, begin, first + begin); });
       });
     }
-    return slot;
+    return first + own_.count(seq_.active(t));
   }
 
   template <int MR>
@@ -213,16 +206,16 @@ class Forward {
     const uint32_t* h[MR];
     vf acc[MR][kG];
     for (int m = 0; m < MR; ++m) {
-      h[m] = buf_.operand[s & 1] + (begin + m) * buf_.depth_h;
+      h[m] = buf_.operand[s & 1] + own_.row(begin + m) * buf_.depth_h;
       for (int g = 0; g < kG; ++g) {
         const bool joined = input_gate<Cell>(Cell::kHidden[g]) >= 0;
         acc[m][g] = load_vector<vf>(joined ? slot_of(slot + m, p) + g * W
                                            : buf_.bias + (p * Cell::kColumns + Cell::kHidden[g]) * W);
       }
     }
-    multiply<T, MR, kG>(h, 1, buf_.w_hh + p * buf_.depth_h * kG * W, kG * W, buf_.depth_h, acc);
+    multiply<T, MR, kG>(h, 1, hidden_panel(p), kG * W, buf_.depth_h, acc);
     for (int m = 0; m < MR; ++m)
-      finish_row(s, t, p, begin + m, acc[m], slot_of(slot + m, p));
+      finish_row(s, t, p, own_.row(begin + m), acc[m], slot_of(slot + m, p));
   }
 
   FS_INLINE void finish_row(int64_t s, int64_t t, int64_t p, int64_t r, const vf (&acc)[kG], const float* projected) const {
@@ -251,16 +244,15 @@ class Forward {
   }
 
   void finish() const {
-    for_own_blocks(seq_.rows, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        for (int64_t p = panels_.begin; p < panels_.end; ++p) {
-          const int64_t to = seq_.order[r] * H_ + p * W;
-          store_state<T>(shape_, pass_.h_n, to, load_vector<vf>(buf_.h + r * width_ + p * W), lanes(p));
-          if constexpr (Cell::kCellState)
-            store_state<T>(shape_, pass_.c_n, to, load_vector<vf>(buf_.c + r * width_ + p * W), lanes(p));
-        }
+    for (int64_t i = 0; i < own_.count(seq_.rows); ++i) {
+      const int64_t r = own_.row(i);
+      for (int64_t p = panels_.begin; p < panels_.end; ++p) {
+        const int64_t to = seq_.order[r] * H_ + p * W;
+        store_state<T>(shape_, pass_.h_n, to, load_vector<vf>(buf_.h + r * width_ + p * W), lanes(p));
+        if constexpr (Cell::kCellState)
+          store_state<T>(shape_, pass_.c_n, to, load_vector<vf>(buf_.c + r * width_ + p * W), lanes(p));
       }
-    });
+    }
   }
 
   const Shape& shape_;
@@ -269,14 +261,14 @@ class Forward {
   const Buffers<Cell, T>& buf_;
   Team team_, step_team_;
   int64_t H_;
-  Blocks blocks_;
+  OwnRows own_;
   int64_t width_;
   float* projected_;
   const uint32_t** x_rows_;
   uint32_t* x_copy_;
   Range panels_;
-  int row_groups_, row_rank_;
   bool idle_;
+  bool packs_late_, passing_;  // passing: panels of W_ih pass through one place a thread
 };
 
 template <class Cell, class T>

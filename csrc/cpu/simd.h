@@ -107,38 +107,52 @@ FS_INLINE void store(bf16* p, vf x, int n) {
   }
 }
 
+// Element i is element at(i) of a and b side by side, both taken as vectors of E; `at` folds to a constant.
+template <class E, class At>
+FS_INLINE vu shuffle(vu a, vu b, At&& at) {
+  constexpr int kCount = sizeof(vu) / sizeof(E);
+  typedef E V __attribute__((vector_size(sizeof(vu))));
 #if defined(__clang__)
-template <int... L>
-FS_INLINE vu shuffle(vu a, vu b, std::integer_sequence<int, L...>) {
-  return __builtin_shufflevector(a, b, L...);
-}
-#endif
-
-// Lanes of a and b alternating: of their lower halves, of their upper halves.
-FS_INLINE void interleave(vu a, vu b, vu& lower, vu& upper) {
-  vu lo, hi;
-  for (int i = 0; i < W / 2; ++i) {
-    lo[2 * i] = i, lo[2 * i + 1] = W + i;
-    hi[2 * i] = W / 2 + i, hi[2 * i + 1] = W + W / 2 + i;
-  }
-#if defined(__clang__)
-  for (int i = 0; i < W; ++i) {
-    lower[i] = lo[i] < W ? a[lo[i]] : b[lo[i] - W];
-    upper[i] = hi[i] < W ? a[hi[i]] : b[hi[i] - W];
-  }
+  V result;
+  for (int i = 0; i < kCount; ++i) result[i] = at(i) < kCount ? bits_of<V>(a)[at(i)] : bits_of<V>(b)[at(i) - kCount];
+  return bits_of<vu>(result);
 #else
-  lower = __builtin_shuffle(a, b, lo);
-  upper = __builtin_shuffle(a, b, hi);
+  V from;
+  for (int i = 0; i < kCount; ++i) from[i] = at(i);
+  return bits_of<vu>(__builtin_shuffle(bits_of<V>(a), bits_of<V>(b), from));
 #endif
 }
 
-// A W x W transpose in place, as log2(W) perfect shuffles of the rows.
-FS_INLINE void transpose(vu (&rows)[W]) {
-  for (int stage = 1; stage < W; stage *= 2) {
-    vu next[W];
-    for (int i = 0; i < W / 2; ++i) interleave(rows[i], rows[i + W / 2], next[2 * i], next[2 * i + 1]);
-    for (int i = 0; i < W; ++i) rows[i] = next[i];
-  }
+// Elements of a and b by turns, those of the lower and of the upper half of each 128 bits: whatever crosses them takes longer.
+template <class E>
+FS_INLINE void interleave(vu a, vu b, vu& lower, vu& upper) {
+  constexpr int kCount = sizeof(vu) / sizeof(E), kQuad = 16 / sizeof(E);
+  const auto at = [](int i) FS_LAMBDA { return i / kQuad * kQuad + i % kQuad / 2 + i % 2 * kCount; };
+  lower = shuffle<E>(a, b, at);
+  upper = shuffle<E>(a, b, [&](int i) FS_LAMBDA { return at(i) + kQuad / 2; });
+}
+
+// The even and the odd 128 bits of a and b side by side.
+FS_INLINE void deal(vu a, vu b, vu& even, vu& odd) {
+  const auto at = [](int i) FS_LAMBDA { return i / 2 * 4 + i % 2; };
+  even = shuffle<uint64_t>(a, b, at);
+  odd = shuffle<uint64_t>(a, b, [&](int i) FS_LAMBDA { return at(i) + 2; });
+}
+
+// 16 bytes each from W / 4 places, `pitch` elements apart.
+template <class T>
+FS_INLINE vu load_quads(const T* p, int64_t pitch) {
+#if defined(__AVX512F__)
+  const auto quad = [&](int i) FS_LAMBDA { return load_vector<__m128i>(p + i * pitch); };
+  const __m512i two = _mm512_inserti32x4(_mm512_castsi128_si512(quad(0)), quad(1), 1);
+  return bits_of<vu>(_mm512_inserti32x4(_mm512_inserti32x4(two, quad(2), 2), quad(3), 3));
+#elif defined(__AVX2__)
+  const __m256i first = _mm256_castsi128_si256(load_vector<__m128i>(p));
+  return bits_of<vu>(_mm256_inserti128_si256(first, load_vector<__m128i>(p + pitch), 1));
+#else
+  static_cast<void>(pitch);
+  return load_vector<vu>(p);
+#endif
 }
 
 // 2^t = 2^n (1 + fraction), t = n + f, |f| <= 1/2: powers of two saturate instead of wrapping, a NaN stays NaN.
