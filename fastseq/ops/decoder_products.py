@@ -40,12 +40,12 @@ def cell_gradients(
     d_ih, d_hh, d_b_ih, d_b_hh = map(torch.empty_like, x.weights[4 * i : 4 * i + 4])
     d_gates = found.d_gates[i]
     if wanted[0] or wanted[2]:
-        reads = _side_by_side(_reads(loop, x, kept, i))
+        reads = _reads(loop, x, kept, i)
         if loop.cell == "gru":  # U_n h, which the input does not reach, stands before W_n x
-            weight_gradient(d_gates[..., :two], reads, d_ih[:two], d_b_ih[:two])
-            weight_gradient(d_gates[..., two + x.hidden :], reads, d_ih[two:], d_b_ih[two:])
+            _weight_gradients(d_gates[..., :two], reads, d_ih[:two], d_b_ih[:two])
+            _weight_gradients(d_gates[..., two + x.hidden :], reads, d_ih[two:], d_b_ih[two:])
         else:
-            weight_gradient(d_gates, reads, d_ih, d_b_ih)
+            _weight_gradients(d_gates, reads, d_ih, d_b_ih)
     if wanted[1] or wanted[3]:
         before = _before(loop, kept, i)
         if loop.cell == "gru_reset_before":  # U_n reads r h
@@ -66,8 +66,13 @@ def _recurrent(loop: LoopSpec, x: LoopTensors, d_gates: Tensor) -> Tensor:
     return d_gates[..., : 3 * x.hidden] if loop.cell == "gru" else d_gates
 
 
-def _side_by_side(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, -1)
+def _weight_gradients(dy: Tensor, reads: list[Tensor], d_w: Tensor, d_b: Tensor | None) -> None:
+    """Of a product that reads several parts side by side: each fills its columns, without a copy of all of them."""
+    at = 0
+    for read in reads:
+        end = at + read.shape[-1]
+        weight_gradient(dy, read, d_w[:, at:end], None if at else d_b)
+        at = end
 
 
 def _states(kept: Kept, i: int) -> Tensor:
@@ -139,8 +144,9 @@ def readout_gradients(
     if not (need.w_read or need.b_read) or found.d_read is None or x.w_read is None:
         return None, None
     d_w, d_b = torch.empty_like(x.w_read), None if x.b_read is None else torch.empty_like(x.b_read)
-    read = _side_by_side([_part(part, x, kept) for part in loop.readout])
-    weight_gradient(found.d_read, read if x.read_mask is None else read * x.read_mask, d_w, d_b)
+    columns = parts(loop, x)
+    reads = [masked(_part(part, x, kept), x.read_mask, *columns[part]) for part in loop.readout]
+    _weight_gradients(found.d_read, reads, d_w, d_b)
     return d_w if need.w_read else None, d_b if need.b_read else None
 
 
