@@ -360,8 +360,12 @@ def test_reports_of_earlier_versions_are_read() -> None:
     files = list((Path(registry.__file__).parent / "results").glob("*.json"))
     assert files
     for file in files:
-        report = results.Report.from_json(file.read_text())
-        assert all(isinstance(row.case, LayerCase) for row in report.rows)
+        text = file.read_text()
+        report = results.Report.from_json(text)
+        assert report.rows
+        if '"kind"' not in text:  # as long as there were layers alone
+            assert all(isinstance(row.case, LayerCase) for row in report.rows)
+        assert results.Report.from_json(report.to_json()) == report
 
 
 def test_why_a_contender_is_left_out_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
