@@ -192,8 +192,6 @@ class DecoderSpec:
             raise InputError("readout is empty; name at least one of " + ", ".join(READOUT))
         for part in self.readout:
             one_of("readout", part, READOUT)
-        if len(set(self.readout)) < len(self.readout):
-            raise InputError(f"readout={self.readout} names a part twice; one map of it has all that two have: once")
         if self.num_layers < 1:
             raise InputError(f"num_layers={self.num_layers}; a decoder has at least one")
         layer = self.query_layer + self.num_layers if self.query_layer < 0 else self.query_layer

@@ -302,7 +302,6 @@ SPECS: dict[str, dict[str, Any]] = {  # what the message must say: the spec
     "attend='during'; use one of": {"attend": "during"},
     "readout='states'; use one of": {"readout": ("states",)},
     "readout is empty": {"readout": ()},
-    "names a part twice": {"readout": ("state", "context", "state")},
     "num_layers=0": {"num_layers": 0},
     "query_layer=2 of 2 layer.*use 0 to": {"num_layers": 2, "query_layer": 2},
     "query_layer=-3 of 2": {"num_layers": 2, "query_layer": -3},
