@@ -66,6 +66,12 @@ class Problem:
         problem.grads = {n: torch.randn(t.shape) for n, t in problem.by_loop(torch.float64, False).items()}
         return problem
 
+    def memory(self) -> Memory:
+        """What a module reads."""
+        x, layers = self.inputs, range(len(SIZES[self.name][2]))
+        state = tuple(tuple(x[f"{leaf}0.{k}"] for leaf in "hc" if f"{leaf}0.{k}" in x) for k in layers)
+        return Memory(x["out"], self.mask, state)
+
     def by_loop(self, dtype: torch.dtype, gradients: bool = True) -> Results:
         """What the plain loop gives in `dtype`."""
         p, x = ({n: t.to(dtype).requires_grad_() for n, t in ts.items()} for ts in (self.parameters, self.inputs))
@@ -107,6 +113,17 @@ def named(out: Tensor, weights: Tensor | None, state: DecoderState) -> Results:
 @pytest.mark.parametrize("name", LOOPS)
 def test_presets(name: str, dtype: torch.dtype) -> None:
     """Outputs, weights, last states and every gradient, within twice the plain loop's own error and two roundings."""
+    problem, truth, allowed = budget(name, dtype)
+    with nan_in_empty():
+        got = problem.by_module(build(name), dtype)
+    compare(got, truth, allowed)
+    if "weights" in got:
+        assert not got["d_out"][~problem.mask].any()
+        assert not got["weights"][1].any()
+
+
+def budget(name: str, dtype: torch.dtype) -> tuple[Problem, Results, dict[str, float]]:
+    """A problem whose values `dtype` has, its truth, and by how much each result may differ from it."""
     problem = Problem.draw(name)
     rounded = Problem(name, *({n: t.to(dtype).float() for n, t in ts.items()} for ts in
                               (problem.parameters, problem.inputs)), problem.mask,
@@ -118,12 +135,7 @@ def test_presets(name: str, dtype: torch.dtype) -> None:
         pairs.append((other.by_loop(dtype), other.by_loop(torch.float64)))
     layers, features, _ = SIZES[name]
     terms = Terms(I + 2 * H + features + S, layers * 4 * H + features + S, B * T)
-    with nan_in_empty():
-        got = rounded.by_module(build(name), dtype)
-    compare(got, truth, allow(truth, pairs, dtype, terms))
-    if "weights" in got:
-        assert not got["d_out"][~problem.mask].any()
-        assert not got["weights"][1].any()
+    return rounded, truth, allow(truth, pairs, dtype, terms)
 
 
 @pytest.mark.parametrize("name", LOOPS)

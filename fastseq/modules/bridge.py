@@ -200,8 +200,8 @@ class BridgeMap(nn.Module):
                 f"{name} has no cell state, which Bridge(cell='own') of an LSTM reads; use cell='same' or 'zero'"
             )
         value = state[leaf]
-        both = value.shape[-1] == 2 * self.size if memory.dirs is None else memory.dirs[index] == 2
-        if self.bridge.half and both and value.shape[-1] == 2 * self.size:
+        one = memory.dirs is not None and memory.dirs[index] == 1
+        if self.bridge.half and not one and value.shape[-1] == 2 * self.size:
             value = value.chunk(2, -1)[self.bridge.source == "backward"]
         return self._fitting(value, name)
 
