@@ -343,7 +343,7 @@ def test_opcheck_backward(case: Case, all_needed: bool) -> None:
     kept, states = made[: len(ops.KEPT)], made[len(ops.KEPT) + 1 :]
     hs, contexts, outs, weights, *_ = kept
     shown = [t if t.numel() else None for t in (contexts, outs, weights)]
-    grads = (torch.ones_like(hs[-1]), *shown, None, states[: loop.layers], states[loop.layers :])
+    grads = (torch.ones_like(hs[-1, :, 1:]), *shown, None, states[: loop.layers], states[loop.layers :])
     constant = [id(t) for t in (x.mask, x.layer_masks, x.read_mask, x.out_mask)]
     needs = [id(t) not in constant and (all_needed or t is x.weights[0]) for t in x.flat()]
     inputs = (*loop, *grads, *x, kept, needs)
@@ -359,7 +359,7 @@ def test_the_operator_is_the_kernel(case: Case) -> None:
         hs, contexts, outs, weights, gates, cs, queries, read_saved, feed_n, *states = torch.ops.fastseq.decoder_loop(
             *loop, *x, True, save
         )
-        through = (hs[-1], outs if loop.feed == "output" else contexts, weights, feed_n, *states)
+        through = (hs[-1, :, 1:], outs if loop.feed == "output" else contexts, weights, feed_n, *states)
         for a, b in zip((*direct[:4], *direct.h_n, *direct.c_n), through, strict=True):
             assert b.numel() == 0 if a is None else torch.equal(a, b)
         assert any(t.numel() for t in (gates, cs, queries, read_saved)) == save

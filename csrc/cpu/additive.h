@@ -47,11 +47,13 @@ FS_INLINE int64_t odd_pitch(int64_t n) {
 FS_INLINE void additive_scores(const float* keys, int64_t pitch, int64_t count, const float* query, const float* v, int64_t units,
                                float* scores) {
   for (int64_t i = 0; i < count; i += W) {
-    vf sums[W] = {};
+    vf sums[W];
+    set_zero(sums);
     for (int first = 0; first < W && i + first < count; first += kScoreRows) {
       const float* rows[kScoreRows];  // past the last one: that again
       for (int m = 0; m < kScoreRows; ++m) rows[m] = keys + (i + first + m < count ? i + first + m : count - 1) * pitch;
-      vf halves[kScoreRows] = {};
+      vf halves[kScoreRows];
+      set_zero(halves);
       for (int64_t u = 0; u < units; u += W) {
         const vf q = load_vector<vf>(query + u), weight = load_vector<vf>(v + u);
         for (int m = 0; m < kScoreRows; ++m) halves[m] += weight * (0.5f - reciprocal(load_vector<vf>(rows[m] + u) * q + 1.f));

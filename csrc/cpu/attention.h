@@ -70,7 +70,8 @@ FS_INLINE void score_row(const MemoryRow<T>& row, const float* query, const floa
     const int rows = row.count - i < kRows ? static_cast<int>(row.count - i) : kRows;
     const T* keys[kRows];
     for (int m = 0; m < kRows; ++m) keys[m] = row.keys + row.at[i + (m < rows ? m : 0)] * row.units;
-    vf sums[kRows] = {};
+    vf sums[kRows];
+    set_zero(sums);
     for (int64_t u = 0; u < row.units; u += W) {
       const int n = lanes_left(u, row.units);
       const vf q = load_vector<vf>(query + u), weight = Score::kHasV ? load_vector<vf>(v + u) : vf{};
@@ -104,7 +105,8 @@ template <class T>
 FS_INLINE void context_row(const MemoryRow<T>& row, const float* weights, float* context, bool add = false) {
   constexpr int kVecs = 4;
   for (int64_t u = 0; u < row.features; u += kVecs * W) {
-    vf sums[kVecs] = {};
+    vf sums[kVecs];
+    set_zero(sums);
     const int whole = row.features - u >= kVecs * W;
     for (int64_t i = 0; i < row.count; ++i) {
       const T* memory = row.memory + row.at[i] * row.features + u;

@@ -25,7 +25,8 @@ struct Coefficients {
 // to[m][column ..] = sum over i of the coefficient times rows[i][column ..], for NV vectors of which the last has n lanes.
 template <class T, int MR, int NV>
 FS_INLINE void sum_tile(const Coefficients& c, const T* const* rows, int64_t count, int64_t column, int n, T* const* to) {
-  vf acc[MR][NV] = {};
+  vf acc[MR][NV];
+  set_zero(acc);
   for (int64_t i = 0; i < count; ++i) {
     vf row[NV];
     for (int v = 0; v < NV; ++v) row[v] = load(rows[i] + column + v * W, v + 1 < NV ? W : n);
@@ -63,7 +64,8 @@ FS_INLINE void dot_rows(const T* const* a, const T* const* rows, int64_t count, 
   for (int64_t i = 0; i < count; i += R) {
     const T* some[R];  // past the last one: that again
     for (int k = 0; k < R; ++k) some[k] = rows[i + k < count ? i + k : count - 1];
-    vf sums[W] = {};
+    vf sums[W];
+    set_zero(sums);
     add_dots<T>(source, some, depth, sums, [](int r, int m) FS_LAMBDA { return m * R + r; });
     const vf reduced = reduce(sums);
     for (int m = 0; m < MR; ++m) std::memcpy(results + m * pitch + i, reinterpret_cast<const char*>(&reduced) + 4 * m * R, 4 * R);
@@ -270,7 +272,8 @@ class AttentionBackwards : Attention<T> {
       vf d_v = {};
       for (int64_t i = 0; i < count_; i += kScoreRows) {
         const int rows = count_ - i < kScoreRows ? static_cast<int>(count_ - i) : kScoreRows;
-        vf key[kScoreRows], d_key[kScoreRows] = {};
+        vf key[kScoreRows], d_key[kScoreRows];
+        set_zero(d_key);
         for (int m = 0; m < kScoreRows; ++m) key[m] = load_vector<vf>(work_.key + (i + (m < rows ? m : 0)) * work_.pitch + u);
         additive_backward(key, work_.query + u, work_.d_query + u, work_.pitch, Q_, work_.d_scores + i, work_.score_pitch, d_key, d_v);
         for (int m = 0; m < rows; ++m) store(d_keys + at_[i + m] * A_ + u, 4.f * v * d_key[m], lanes_left(u, A_));

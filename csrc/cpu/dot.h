@@ -9,16 +9,17 @@ namespace FS_ISA {
 
 // W vectors to one: lane i is the sum of the lanes of sums[i].
 FS_INLINE vf reduce(vf (&sums)[W]) {
-  const auto halve = [&](int count, auto&& halves) FS_LAMBDA {
-    for (int i = 0; i < count; ++i) {
+  const auto halve = [&](auto count, auto&& halves) FS_LAMBDA {
+    unroll<decltype(count)::value>([&](int i) FS_LAMBDA {
       vu lower, upper;
       halves(bits_of<vu>(sums[2 * i]), bits_of<vu>(sums[2 * i + 1]), lower, upper);
       sums[i] = bits_of<vf>(lower) + bits_of<vf>(upper);
-    }
+    });
   };
-  halve(W / 2, interleave<uint32_t>);
-  halve(W / 4, interleave<uint64_t>);
-  for (int count = W / 8; count; count /= 2) halve(count, deal);
+  halve(Rows<W / 2>{}, interleave<uint32_t>);
+  halve(Rows<W / 4>{}, interleave<uint64_t>);
+  halve(Rows<W / 8>{}, deal);
+  halve(Rows<W / 16>{}, deal);
   return sums[0];
 }
 
@@ -28,11 +29,11 @@ FS_INLINE void add_dots(const T* const (&source)[MR], const T* const (&rows)[R],
   constexpr int64_t kStep = W * Dot<T>::kPerUnit;
   auto visit = [&](int64_t k, auto&& load_at) FS_LAMBDA {
     vu a[MR];
-    for (int m = 0; m < MR; ++m) a[m] = load_at(source[m] + k);
-    for (int r = 0; r < R; ++r) {
+    unroll<MR>([&](int m) FS_LAMBDA { a[m] = load_at(source[m] + k); });
+    unroll<R>([&](int r) FS_LAMBDA {
       const vu row = load_at(rows[r] + k);
-      for (int m = 0; m < MR; ++m) sums[at(r, m)] = Dot<T>::fma(a[m], row, sums[at(r, m)]);
-    }
+      unroll<MR>([&](int m) FS_LAMBDA { sums[at(r, m)] = Dot<T>::fma(a[m], row, sums[at(r, m)]); });
+    });
   };
   int64_t k = 0;
   for (; k + kStep <= depth; k += kStep) visit(k, [](const T* p) FS_LAMBDA { return load_vector<vu>(p); });

@@ -6,12 +6,16 @@
 namespace fastseq {
 namespace FS_ISA {
 
+// W units, those past `elements` >= 0 zero.
 template <class T>
-FS_INLINE vu load_units(const T* p, int64_t elements) {  // past `elements`: zero
+FS_INLINE vu load_units(const T* p, int64_t elements) {
   if (elements >= W * Dot<T>::kPerUnit) return load_vector<vu>(p);
-  uint32_t lanes[W] = {};
-  if (elements > 0) std::memcpy(lanes, p, sizeof(T) * elements);
-  return load_vector<vu>(lanes);
+  const int n = static_cast<int>(elements);
+  if constexpr (Dot<T>::kPerUnit == 1) {
+    return bits_of<vu>(load_lanes(p, n));
+  } else {
+    return load_halves<vu>(p, n);
+  }
 }
 
 // to[k * to_pitch + r] = unit k of row r: a W x W transpose, four rows of each 128 bits at a time.

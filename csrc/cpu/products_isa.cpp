@@ -10,7 +10,7 @@ namespace FS_ISA {
 namespace {
 
 constexpr double kSmallProducts = 2e6;  // FLOPs below which a second thread costs more than it brings
-constexpr int64_t kDotTokens = 32;      // tokens up to which unpacked dot products beat packing the weights
+constexpr int64_t kDotTokens = 48;      // tokens up to which unpacked dot products beat packing the weights
 
 int lanes(int64_t left) { return left < W ? static_cast<int>(left) : W; }
 
@@ -26,22 +26,24 @@ struct Result {
   bool add;
 };
 
-template <class T, int MR, int NV>
-FS_INLINE void finish(vf (&acc)[MR][NV], int v, int n, const Result<T>& to) {
-  const int64_t at = v * W;
-  if (!to.first)
-    for (int m = 0; m < MR; ++m) acc[m][v] += load(to.sums + m * to.pitch + at, n);
-  if (!to.last) {
-    for (int m = 0; m < MR; ++m) store(to.sums + m * to.pitch + at, acc[m][v], n);
-    return;
-  }
-  const int64_t column = to.column + at;
-  const vf bias = to.bias ? load(to.bias + column, n) : vf{};
-  for (int m = 0; m < MR; ++m) {
-    acc[m][v] += bias;
-    if (to.add) acc[m][v] += load(to.out[m] + column, n);
-    store(to.out[m] + column, acc[m][v], n);
-  }
+// The first `columns` of the tile's columns exist; `Whole`: all do.
+template <class T, bool Whole, int MR, int NV>
+FS_INLINE void finish(vf (&acc)[MR][NV], int64_t columns, const Result<T>& to) {
+  const auto each = [&](auto&& f) FS_LAMBDA {
+    if constexpr (Whole) {
+      for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA { f(m, v * W, W, sum); });
+    } else {
+      for (int v = 0; v < NV && v * W < columns; ++v)
+        for (int m = 0; m < MR; ++m) f(m, v * W, lanes(columns - v * W), acc[m][v]);
+    }
+  };
+  if (!to.first) each([&](int m, int64_t at, int n, vf& sum) FS_LAMBDA { sum += load(to.sums + m * to.pitch + at, n); });
+  if (!to.last) return each([&](int m, int64_t at, int n, vf& sum) FS_LAMBDA { store(to.sums + m * to.pitch + at, sum, n); });
+  T* out[MR];
+  for (int m = 0; m < MR; ++m) out[m] = to.out[m] + to.column;
+  if (to.bias) each([&](int, int64_t at, int n, vf& sum) FS_LAMBDA { sum += load(to.bias + to.column + at, n); });
+  if (to.add) each([&](int m, int64_t at, int n, vf& sum) FS_LAMBDA { sum += load(out[m] + at, n); });
+  each([&](int m, int64_t at, int n, vf& sum) FS_LAMBDA { store(out[m] + at, sum, n); });
 }
 
 // One tile of `columns` columns, of which those past kPanel are left alone.
@@ -52,13 +54,13 @@ void tile(const uint32_t* const* a, int64_t stride, const uint32_t* panel, int64
     constexpr int MR = decltype(count)::value;
     auto narrow_or_wide = [&](auto vectors) FS_LAMBDA {
       constexpr int NV = decltype(vectors)::value;
-      vf acc[MR][NV] = {};
+      vf acc[MR][NV];
+      set_zero(acc);
       multiply<T, MR, NV>(a, stride, panel, pitch, depth, acc);
-      if (columns >= NV * W) {
-        for (int v = 0; v < NV; ++v) finish<T>(acc, v, W, to);
-      } else {
-        for (int v = 0; v < NV && v * W < columns; ++v) finish<T>(acc, v, lanes(columns - v * W), to);
-      }
+      if (columns >= NV * W) return finish<T, true>(acc, columns, to);
+      vf part[MR][NV];  // not `acc` itself: an array that a loop walks through has no registers
+      for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA { part[m][v] = sum; });
+      finish<T, false>(part, columns, to);
     };
     columns <= W ? narrow_or_wide(Rows<1>{}) : columns <= 2 * W ? narrow_or_wide(Rows<2>{}) : narrow_or_wide(Rows<kVectors>{});
   });
@@ -89,7 +91,8 @@ class RowMultiplier {
   }
 
  private:
-  bool in_place(int64_t p) const { return !product_.transposed && reads_in_place<T>(product_.tokens, product_.columns, p); }
+  // A panel that is read once pays for no copy.
+  bool in_place(int64_t p) const { return !product_.transposed && product_.tokens <= kRowBlock && is_panel<T>(product_.columns, p); }
 
   void pack(int64_t p) const {
     if (in_place(p)) return;
@@ -331,7 +334,8 @@ class DotProduct {
     for (int first = 0; first < n; first += R) {
       const T* w[R];  // rows past the last one: that again
       for (int i = 0; i < R; ++i) w[i] = product_.w + (column + (first + i < n ? first + i : n - 1)) * product_.pitch;
-      vf sums[W] = {};
+      vf sums[W];
+      set_zero(sums);
       add_dots<T>(a, w, depth_, sums, [](int i, int m) FS_LAMBDA { return i * MR + m; });
       alignas(64) float reduced[W];
       store(reduced, reduce(sums), W);

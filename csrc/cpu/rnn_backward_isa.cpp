@@ -10,6 +10,7 @@ namespace FS_ISA {
 namespace {
 
 constexpr double kSmallProducts = 2e6;  // FLOPs below which a second thread costs more than it brings
+constexpr int64_t kInPlaceTokens = 16;  // tokens up to which W_hh is read where it stands: packing it would cost more
 
 template <class Cell, class T>
 class Backward {
@@ -42,6 +43,7 @@ class Backward {
 
  private:
   bool wants_initial() const { return pass_.d_h0 || pass_.d_c0; }
+  bool in_place(int64_t p) const { return seq_.tokens() <= kInPlaceTokens && is_panel<T>(H_, p); }
 
   // Walks against forward: the last step of the sequence first, unless forward was reversed.
   int64_t time(int64_t s) const { return pass_.dir.reverse ? s : seq_.steps - 1 - s; }
@@ -53,7 +55,7 @@ class Backward {
     const Range own = share(buf_.panels, team_.rank, team_.size);
     const T* w = static_cast<const T*>(pass_.dir.w_hh);
     for (int64_t p = own.begin; p < own.end; ++p) {
-      if (!carries_ || reads_in_place<T>(seq_.tokens(), H_, p)) continue;
+      if (!carries_ || in_place(p)) continue;
       for (int g = 0; g < Cell::kGates; ++g) {
         pack_rows<T>([&](int64_t k) { return w + (g * H_ + k) * H_ + p * kPanel; }, H_, H_ - p * kPanel,
                      buf_.w_hh + (p * buf_.depth() + Cell::kHidden[g] * buf_.gate_units) * kPanel, kPanel);
@@ -97,21 +99,20 @@ class Backward {
   template <int MR>
   FS_INLINE void arriving(int64_t from, int64_t before, int64_t p, int64_t begin, vf (&arrived)[kTileRows][kVectors]) const {
     const uint32_t* gates[MR];
-    vf acc[MR][kVectors];
+    const float* pending[MR];  // of rows that start here, else null
     for (int m = 0; m < MR; ++m) {
       const int64_t r = own_.row(begin + m);
       const bool starts = r >= before;
       gates[m] = starts ? buf_.zeros : buf_.gate_row(seq_.offsets[from] + r);
-      for (int v = 0; v < kVectors; ++v)
-        acc[m][v] = starts ? load_vector<vf>(buf_.pending + r * buf_.width + p * kPanel + v * W) : vf{};
+      pending[m] = starts ? buf_.pending + r * buf_.width + p * kPanel : nullptr;
     }
+    vf acc[MR][kVectors];
+    for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA { sum = pending[m] ? load_vector<vf>(pending[m] + v * W) : vf{}; });
     if (own_.row(begin) < before) {
-      const bool in_place = reads_in_place<T>(seq_.tokens(), H_, p);
-      const uint32_t* panel = in_place ? static_cast<const uint32_t*>(pass_.dir.w_hh) + p * kPanel : buf_.w_hh + p * buf_.depth() * kPanel;
-      multiply<T, MR, kVectors>(gates, 1, panel, in_place ? H_ : kPanel, buf_.depth(), acc);
+      const uint32_t* panel = in_place(p) ? static_cast<const uint32_t*>(pass_.dir.w_hh) + p * kPanel : buf_.w_hh + p * buf_.depth() * kPanel;
+      multiply<T, MR, kVectors>(gates, 1, panel, in_place(p) ? H_ : kPanel, buf_.depth(), acc);
     }
-    for (int m = 0; m < MR; ++m)
-      for (int v = 0; v < kVectors; ++v) arrived[m][v] = acc[m][v];
+    for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA { arrived[m][v] = sum; });
   }
 
   FS_INLINE void through_cell(int64_t t, int64_t r, int64_t u, vf dh) const {

@@ -121,7 +121,8 @@ class Forward {
   FS_INLINE uint32_t* hidden_panel(int64_t p) const { return buf_.w_hh + p * buf_.depth_h * kG * W; }
 
   void prepare_bias(int64_t p, int n) {
-    vf sums[Cell::kColumns] = {};
+    vf sums[Cell::kColumns];
+    set_zero(sums);
     for (int g = 0; g < kG && pass_.dir.b_ih; ++g) {
       sums[Cell::kInput[g]] += load(static_cast<const T*>(pass_.dir.b_ih) + g * H_ + p * W, n);
       sums[Cell::kHidden[g]] += load(static_cast<const T*>(pass_.dir.b_hh) + g * H_ + p * W, n);

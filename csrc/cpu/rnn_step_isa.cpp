@@ -39,9 +39,11 @@ class Step {
       x[m] = pass_.x.template at<T>(seq_, 0, r + m);
       h[m] = pass_.dir.h0 ? static_cast<const T*>(pass_.dir.h0) + (r + m) * H_ : nullptr;
     }
-    alignas(64) float pre[MR][kColumns][W] = {};
+    alignas(64) float pre[MR][kColumns][W];
+    if (n < W) std::memset(pre, 0, sizeof(pre));
     for (int first = 0; first < n; first += UB) {
-      vf sums[W] = {};
+      vf sums[W];
+      set_zero(sums);
       add<MR, UB>(x, I_, static_cast<const T*>(pass_.dir.w_ih), u + first, Cell::kInput, sums);
       if (pass_.dir.h0) add<MR, UB>(h, H_, static_cast<const T*>(pass_.dir.w_hh), u + first, Cell::kHidden, sums);
       const vf reduced = reduce(sums);

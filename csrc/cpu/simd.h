@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -31,6 +32,17 @@ typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef uint16_t vh __attribute__((vector_size(2 * W)));
 
+template <class F, int... I>
+FS_INLINE void unroll(std::integer_sequence<int, I...>, F&& f) {
+  (f(I), ...);
+}
+
+// f(0) ... f(N - 1), written out one by one: vectors of an array that a loop walks through live in memory, not in registers.
+template <int N, class F>
+FS_INLINE void unroll(F&& f) {
+  unroll(std::make_integer_sequence<int, N>{}, f);
+}
+
 struct bf16 {
   uint16_t bits;
 };
@@ -45,6 +57,12 @@ FS_INLINE A bits_of(B b) {
 
 FS_INLINE vf splat(float x) { return x - vf{}; }
 
+// Not `= {}`, which GCC writes to memory with `rep stos`: that takes as long as many of the sums that follow.
+template <int N>
+FS_INLINE void set_zero(vf (&sums)[N]) {
+  unroll<N>([&](int i) FS_LAMBDA { sums[i] = vf{}; });
+}
+
 template <class V, class T>
 FS_INLINE V load_vector(const T* p) {
   V v;
@@ -52,14 +70,38 @@ FS_INLINE V load_vector(const T* p) {
   return v;
 }
 
+#if defined(__AVX512F__)
+FS_INLINE __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+#elif defined(__AVX2__)
+FS_INLINE __m256i first_lanes(int n) { return bits_of<__m256i>(vi{0, 1, 2, 3, 4, 5, 6, 7} < n); }
+#endif
+
 // The first n 32-bit lanes, the rest zero.
 FS_INLINE vf load_lanes(const float* p, int n) {
 #if defined(__AVX512F__)
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+  return _mm512_maskz_loadu_ps(first_lanes(n), p);
+#elif defined(__AVX2__)
+  return _mm256_maskload_ps(p, first_lanes(n));
 #else
   float lanes[W] = {};
   std::memcpy(lanes, p, sizeof(float) * n);
   return load_vector<vf>(lanes);
+#endif
+}
+
+// The first n of `p`'s 16-bit values as a vector V, the rest zero.
+template <class V>
+FS_INLINE V load_halves(const void* p, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == sizeof(__m512i)) {
+    return bits_of<V>(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), p));
+  } else {
+    return bits_of<V>(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+  }
+#else
+  uint16_t lanes[sizeof(V) / sizeof(uint16_t)] = {};
+  std::memcpy(lanes, p, sizeof(uint16_t) * n);
+  return load_vector<V>(lanes);
 #endif
 }
 
@@ -80,10 +122,7 @@ FS_INLINE vh narrow(vf x) {  // round to nearest even, NaN stays NaN
 FS_INLINE vf load(const float* p, int n) { return n == W ? load_vector<vf>(p) : load_lanes(p, n); }
 
 FS_INLINE vf load(const bf16* p, int n) {
-  if (n == W) return widen(load_vector<vh>(p));
-  uint16_t lanes[W] = {};
-  std::memcpy(lanes, p, sizeof(uint16_t) * n);
-  return widen(load_vector<vh>(lanes));
+  return widen(n == W ? load_vector<vh>(p) : load_halves<vh>(p, n));
 }
 
 FS_INLINE void store(float* p, vf x, int n) {
@@ -92,7 +131,9 @@ FS_INLINE void store(float* p, vf x, int n) {
     return;
   }
 #if defined(__AVX512F__)
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), x);
+  _mm512_mask_storeu_ps(p, first_lanes(n), x);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(p, first_lanes(n), x);
 #else
   std::memcpy(p, &x, sizeof(float) * n);
 #endif
@@ -103,7 +144,11 @@ FS_INLINE void store(bf16* p, vf x, int n) {
   if (n == W) {
     __builtin_memcpy(p, &bits, sizeof(bits));
   } else {
+#if defined(__AVX512F__)
+    _mm256_mask_storeu_epi16(p, first_lanes(n), bits_of<__m256i>(bits));
+#else
     std::memcpy(p, &bits, sizeof(uint16_t) * n);
+#endif
   }
 }
 

@@ -99,7 +99,8 @@ class StepProduct {
   __attribute__((noinline)) void dot_rows(int64_t r, const uint32_t* const* operands, int64_t stride, Start<T> start, float* out, int64_t pitch) const {
     constexpr int kOutputs = W / MR;
     for (int64_t o = 0; o < (outputs_ + W - 1) / W * W; o += kOutputs) {  // whole vectors, as a tile would leave them
-      vf sums[W] = {};
+      vf sums[W];
+      set_zero(sums);
       for (int i = 0; i < parts_; ++i) {
         const T *a[MR], *w[kOutputs];
         for (int m = 0; m < MR; ++m) a[m] = reinterpret_cast<const T*>(operands[i * stride + r + m]);
@@ -139,24 +140,31 @@ class StepProduct {
     with_rows<kStepRows>(end - begin, [&](auto count) {
       constexpr int MR = decltype(count)::value;
       vf acc[MR][kStepVectors];
-      for (int m = 0; m < MR; ++m)
-        for (int v = 0; v < kStepVectors; ++v) acc[m][v] = first(p * kStepPanel + v * W, begin + m, start, out, pitch);
+      set_first(p * kStepPanel, begin, start, out, pitch, acc);
       for (int i = 0; i < parts_; ++i) {
         const bool in_place = stands(p);
         const uint32_t* panel = in_place ? reinterpret_cast<const uint32_t*>(w_[i] + p * kStepPanel) : packed_ + (p * units_ + at_[i]) * kStepPanel;
         multiply<T, MR, kStepVectors>(operands + i * stride + begin, 1, panel, in_place ? pitch_[i] : kStepPanel, units<T>(depth_[i]), acc);
       }
-      for (int m = 0; m < MR; ++m)
-        for (int v = 0; v < kStepVectors; ++v) store(out + (begin + m) * pitch + p * kStepPanel + v * W, acc[m][v], W);
+      for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA { store(out + (begin + m) * pitch + p * kStepPanel + v * W, sum, W); });
     });
   }
 
-  FS_INLINE vf first(int64_t o, int64_t r, Start<T> start, const float* out, int64_t pitch) const {
-    if (start.add) return load_vector<vf>(out + r * pitch + o);
-    vf sum = load_vector<vf>(bias_ + o);
-    const int64_t left = outputs_ - o;
-    if (start.rows && left > 0) sum += load(start.rows[r] + o, left < W ? static_cast<int>(left) : W);
-    return sum;
+  // What rows [begin, begin + MR) of the panel at output `o` start from.
+  template <int MR>
+  FS_INLINE void set_first(int64_t o, int64_t begin, Start<T> start, const float* out, int64_t pitch, vf (&acc)[MR][kStepVectors]) const {
+    const float* sums = start.add ? out + begin * pitch : bias_;
+    const int64_t step = start.add ? pitch : 0;
+    for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA { sum = load_vector<vf>(sums + m * step + o + v * W); });
+    if (!start.rows || start.add) return;
+    if (o + kStepPanel <= outputs_) {
+      for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA { sum += load(start.rows[begin + m] + o + v * W, W); });
+    } else {
+      for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA {
+        const int64_t left = outputs_ - o - v * W;
+        if (left > 0) sum += load(start.rows[begin + m] + o + v * W, left < W ? static_cast<int>(left) : W);
+      });
+    }
   }
 
   Over over_ = Over::columns;

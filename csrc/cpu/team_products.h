@@ -12,16 +12,15 @@ namespace FS_ISA {
 constexpr int kVectors = 4, kPanel = kVectors * W;  // columns of a tile
 constexpr int kTileRows = kAccumulators / kVectors;
 constexpr int64_t kTokenBlock = 256;                // tokens summed between two visits of dW: panels stay in a core's cache
-constexpr int64_t kInPlaceTokens = 16;
 constexpr int64_t kBiasUnits = 16;                  // of a token block, summed at a time for db
 constexpr int64_t kUnitBlock = 8 * kTileRows;       // rows of dW for which the gradients are packed
 constexpr int64_t kDepthBlock = 512;                // units summed between two visits of a tile
 constexpr int64_t kRowBlock = 16 * kTileRows;       // rows for which a panel stays in the cache
 
-// Whether a panel of a row-major fp32 matrix is read where it stands: for few tokens a packed copy does not pay.
+// Whether these columns of a row-major matrix are a panel as they stand, but for its pitch.
 template <class T>
-FS_INLINE bool reads_in_place(int64_t tokens, int64_t columns, int64_t panel) {
-  return Dot<T>::kPerUnit == 1 && tokens <= kInPlaceTokens && (panel + 1) * kPanel <= columns;
+FS_INLINE bool is_panel(int64_t columns, int64_t panel) {
+  return Dot<T>::kPerUnit == 1 && (panel + 1) * kPanel <= columns;
 }
 
 // Where rows are: `find` writes the addresses of rows [begin, begin + count).

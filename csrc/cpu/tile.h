@@ -49,6 +49,17 @@ FS_INLINE vu splat_unit(const uint32_t* p) {
 #endif
 }
 
+// f(m, v, acc[m][v]) for each vector of a tile.
+template <int MR, int NV, class F>
+FS_INLINE void for_each_sum(vf (&acc)[MR][NV], F&& f) {
+  unroll<MR * NV>([&](int i) FS_LAMBDA { f(i / NV, i % NV, acc[i / NV][i % NV]); });
+}
+
+template <int MR, int NV>
+FS_INLINE void set_zero(vf (&acc)[MR][NV]) {
+  for_each_sum(acc, [](int, int, vf& sum) FS_LAMBDA { sum = vf{}; });
+}
+
 // acc[m][v] += sum over k of a[m][k * stride] * panel[k * pitch + v * W ...], in units.
 template <class T, int MR, int NV>
 FS_INLINE void multiply(const uint32_t* const* a, int64_t stride, const uint32_t* panel, int64_t pitch, int64_t k,
@@ -57,7 +68,8 @@ FS_INLINE void multiply(const uint32_t* const* a, int64_t stride, const uint32_t
   for (int m = 0; m < MR; ++m) rows[m] = a[m];
   // Few rows: a second set of sums, or the latency of one chain of additions is the limit.
   constexpr int kSets = MR * NV <= 6 ? 2 : 1;
-  vf extra[kSets == 2 ? MR : 1][NV] = {};
+  vf extra[kSets == 2 ? MR : 1][NV];
+  if constexpr (kSets == 2) set_zero(extra);
   int64_t i = 0;
   if constexpr (kSets == 2) {
     for (; i + 2 <= k; i += 2) {

@@ -155,12 +155,12 @@ def decoder(call: DecoderCall) -> DecoderOutput:
     below, context, weights, feed = y, _fixed_context(call), None, None
     states: list[LayerState] = []
     if todo.loop is not None:
-        hs, seen, weights, feed, h_n, c_n = decoder_loop(todo.loop, _loop_tensors(call, todo, y), call.need_weights)
+        below, seen, weights, feed, h_n, c_n = decoder_loop(todo.loop, _loop_tensors(call, todo, y), call.need_weights)
         states = list(zip(h_n, c_n, strict=True)) if c_n else [(h,) for h in h_n]
         if not todo.reads:
             assert seen is not None
             return DecoderOutput(seen, DecoderState(tuple(states), feed), weights)
-        below, context = hs[:, 1:], context if seen is None else seen
+        context = context if seen is None else seen
     out = below
     for index in range(todo.layers, spec.num_layers):
         if index and masks.layers is not None:
@@ -178,7 +178,7 @@ def decoder(call: DecoderCall) -> DecoderOutput:
             context, weights = _attend(queries, call.keys, call.params.attention, call.need_weights)
     seen_by = {"state": below, "input": y} | ({} if context is None else {"context": context})
     if "prev_state" in spec.readout:
-        seen_by["prev_state"] = hs[:, :-1] if todo.layers == spec.num_layers else _before(call, -1, out)
+        seen_by["prev_state"] = _before(call, -1, out)
     output = _readout(call, [seen_by[part] for part in spec.readout])
     return DecoderOutput(output, DecoderState(tuple(states), feed), weights)
 
@@ -232,7 +232,7 @@ def _layer(cell: str, x: Tensor, state: LayerState, weights: CellParams) -> tupl
     h0, c0 = state if len(state) == 2 else (state[0], None)
     if cell == "gru_reset_before":  # its recurrent product has two phases: the loop's kernels alone have that
         hs, _, _, _, state, _ = decoder_loop(LoopSpec(cell), LoopTensors(x, h0=(h0,), weights=weights), False)
-        return hs[:, 1:], state
+        return hs, state
     c = None if c0 is None else c0[None]
     out, h_n, c_n = rnn_layer(cell, x, h0[None], c, weights, None, None, True, False)
     return out, (h_n[0],) if c_n is None else (h_n[0], c_n[0])

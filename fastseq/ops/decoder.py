@@ -34,7 +34,8 @@ _TENSORS = (
 )
 _LIBRARY = torch.library.Library("fastseq", "FRAGMENT")
 _LIBRARY.define(f"decoder_loop({_SPEC}, {_TENSORS}, bool need_weights, bool save) -> Tensor[]")
-# Gradients of: hs of the last cell [N, T + 1, H], contexts, outs, weights, the fed value, h_n and c_n of each layer.
+# Gradients of: hs of the last cell without its initial state [N, T, H], contexts, outs, weights, the fed value, h_n and
+# c_n of each layer.
 # kept: as KEPT. needs: for each tensor of LoopTensors, flattened. Returns its gradient; those not needed are empty.
 _LIBRARY.define(
     f"decoder_loop_backward({_SPEC}, Tensor? d_hs, Tensor? d_contexts, Tensor? d_outs, Tensor? d_weights, "
@@ -45,7 +46,7 @@ _LIBRARY.define(
 class LoopResults(NamedTuple):
     """What comes out of a loop."""
 
-    hs: Tensor  # [N, T + 1, H]: the last cell's states, from the initial one on
+    hs: Tensor  # [N, T, H]: the last cell's states
     seen: Tensor | None  # the contexts [N, T, D], or where the readout is fed its outputs [N, T, R]
     weights: Tensor | None  # [N, T, S]
     feed_n: Tensor | None  # [N, F]
@@ -82,7 +83,7 @@ def loop_reference(loop: LoopSpec, need_weights: bool, *flat: Tensor | None) -> 
     layers: tuple[tuple[Tensor, ...], ...] = tuple(zip(x.h0, x.c0, strict=True)) if x.c0 else tuple(zip(x.h0))
     masks = DropoutMasks(None, x.layer_masks, x.read_mask, x.out_mask)
     done = list(steps(decoder, x.y, DecoderState(layers, x.feed0), masks))
-    hs = torch.stack([x.h0[-1], *(step.state.layers[-1][0] for step in done)], 1)
+    hs = torch.stack([step.state.layers[-1][0] for step in done], 1)
     shows = attends or loop.feed == "output"
     weights = [step.weights for step in done if step.weights is not None] if need_weights else []
     state, given = done[-1].state, LoopTensors.of(loop, flat)
@@ -141,7 +142,7 @@ def _run(loop: LoopSpec, x: LoopTensors, need_weights: bool, save: bool) -> tupl
     assert hs is not None
     seen = outs if loop.feed == "output" else contexts if loop.attend != "none" else None
     results = LoopResults(
-        hs[-1], seen, weights if need_weights and loop.attend != "none" else None,
+        hs[-1, :, 1:], seen, weights if need_weights and loop.attend != "none" else None,
         None if loop.feed == "none" else feed_n, tuple(states[: loop.layers]), tuple(states[loop.layers :]),  # type: ignore[arg-type]
     )  # fmt: skip
     return results, kept

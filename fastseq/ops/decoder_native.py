@@ -165,10 +165,8 @@ def run_backward(
         return [torch.zeros_like(t) if t is not None and need else None for t, need in pairs]
     x, need = x.dense(loop), LoopTensors.of(loop, needs)
     found = _empty_gradients(loop, x, need)
-    d_hs = _run_native(loop, grads, x, kept, found)
-    d_h0, dtype = found.d_h0[-1], x.y.dtype
-    if d_hs is not None and d_h0 is not None:
-        d_h0 += d_hs[:, 0]
+    _run_native(loop, grads, x, kept, found)
+    dtype = x.y.dtype
     d_w_read, d_b_read = readout_gradients(loop, x, kept, found, need)
     return [
         input_gradients(loop, x, found) if need.y else None, _needed(found.d_keys, need.keys, dtype),
@@ -205,8 +203,8 @@ def _empty_gradients(loop: LoopSpec, x: LoopTensors, need: LoopTensors) -> LoopG
 
 def _run_native(
     loop: LoopSpec, grads: Sequence[Any], x: LoopTensors, kept: Sequence[Tensor | None], found: LoopGradients
-) -> Tensor | None:
-    """Fills `found`. Returns the gradient of the last cell's states, of which it takes all but the initial one's."""
+) -> None:
+    """Fills `found`."""
     assert _native.C is not None
     d_hs, *rest, d_h_n, d_c_n = grads
     dense = [None if g is None else g.contiguous() for g in (*rest, *d_h_n, *d_c_n)]  # alive until the call has ended
@@ -227,6 +225,5 @@ def _run_native(
         cells[i - loop.layers].update(d_h_n=address(d_h_n[i]), d_c_n=address(d_c_n[i]) if x.c0 else 0)
     if d_hs is not None:
         d_hs = d_hs if d_hs.stride(-1) == 1 else d_hs.contiguous()
-        cells[-1].update(d_hs=d_hs[:, 1:].data_ptr(), d_hs_row=d_hs.stride(0), d_hs_step=d_hs.stride(1))
+        cells[-1].update(d_hs=d_hs.data_ptr(), d_hs_row=d_hs.stride(0), d_hs_step=d_hs.stride(1))
     _native.C.decoder_backward(_sizes(loop, x, True), tensors, cells)
-    return d_hs
