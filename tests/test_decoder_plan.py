@@ -78,6 +78,20 @@ def test_every_plan_computes_the_decoder(name: str, cell: str) -> None:
         check(fast("cpu"), Case(name=name, spec=DecoderSpec(cell=cell, **PLANS[name][0]), bias=True))
 
 
+@pytest.mark.parametrize(
+    "steps", [3, 14]
+)  # all weights are read where they stand; those with nothing between their rows
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before"])
+@pytest.mark.parametrize("name", ["bentrevett", "luong", "conditional_gru", "fed output"])
+def test_one_row_of_a_wide_decoder(name: str, cell: str, steps: int) -> None:
+    for dtype, hidden in ((torch.float32, 203), (torch.float32, 256), (torch.bfloat16, 204)):
+        spec = DecoderSpec(cell=cell, **PLANS[name][0])
+        check(
+            fast("cpu"),
+            Case(name=name, spec=spec, dtype=dtype, N=1, B=1, T=steps, I=20, A=34, D=18, R=22, H=hidden, Q=hidden),
+        )
+
+
 @pytest.mark.parametrize("where", [("keys",), ("queries",), ("keys", "queries")])
 def test_scores_whose_exponentials_would_overflow(where: tuple[str, ...]) -> None:
     """Of a row of keys, of a query at some steps: they are computed another way."""

@@ -34,6 +34,8 @@ SHAPES = [  # T, B, I, H
     (2, 40, 258, 260),  # weights larger than a core's share of the cache: two threads split the units
     (9, 1, 33, 260),  # they do, in one chunk: no panel of W_ih outlives its use
     (70, 1, 5, 130),  # one row, two chunks
+    (5, 1, 200, 201),  # one row reads both weights where they stand
+    (5, 3, 201, 20),  # a few rows, the input's alone
 ]
 
 

@@ -14,7 +14,6 @@ namespace FS_ISA {
 namespace {
 
 constexpr int kNV = 4, kMR = kAccumulators / kNV;
-constexpr int kDotRows = W >= 16 ? 4 : 2;
 
 // Coefficients of sums of rows: that of row i in sum m.
 struct Coefficients {
@@ -57,26 +56,21 @@ void sum_rows(Coefficients c, int64_t sums, const T* const* rows, int64_t count,
 
 // results[m][i] = a[m] . rows[i], [MR][pitch], padded to W.
 template <class T, int MR>
-FS_INLINE void dot_rows(const T* const* a, const T* const* rows, int64_t count, int64_t depth, float* results, int64_t pitch) {
-  constexpr int R = W / MR;
+FS_INLINE void dots_of(const T* const* a, const T* const* rows, int64_t count, int64_t depth, float* results, int64_t pitch) {
   const T* source[MR];
   for (int m = 0; m < MR; ++m) source[m] = a[m];
-  for (int64_t i = 0; i < count; i += R) {
-    const T* some[R];  // past the last one: that again
-    for (int k = 0; k < R; ++k) some[k] = rows[i + k < count ? i + k : count - 1];
-    vf sums[W];
-    set_zero(sums);
-    add_dots<T>(source, some, depth, sums, [](int r, int m) FS_LAMBDA { return m * R + r; });
-    const vf reduced = reduce(sums);
-    for (int m = 0; m < MR; ++m) std::memcpy(results + m * pitch + i, reinterpret_cast<const char*>(&reduced) + 4 * m * R, 4 * R);
+  for (int64_t i = 0; i < count; i += W) {
+    vf block[MR];
+    dot_rows<T>(source, [&](int k) FS_LAMBDA { return rows[i + k]; }, lanes_left(i, count), depth, block);
+    for (int m = 0; m < MR; ++m) store(results + m * pitch + i, block[m], W);
   }
 }
 
 template <class T>
 void dot_products(const T* const* a, int64_t queries, const T* const* rows, int64_t count, int64_t depth, float* results, int64_t pitch) {
   int64_t q = 0;
-  for (; q + kDotRows <= queries; q += kDotRows) dot_rows<T, kDotRows>(a + q, rows, count, depth, results + q * pitch, pitch);
-  for (; q < queries; ++q) dot_rows<T, 1>(a + q, rows, count, depth, results + q * pitch, pitch);
+  for (; q + kDotRows <= queries; q += kDotRows) dots_of<T, kDotRows>(a + q, rows, count, depth, results + q * pitch, pitch);
+  for (; q < queries; ++q) dots_of<T, 1>(a + q, rows, count, depth, results + q * pitch, pitch);
 }
 
 // What a thread needs for the memory row in hand.

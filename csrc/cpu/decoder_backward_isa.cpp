@@ -33,12 +33,12 @@ struct BackwardBuffers {
         exponentials(carve, takes_exponentials(d) ? d.memory_rows() : 0, d.source, d.units, true) {
     using Over = typename StepProduct<T>::Over;
     const int64_t N = d.rows, H = d.hidden, GH = d.gate_count() * H;
-    const bool in_place = reads_weights_in_place(N, d.steps);
+    const Use use{(N + threads - 1) / threads, d.steps};
     width = padded(H), feed_width = padded(d.fed()), context_width = padded(d.features), query_width = padded(d.units);
     part_width = context_width > width ? context_width : width, weight_width = round_up(d.source, W);
     // The gates' rows of w, as they meet the columns of the gradients: a GRU's n has two, the input's comes last.
     auto over_gates = [&](const void* w, int64_t pitch, int64_t outputs, bool split) {
-      StepProduct<T> product(Over::rows, outputs, in_place);
+      StepProduct<T> product(Over::rows, outputs, use);
       product.add(w, pitch, split ? 2 * H : GH);
       if (split) product.add(static_cast<const T*>(w) + 2 * H * pitch, pitch, H);
       product.place(carve);
@@ -50,22 +50,22 @@ struct BackwardBuffers {
       const int64_t first = cell.feed ? d.fed() : cell.below ? H : 0;
       if (first) cells[i].first = over_gates(cell.w_ih, cell.pitch_ih, first, gru);
       if (cell.context) cells[i].context = over_gates(static_cast<const T*>(cell.w_ih) + first, cell.pitch_ih, d.features, gru);
-      cells[i].state = StepProduct<T>(Over::rows, H, in_place);
+      cells[i].state = StepProduct<T>(Over::rows, H, use);
       cells[i].state.add(cell.w_hh, H, d.cell == CellKind::gru_reset_before ? 2 * H : GH);
       cells[i].state.place(carve);
       if (d.cell != CellKind::gru_reset_before) continue;
-      cells[i].candidate = StepProduct<T>(Over::rows, H, in_place);
+      cells[i].candidate = StepProduct<T>(Over::rows, H, use);
       cells[i].candidate.add(static_cast<const T*>(cell.w_hh) + 2 * H * H, H, H);
       cells[i].candidate.place(carve);
     }
     if (d.w_q) {
-      query = StepProduct<T>(Over::rows, H, in_place);
+      query = StepProduct<T>(Over::rows, H, use);
       query.add(d.w_q, H, d.units);
       query.place(carve);
     }
     ReadPart parts[kMaxParts];
     for (int i = 0, count = d.output ? read_parts(d, parts) : 0; i < count; ++i) {
-      read[i] = StepProduct<T>(Over::rows, parts[i].width, in_place);
+      read[i] = StepProduct<T>(Over::rows, parts[i].width, use);
       read[i].add(static_cast<const T*>(d.w_r) + parts[i].at, d.r_pitch, d.read_rows());
       read[i].place(carve);
     }

@@ -35,35 +35,35 @@ struct ForwardBuffers {
         exponentials(carve, takes_exponentials(d) ? d.memory_rows() : 0, d.source, d.units, false) {
     using Over = typename StepProduct<T>::Over;
     const int64_t N = d.rows, H = d.hidden, GH = d.gate_count() * H;
-    const bool in_place = reads_weights_in_place(N, d.steps);
+    const Use use{(N + threads - 1) / threads, d.steps};
     width = padded(H), gate_width = padded(GH) + W, query_width = padded(d.units), context_width = padded(d.features);
     weight_width = round_up(d.source, W), read_width = padded(d.read_rows());
     for (int i = 0; i < d.cells; ++i) {
       const DecoderCell& cell = d.of[i];
       CellProducts<T>& to = cells[i];
       const int64_t first = cell.feed ? d.fed() : cell.below ? H : 0;
-      to.input = {Over::columns, GH, in_place};
+      to.input = {Over::columns, GH, use};
       to.input.add(cell.w_ih, cell.pitch_ih, first);
       if (cell.context && !d.memory_gates) to.input.add(static_cast<const T*>(cell.w_ih) + first, cell.pitch_ih, d.features);
       if (d.cell == CellKind::lstm) to.input.add(cell.w_hh, H, H);
       to.input.place(carve);
       if (d.cell == CellKind::lstm) continue;
       const int64_t joint = d.cell == CellKind::gru ? GH : 2 * H;
-      to.hidden = {Over::columns, joint, in_place};
+      to.hidden = {Over::columns, joint, use};
       to.hidden.add(cell.w_hh, H, H);
       to.hidden.place(carve);
       if (d.cell == CellKind::gru) continue;
-      to.candidate = {Over::columns, H, in_place};
+      to.candidate = {Over::columns, H, use};
       to.candidate.add(static_cast<const T*>(cell.w_hh) + joint * H, H, H);
       to.candidate.place(carve);
     }
     if (d.w_q) {
-      query = {Over::columns, d.units, in_place};
+      query = {Over::columns, d.units, use};
       query.add(d.w_q, H, H);
       query.place(carve);
     }
     if (d.output) {
-      read = {Over::columns, d.read_rows(), in_place};
+      read = {Over::columns, d.read_rows(), use};
       ReadPart part[kMaxParts];
       for (int i = 0, count = read_parts(d, part); i < count; ++i)
         read.add(static_cast<const T*>(d.w_r) + part[i].at, d.r_pitch, part[i].width);

@@ -313,11 +313,10 @@ class DotProduct {
   }
 
   void run(Range blocks) const {
-    constexpr int kRows = W >= 16 ? 4 : 2;
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
       int64_t r = 0;
-      for (; r + kRows <= product_.tokens; r += kRows) rows<kRows>(b * W, r);
-      if constexpr (kRows > 2)
+      for (; r + kDotRows <= product_.tokens; r += kDotRows) rows<kDotRows>(b * W, r);
+      if constexpr (kDotRows > 2)
         for (; r + 2 <= product_.tokens; r += 2) rows<2>(b * W, r);
       for (; r < product_.tokens; ++r) rows<1>(b * W, r);
     }
@@ -326,26 +325,15 @@ class DotProduct {
  private:
   template <int MR>
   void rows(int64_t column, int64_t r) const {
-    constexpr int R = W / MR;
     const int n = lanes(product_.columns - column);
     const T* a[MR];
     for (int m = 0; m < MR; ++m) a[m] = a_[r + m];
-    alignas(64) float results[MR][W] = {};
-    for (int first = 0; first < n; first += R) {
-      const T* w[R];  // rows past the last one: that again
-      for (int i = 0; i < R; ++i) w[i] = product_.w + (column + (first + i < n ? first + i : n - 1)) * product_.pitch;
-      vf sums[W];
-      set_zero(sums);
-      add_dots<T>(a, w, depth_, sums, [](int i, int m) FS_LAMBDA { return i * MR + m; });
-      alignas(64) float reduced[W];
-      store(reduced, reduce(sums), W);
-      for (int i = 0; i < R; ++i)
-        for (int m = 0; m < MR; ++m) results[m][first + i] = reduced[i * MR + m];
-    }
+    vf results[MR];
+    dot_rows<T>(a, [&](int i) FS_LAMBDA { return product_.w + (column + i) * product_.pitch; }, n, depth_, results);
     const vf bias = product_.bias ? load(product_.bias + column, n) : vf{};
     for (int m = 0; m < MR; ++m) {
       T* to = out_[r + m] + column;
-      const vf sum = load_vector<vf>(results[m]) + bias;
+      const vf sum = results[m] + bias;
       store(to, product_.add ? sum + load(to, n) : sum, n);
     }
   }

@@ -3,6 +3,7 @@
 // Time is cut into chunks of about kChunkRows tokens. In each, one product projects the chunk's inputs into a small scratch
 // (never the whole sequence), then the steps follow: a register tile of the recurrent product holds all gates of W units of
 // several rows, so that the cell's element math runs on the accumulators and no pre-activation goes through memory.
+#include "dot.h"
 #include "driver.h"
 #include "rnn_step.h"
 
@@ -63,7 +64,10 @@ class Forward {
     panels_ = share(buf_.panels, team.rank % split.unit_groups, split.unit_groups);
     step_team_ = {team.rank % split.unit_groups, split.unit_groups, step_barriers + own_.group};
     packs_late_ = own_.groups == 1;
-    passing_ = packs_late_ && seq.steps && chunk_end(0) == seq.steps;
+    const bool one_chunk = packs_late_ && seq.steps && chunk_end(0) == seq.steps;
+    projects_in_place_ = one_chunk && shape.input >= kDotDepth;
+    steps_in_place_ = seq.rows == 1 && seq.steps <= kDotSteps && H_ >= kDotDepth;
+    passing_ = one_chunk && !projects_in_place_;
   }
 
   void run() {
@@ -97,11 +101,11 @@ class Forward {
   }
 
   // Packs the weights and spreads the initial state, each thread its share. A thread that alone reads a panel packs it where it
-  // first multiplies by it, while it is in the cache.
+  // first multiplies by it, while it is in the cache; or does not, where its rows are read as they stand: see project and step.
   void prepare() {
     const Range own = share(buf_.panels, team_.rank, team_.size);
     for (int64_t p = own.begin; p < own.end; ++p) {
-      if (!packs_late_) pack_input(p), pack_hidden(p);
+      if (!packs_late_) pack_input(p), pack_hidden(p);  // one group that packs early: never in place
       prepare_bias(p, lanes(p));
     }
     const Range rows = share(seq_.rows, team_.rank, team_.size);
@@ -158,6 +162,10 @@ class Forward {
     }
     const Blocks tiles(slots, kMR);
     for (int64_t p = panels_.begin; p < panels_.end; ++p) {
+      if (projects_in_place_) {
+        project_dots(p, slots);
+        continue;
+      }
       if (packs) pack_input(p);
       for (int64_t i = 0; i < tiles.count; ++i) project_tile(p, tiles.begin(i), tiles.begin(i + 1));
     }
@@ -186,6 +194,31 @@ class Forward {
     });
   }
 
+  // A sequence of one chunk asks for W_ih once, with few rows: they meet its rows where these stand.
+  void project_dots(int64_t p, int64_t slots) const {
+    for (int g = 0; g < kG; ++g) {
+      int64_t slot = 0;
+      for (; slot + kDotRows <= slots; slot += kDotRows) project_dots<kDotRows>(p, g, slot);
+      for (; slot < slots; ++slot) project_dots<1>(p, g, slot);
+    }
+  }
+
+  template <int MR>
+  void project_dots(int64_t p, int g, int64_t slot) const {
+    const T* x[MR];
+    for (int m = 0; m < MR; ++m) x[m] = reinterpret_cast<const T*>(x_rows_[slot + m]);
+    vf sums[MR];
+    dot_rows<T>(x, row_of(pass_.dir.w_ih, shape_.input, g, p), lanes(p), shape_.input, sums);
+    const vf bias = load_vector<vf>(buf_.bias + (p * Cell::kColumns + Cell::kInput[g]) * W);
+    for (int m = 0; m < MR; ++m) store(slot_of(slot + m, p) + g * W, sums[m] + bias, W);
+  }
+
+  // The rows of a gate's units from panel p on.
+  FS_INLINE auto row_of(const void* w, int64_t depth, int g, int64_t p) const {
+    const T* first = static_cast<const T*>(w) + (g * H_ + p * W) * depth;
+    return [=](int i) { return first + i * depth; };
+  }
+
   FS_INLINE float* slot_of(int64_t slot, int64_t p) const { return projected_ + (slot * buf_.panels + p) * kG * W; }
 
   // One step: every own panel of units for all own active rows, whose projections start at `first`. Panels alternate
@@ -194,7 +227,7 @@ class Forward {
     const int64_t t = time(s);
     for (int64_t i = panels_.begin; i < panels_.end; ++i) {
       const int64_t p = s & 1 ? panels_.begin + panels_.end - 1 - i : i;
-      if (packs_late_ && s == 0) pack_hidden(p);
+      if (packs_late_ && !steps_in_place_ && s == 0) pack_hidden(p);
       own_.for_blocks(seq_.active(t), kMR, [&](int64_t begin, int64_t end) {
         with_rows<kMR>(end - begin, [&](auto count) { step_tile<decltype(count)::value>(s, t, p, begin, first + begin); });
       });
@@ -214,9 +247,23 @@ class Forward {
                                            : buf_.bias + (p * Cell::kColumns + Cell::kHidden[g]) * W);
       }
     }
-    multiply<T, MR, kG>(h, 1, hidden_panel(p), kG * W, buf_.depth_h, acc);
+    if (MR == 1 && steps_in_place_) {
+      add_hidden_dots(h[0], p, acc[0]);
+    } else {
+      multiply<T, MR, kG>(h, 1, hidden_panel(p), kG * W, buf_.depth_h, acc);
+    }
     for (int m = 0; m < MR; ++m)
       finish_row(s, t, p, own_.row(begin + m), acc[m], slot_of(slot + m, p));
+  }
+
+  // One row takes W_hh from memory as fast as a packed copy, which it saves.
+  void add_hidden_dots(const uint32_t* h, int64_t p, vf (&acc)[kG]) const {
+    const T* source[1] = {reinterpret_cast<const T*>(h)};
+    for (int g = 0; g < kG; ++g) {
+      vf sums[1];
+      dot_rows<T>(source, row_of(pass_.dir.w_hh, H_, g, p), lanes(p), H_, sums);
+      acc[g] += sums[0];
+    }
   }
 
   FS_INLINE void finish_row(int64_t s, int64_t t, int64_t p, int64_t r, const vf (&acc)[kG], const float* projected) const {
@@ -269,7 +316,7 @@ class Forward {
   uint32_t* x_copy_;
   Range panels_;
   bool idle_;
-  bool packs_late_, passing_;  // passing: panels of W_ih pass through one place a thread
+  bool packs_late_, projects_in_place_, steps_in_place_, passing_;  // passing: panels of W_ih pass through one place a thread
 };
 
 template <class Cell, class T>

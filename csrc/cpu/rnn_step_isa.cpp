@@ -63,7 +63,7 @@ class Step {
     const T* rows[UB * kG];
     for (int b = 0; b < UB; ++b)
       for (int g = 0; g < kG; ++g) rows[b * kG + g] = w + (g * H_ + (unit + b < H_ ? unit + b : H_ - 1)) * depth;
-    add_dots<T>(source, rows, depth, sums, [&](int r, int m) FS_LAMBDA { return (r / kG * MR + m) * kColumns + columns[r % kG]; });
+    add_dots<T>(source, rows, depth, sums, [&](int r, int m, int) FS_LAMBDA { return (r / kG * MR + m) * kColumns + columns[r % kG]; });
   }
 
   FS_INLINE void finish_row(int64_t u, int64_t r, int n, const float (&sums)[kColumns][W]) const {

@@ -184,6 +184,14 @@ FS_INLINE void deal(vu a, vu b, vu& even, vu& odd) {
   odd = shuffle<uint64_t>(a, b, [&](int i) FS_LAMBDA { return at(i) + 2; });
 }
 
+// The lower and the upper halves of a and b side by side.
+FS_INLINE void halve(vu a, vu b, vu& lower, vu& upper) {
+  constexpr int kHalf = W / 4;
+  const auto at = [](int i) FS_LAMBDA { return i < kHalf ? i : i + kHalf; };
+  lower = shuffle<uint64_t>(a, b, at);
+  upper = shuffle<uint64_t>(a, b, [&](int i) FS_LAMBDA { return at(i) + kHalf; });
+}
+
 // 16 bytes each from W / 4 places, `pitch` elements apart.
 template <class T>
 FS_INLINE vu load_quads(const T* p, int64_t pitch) {

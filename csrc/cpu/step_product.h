@@ -16,8 +16,18 @@ constexpr int kStepVectors = 4, kStepPanel = kStepVectors * W;
 constexpr int kStepRows = kAccumulators / kStepVectors;
 constexpr int kMaxParts = 3;
 
-// Measured at H = 256, one row: a step takes 29 us packed and 40 us in place, packing 100 us.
-FS_INLINE bool reads_weights_in_place(int64_t rows, int64_t steps) { return (rows <= 2 && steps <= 8) || (rows <= 16 && steps <= 2); }
+constexpr int kWidePanels = W >= 16 ? 4 : 2;  // of one row's tile over rows of w
+
+// How often a product is run, and for how many rows by one thread.
+struct Use {
+  int64_t rows, steps;
+
+  // Whether packing weights would cost more than it brings. `streams`: one row reads them as fast where they stand.
+  // Measured at H = 256, where packing 1 MB takes 45 us (Zen 4).
+  FS_INLINE bool reads_in_place(bool streams) const {
+    return (rows <= 1 && steps <= (streams ? kDotSteps : 12)) || (rows <= 2 && steps <= 8) || (rows <= 16 && steps <= 2);
+  }
+};
 
 FS_INLINE int64_t padded(int64_t n) { return (n + kStepPanel - 1) / kStepPanel * kStepPanel; }
 
@@ -35,8 +45,7 @@ class StepProduct {
   enum class Over { columns, rows };
 
   StepProduct() = default;
-  StepProduct(Over over, int64_t outputs, bool in_place)
-      : over_(over), outputs_(outputs), panels_((outputs + kStepPanel - 1) / kStepPanel), in_place_(in_place) {}
+  StepProduct(Over over, int64_t outputs, Use use) : over_(over), outputs_(outputs), panels_((outputs + kStepPanel - 1) / kStepPanel), use_(use) {}
 
   // `depth` elements of the summed dimension; with columns, w is that part's first one.
   FS_INLINE void add(const void* w, int64_t pitch, int64_t depth) {
@@ -47,6 +56,7 @@ class StepProduct {
   }
 
   FS_INLINE void place(Carver& carve) {
+    in_place_ = use_.reads_in_place(dense() && (over_ == Over::rows || units_ >= units<T>(kDotDepth)));
     packed_ = carve.take<uint32_t>(in_place_ && over_ == Over::columns ? 0 : panels_ * units_ * kStepPanel);
     bias_ = carve.take<float>(panels_ * kStepPanel);
   }
@@ -75,52 +85,69 @@ class StepProduct {
   // out[r][o] for r in [0, rows): operand(i)[r] is row r of part i, all `stride` apart in `operands`. Panels are visited
   // backwards by turns, so that what the cache still holds of the last step is read first.
   void run(int64_t rows, const uint32_t* const* operands, int64_t stride, Start<T> start, float* out, int64_t pitch, bool backwards) const {
-    if (in_place_ && over_ == Over::columns) return dots(rows, operands, stride, start, out, pitch);
+    if (in_place_ && over_ == Over::columns) return dots(rows, operands, stride, start, out, pitch, backwards);
+    const int64_t wide = rows == 1 && stands(0) ? outputs_ / (kWidePanels * kStepPanel) * kWidePanels : 0;
+    for (int64_t p = 0; p < wide; p += kWidePanels) tile<1, kWidePanels>(p, 0, operands, stride, start, out, pitch);
     const Blocks blocks(rows, kStepRows);
-    for (int64_t i = 0; i < panels_; ++i) {
-      const int64_t p = backwards ? panels_ - 1 - i : i;
-      for (int64_t b = 0; b < blocks.count; ++b) tile(p, blocks.begin(b), blocks.begin(b + 1), operands, stride, start, out, pitch);
+    for (int64_t i = wide; i < panels_; ++i) {
+      const int64_t p = backwards ? panels_ - 1 - i + wide : i;
+      for (int64_t b = 0; b < blocks.count; ++b)
+        with_rows<kStepRows>(blocks.begin(b + 1) - blocks.begin(b), [&](auto count) {
+          tile<decltype(count)::value, 1>(p, blocks.begin(b), operands, stride, start, out, pitch);
+        });
     }
   }
 
  private:
+  // Whether the parts, side by side, are all that there is of w.
+  FS_INLINE bool dense() const {
+    for (int i = 0; i < parts_; ++i) {
+      const int64_t width = over_ == Over::columns ? depth_[i] : outputs_;
+      int64_t beside = 0;  // what other parts read of the same rows
+      for (int j = 0; over_ == Over::columns && j < parts_; ++j)
+        if (w_[j] == w_[i] + depth_[i] || w_[i] == w_[j] + depth_[j]) beside += depth_[j];
+      if (width + beside != pitch_[i]) return false;
+    }
+    return true;
+  }
+
   // Whether panel p is read where it stands: over rows, fp32 ones are as a packed panel would be, but for their pitch.
   FS_INLINE bool stands(int64_t p) const {
     return in_place_ && (over_ == Over::columns || (Dot<T>::kPerUnit == 1 && (p + 1) * kStepPanel <= outputs_));
   }
 
-  void dots(int64_t rows, const uint32_t* const* operands, int64_t stride, Start<T> start, float* out, int64_t pitch) const {
+  void dots(int64_t rows, const uint32_t* const* operands, int64_t stride, Start<T> start, float* out, int64_t pitch, bool backwards) const {
     int64_t r = 0;
-    for (; r + 2 <= rows; r += 2) dot_rows<2>(r, operands, stride, start, out, pitch);
-    if (r < rows) dot_rows<1>(r, operands, stride, start, out, pitch);
+    for (; r + 2 <= rows; r += 2) dot_panels<2>(r, operands, stride, start, out, pitch, backwards);
+    if (r < rows) dot_panels<1>(r, operands, stride, start, out, pitch, backwards);
   }
 
+  // Whole vectors of outputs, as tiles leave them.
   template <int MR>
-  __attribute__((noinline)) void dot_rows(int64_t r, const uint32_t* const* operands, int64_t stride, Start<T> start, float* out, int64_t pitch) const {
-    constexpr int kOutputs = W / MR;
-    for (int64_t o = 0; o < (outputs_ + W - 1) / W * W; o += kOutputs) {  // whole vectors, as a tile would leave them
-      vf sums[W];
-      set_zero(sums);
-      for (int i = 0; i < parts_; ++i) {
-        const T *a[MR], *w[kOutputs];
-        for (int m = 0; m < MR; ++m) a[m] = reinterpret_cast<const T*>(operands[i * stride + r + m]);
-        for (int j = 0; j < kOutputs; ++j) w[j] = w_[i] + (o + j < outputs_ ? o + j : outputs_ - 1) * pitch_[i];
-        add_dots<T, MR>(a, w, depth_[i], sums, [](int j, int m) FS_LAMBDA { return m * kOutputs + j; });
-      }
-      alignas(64) float lanes[W];
-      store(lanes, reduce(sums), W);
-      for (int m = 0; m < MR; ++m)
-        for (int j = 0; j < kOutputs; ++j) {
-          float& lane = lanes[m * kOutputs + j];
-          lane = o + j < outputs_ ? lane + first_lane(o + j, r + m, start, out, pitch) : 0.f;
-        }
-      for (int m = 0; m < MR; ++m) std::memcpy(out + (r + m) * pitch + o, lanes + m * kOutputs, sizeof(float) * kOutputs);
+  __attribute__((noinline)) void dot_panels(int64_t r, const uint32_t* const* operands, int64_t stride, Start<T> start, float* out, int64_t pitch,
+                                            bool backwards) const {
+    DotBlock<T, MR> blocks[kMaxParts];
+    for (int part = 0; part < parts_; ++part) {
+      for (int m = 0; m < MR; ++m) blocks[part].source[m] = reinterpret_cast<const T*>(operands[part * stride + r + m]);
+      blocks[part].depth = depth_[part];
     }
-  }
-
-  FS_INLINE float first_lane(int64_t o, int64_t r, Start<T> start, const float* out, int64_t pitch) const {
-    if (start.add) return out[r * pitch + o];
-    return bias_[o] + (start.rows ? load(start.rows[r] + o, 1)[0] : 0.f);
+    const int64_t vectors = (outputs_ + W - 1) / W;
+    for (int64_t i = 0; i < vectors; ++i) {
+      const int64_t o = (backwards ? vectors - 1 - i : i) * W;
+      const int n = outputs_ - o < W ? static_cast<int>(outputs_ - o) : W;
+      vf sums[MR];
+      dot_rows<T>(n, sums, [&](int first) FS_LAMBDA {
+        for (int part = 0; part < parts_; ++part)
+          for (int j = 0; j < blocks[part].kRows; ++j) blocks[part].rows[j] = w_[part] + (o + (first + j < n ? first + j : n - 1)) * pitch_[part];
+        return sum_dots(blocks, parts_);
+      });
+      for (int m = 0; m < MR; ++m) {
+        float* to = out + (r + m) * pitch + o;
+        vf sum = sums[m] + load_vector<vf>(start.add ? to : bias_ + o);
+        if (start.rows && !start.add) sum += load(start.rows[r + m] + o, n);
+        store(to, sum, W);
+      }
+    }
   }
 
   void pack_columns(int64_t p, int i, uint32_t* panel) const {
@@ -135,29 +162,29 @@ class StepProduct {
     pack_rows<T>([&](int64_t k) { return w_[i] + k * pitch_[i] + p * kStepPanel; }, depth_[i], outputs_ - p * kStepPanel, panel, kStepPanel);
   }
 
-  __attribute__((noinline)) void tile(int64_t p, int64_t begin, int64_t end, const uint32_t* const* operands, int64_t stride, Start<T> start, float* out,
-            int64_t pitch) const {
-    with_rows<kStepRows>(end - begin, [&](auto count) {
-      constexpr int MR = decltype(count)::value;
-      vf acc[MR][kStepVectors];
-      set_first(p * kStepPanel, begin, start, out, pitch, acc);
-      for (int i = 0; i < parts_; ++i) {
-        const bool in_place = stands(p);
-        const uint32_t* panel = in_place ? reinterpret_cast<const uint32_t*>(w_[i] + p * kStepPanel) : packed_ + (p * units_ + at_[i]) * kStepPanel;
-        multiply<T, MR, kStepVectors>(operands + i * stride + begin, 1, panel, in_place ? pitch_[i] : kStepPanel, units<T>(depth_[i]), acc);
-      }
-      for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA { store(out + (begin + m) * pitch + p * kStepPanel + v * W, sum, W); });
-    });
+  // MR rows from `begin` on, kPanels panels from p on; several stand in place, side by side.
+  template <int MR, int kPanels>
+  __attribute__((noinline)) void tile(int64_t p, int64_t begin, const uint32_t* const* operands, int64_t stride, Start<T> start, float* out,
+                                      int64_t pitch) const {
+    constexpr int NV = kPanels * kStepVectors;
+    vf acc[MR][NV];
+    set_first(p * kStepPanel, begin, start, out, pitch, acc);
+    for (int i = 0; i < parts_; ++i) {
+      const bool in_place = stands(p);
+      const uint32_t* panel = in_place ? reinterpret_cast<const uint32_t*>(w_[i] + p * kStepPanel) : packed_ + (p * units_ + at_[i]) * kStepPanel;
+      multiply<T, MR, NV>(operands + i * stride + begin, 1, panel, in_place ? pitch_[i] : kStepPanel, units<T>(depth_[i]), acc);
+    }
+    for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA { store(out + (begin + m) * pitch + p * kStepPanel + v * W, sum, W); });
   }
 
-  // What rows [begin, begin + MR) of the panel at output `o` start from.
-  template <int MR>
-  FS_INLINE void set_first(int64_t o, int64_t begin, Start<T> start, const float* out, int64_t pitch, vf (&acc)[MR][kStepVectors]) const {
+  // What rows [begin, begin + MR) start from at NV vectors of outputs from `o` on.
+  template <int MR, int NV>
+  FS_INLINE void set_first(int64_t o, int64_t begin, Start<T> start, const float* out, int64_t pitch, vf (&acc)[MR][NV]) const {
     const float* sums = start.add ? out + begin * pitch : bias_;
     const int64_t step = start.add ? pitch : 0;
     for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA { sum = load_vector<vf>(sums + m * step + o + v * W); });
     if (!start.rows || start.add) return;
-    if (o + kStepPanel <= outputs_) {
+    if (o + NV * W <= outputs_) {
       for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA { sum += load(start.rows[begin + m] + o + v * W, W); });
     } else {
       for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA {
@@ -169,6 +196,7 @@ class StepProduct {
 
   Over over_ = Over::columns;
   int64_t outputs_ = 0, panels_ = 0, units_ = 0;
+  Use use_ = {};
   bool in_place_ = false;
   int parts_ = 0;
   const T* w_[kMaxParts] = {};
