@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../scores.h"
-#include "pack.h"
+#include "dot.h"
 #include "scratch.h"
 
 namespace fastseq {
@@ -12,20 +12,14 @@ namespace FS_ISA {
 FS_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // All lanes folded into one by halves: a chain over them would take W additions.
-template <class F>
+template <int kHalf = W / 2, class F>
 FS_INLINE float fold_lanes(vf x, F&& f) {
-  for (int half = W / 2; half; half /= 2) {
-#if defined(__clang__)
-    vf other = x;
-    for (int i = 0; i < half; ++i) other[i] = x[i + half];
-#else
-    vi from;
-    for (int i = 0; i < W; ++i) from[i] = (i + half) % W;
-    const vf other = __builtin_shuffle(x, from);
-#endif
-    x = f(x, other);
+  if constexpr (kHalf == 0) {
+    return x[0];
+  } else {
+    const vu other = shuffle<uint32_t>(bits_of<vu>(x), bits_of<vu>(x), [](int i) FS_LAMBDA { return (i + kHalf) % W; });
+    return fold_lanes<kHalf / 2>(f(x, bits_of<vf>(other)), f);
   }
-  return x[0];
 }
 
 FS_INLINE float sum_lanes(vf x) {
@@ -33,6 +27,12 @@ FS_INLINE float sum_lanes(vf x) {
 }
 
 FS_INLINE int lanes_left(int64_t at, int64_t total) { return total - at < W ? static_cast<int>(total - at) : W; }
+
+// f(first, lanes) for the vectors of `total` elements.
+template <class F>
+FS_INLINE void for_vectors(int64_t total, F&& f) {
+  for (int64_t u = 0; u < total; u += W) f(u, lanes_left(u, total));
+}
 
 // The positions that each memory row attends to, in rising order: what stands elsewhere is never read.
 struct Positions {
@@ -66,18 +66,22 @@ struct MemoryRow {
 template <class Score, class T>
 FS_INLINE void score_row(const MemoryRow<T>& row, const float* query, const float* v, float* scores) {
   constexpr int kRows = 4;
-  for (int64_t i = 0; i < row.count; i += kRows) {
-    const int rows = row.count - i < kRows ? static_cast<int>(row.count - i) : kRows;
-    const T* keys[kRows];
-    for (int m = 0; m < kRows; ++m) keys[m] = row.keys + row.at[i + (m < rows ? m : 0)] * row.units;
-    vf sums[kRows];
+  for (int64_t i = 0; i < row.count; i += W) {
+    vf sums[W];
     set_zero(sums);
-    for (int64_t u = 0; u < row.units; u += W) {
-      const int n = lanes_left(u, row.units);
-      const vf q = load_vector<vf>(query + u), weight = Score::kHasV ? load_vector<vf>(v + u) : vf{};
-      for (int m = 0; m < kRows; ++m) sums[m] += Score::forward(load(keys[m] + u, n), q, weight);
+    for (int first = 0; first < W && i + first < row.count; first += kRows) {
+      const T* keys[kRows];  // past the last one: that again
+      for (int m = 0; m < kRows; ++m) keys[m] = row.keys + row.at[i + first + m < row.count ? i + first + m : row.count - 1] * row.units;
+      vf some[kRows];
+      set_zero(some);
+      auto add = [&](int64_t u, int n) FS_LAMBDA {
+        const vf q = load_vector<vf>(query + u), weight = Score::kHasV ? load_vector<vf>(v + u) : vf{};
+        unroll<kRows>([&](int m) FS_LAMBDA { some[m] += Score::forward(load(keys[m] + u, n), q, weight); });
+      };
+      for_vectors(row.units, add);
+      unroll<kRows>([&](int m) FS_LAMBDA { sums[first + m] = some[m]; });
     }
-    for (int m = 0; m < rows; ++m) scores[i + m] = sum_lanes(sums[m]);
+    store(scores + i, reduce(sums), W);
   }
 }
 
@@ -140,21 +144,29 @@ struct MemoryGradients {
 template <class T>
 FS_INLINE void weights_backward(const MemoryRow<T>& row, const float* weights, const float* d_context, float* d_weights,
                                 const MemoryGradients& into) {
-  float inner = 0;
-  for (int64_t i = 0; i < row.count; ++i) {
-    const T* memory = row.memory + row.at[i] * row.features;
-    float* gradient = into.memory + row.at[i] * row.features;
-    vf sum = {};
-    for (int64_t u = 0; u < row.features; u += W) {
-      const int n = lanes_left(u, row.features);
-      const vf d = load_vector<vf>(d_context + u);
-      sum += d * load(memory + u, n);
-      store(gradient + u, load(gradient + u, n) + weights[i] * d, n);
+  vf inner = {};
+  for (int64_t i = 0; i < row.count; i += W) {
+    const int n = lanes_left(i, row.count);
+    vf sums[W];
+    set_zero(sums);
+    for (int m = 0; m < n; ++m) {
+      const T* memory = row.memory + row.at[i + m] * row.features;
+      float* gradient = into.memory + row.at[i + m] * row.features;
+      const vf weight = splat(weights[i + m]);
+      vf sum = {};
+      for_vectors(row.features, [&](int64_t u, int lanes) FS_LAMBDA {
+        const vf d = load_vector<vf>(d_context + u);
+        sum += d * load(memory + u, lanes);
+        store(gradient + u, load(gradient + u, lanes) + weight * d, lanes);
+      });
+      sums[m] = sum;
     }
-    d_weights[i] += sum_lanes(sum);
-    inner += weights[i] * d_weights[i];
+    const vf d = load(d_weights + i, n) + reduce(sums);
+    inner += load(weights + i, n) * d;
+    store(d_weights + i, d, n);
   }
-  for (int64_t i = 0; i < row.count; ++i) d_weights[i] = weights[i] * (d_weights[i] - inner);
+  const vf all = splat(sum_lanes(inner));
+  for_vectors(row.count, [&](int64_t i, int n) FS_LAMBDA { store(d_weights + i, load(weights + i, n) * (load(d_weights + i, n) - all), n); });
 }
 
 template <class Score, class T>

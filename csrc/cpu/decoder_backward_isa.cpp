@@ -360,6 +360,15 @@ class BackwardLoop {
     multiply_rows(buf_.query, to, buf_.width, t, true);
   }
 
+  // The attended ones of all positions.
+  void gather(const MemoryRow<T>& row, const T* from, float* to) const {
+    if (row.count == d.source) {
+      for_vectors(d.source, [&](int64_t i, int lanes) FS_LAMBDA { store(to + i, load(from + i, lanes), W); });
+    } else {
+      for (int64_t i = 0; i < row.count; ++i) to[i] = load(from + row.at[i], 1)[0];
+    }
+  }
+
   void attend_row(int64_t n, int64_t t, float* d_query) const {
     const int64_t token = at_.token(n, t), b = n / d.copies, S = d.source, A = d.units;
     const MemoryRow<T> row = at_.memory_row(b, buf_.positions);
@@ -367,9 +376,11 @@ class BackwardLoop {
     float* query = buf_.asked + team_.rank * buf_.query_width;
     const T* kept = static_cast<const T*>(d.weights) + token * S;
     const T* outside = at_.row(static_cast<const T*>(d.d_weights), token, S);
-    for (int64_t i = 0; i < row.count; ++i) {
-      weights[i] = load(kept + row.at[i], 1)[0];
-      d_weights[i] = outside ? load(outside + row.at[i], 1)[0] : 0.f;
+    gather(row, kept, weights);
+    if (outside) {
+      gather(row, outside, d_weights);
+    } else {
+      for (int64_t i = 0; i < row.count; i += W) store(d_weights + i, vf{}, W);
     }
     const T* asked = d.w_q ? static_cast<const T*>(d.queries) + token * A
                            : at_.state(d.query_cell, n, d.attend == Attend::before ? t : t + 1);

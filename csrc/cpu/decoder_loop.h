@@ -58,12 +58,6 @@ struct Places {
   }
 };
 
-// f(first, lanes) for the vectors of `total` elements.
-template <class F>
-FS_INLINE void for_vectors(int64_t total, F&& f) {
-  for (int64_t u = 0; u < total; u += W) f(u, lanes_left(u, total));
-}
-
 // to[i] = from[i] * mask[i] in T; a null mask is 1.
 template <class T, class From>
 FS_INLINE void scaled(const From* from, const T* mask, T* to, int64_t total) {
