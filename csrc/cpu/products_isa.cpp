@@ -57,7 +57,8 @@ void tile(const uint32_t* const* a, int64_t stride, const uint32_t* panel, int64
       vf acc[MR][NV];
       set_zero(acc);
       multiply<T, MR, NV>(a, stride, panel, pitch, depth, acc);
-      if (columns >= NV * W) return finish<T, true>(acc, columns, to);
+      if constexpr (NV == kVectors)  // few columns: their results are few, and are compiled once
+        if (columns >= NV * W) return finish<T, true>(acc, columns, to);
       vf part[MR][NV];  // not `acc` itself: an array that a loop walks through has no registers
       for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA { part[m][v] = sum; });
       finish<T, false>(part, columns, to);
