@@ -10,6 +10,7 @@ from .accelerate import accelerate
 from .dispatch import backends, use_backend
 from .errors import InputError
 from .explain import explain
+from .generation import GenerateOutput, generate
 from .modules import GRU, LSTM, Attention, Bridge, Decoder, Encoder, GRUCell, LocalP, LSTMCell
 from .patch import patch
 from .spec import DecoderOutput, DecoderSpec, DecoderState, Keys, Memory
@@ -25,6 +26,7 @@ __all__ = [
     "DecoderState",
     "Encoder",
     "GRUCell",
+    "GenerateOutput",
     "InputError",
     "Keys",
     "LSTMCell",
@@ -35,6 +37,7 @@ __all__ = [
     "backends",
     "explain",
     "functional",
+    "generate",
     "patch",
     "use_backend",
 ]

@@ -1,0 +1,534 @@
+"""fastseq.generate against searches written out: every sequence, a loop for each sentence, counts of draws."""
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastseq
+from fastseq.generation import scores as scoring
+from fastseq.generation import search
+from fastseq.generation.options import Options
+
+BOS, EOS, PAD = 0, 1, 2
+H = 6
+
+
+@dataclass
+class Toy:
+    """A recurrent model in float64 that also attends; the memory of row b of the batch is its own."""
+
+    V: int = 5
+    B: int = 3
+    S: int = 4
+    seed: int = 0
+    sharpness: float = 3.0
+
+    def __post_init__(self) -> None:
+        g = torch.Generator().manual_seed(self.seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+        self.embedding, self.u, self.w = normal(self.V, H), normal(H, H) * 0.7, normal(H, self.V) * self.sharpness
+        self.memory, self.h0 = normal(self.B, self.S, H), normal(self.B, H)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"h": self.h0.clone()}
+
+    def step(self, tokens: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        copies = len(tokens) // self.B
+        h = torch.tanh(self.embedding[tokens] + state["h"] @ self.u)
+        weights = (h.view(self.B, copies, 1, H) * self.memory[:, None]).sum(-1).softmax(-1).flatten(0, 1)
+        return (h + weights @ torch.ones(self.S, H, dtype=h.dtype)) @ self.w, {"h": h}, weights
+
+    def row(self, b: int) -> "Toy":
+        """Row b alone."""
+        one = Toy(self.V, 1, self.S, self.seed, self.sharpness)
+        one.embedding, one.u, one.w = self.embedding, self.u, self.w
+        one.memory, one.h0 = self.memory[b : b + 1], self.h0[b : b + 1]
+        return one
+
+    def score(self, tokens: list[int], prefix: tuple[int, ...] = (BOS,)) -> tuple[float, Tensor]:
+        """Log-probability of the tokens after the prefix, of a Toy with one row; all weights [P - 1 + L, S]."""
+        state, total, weights = self.state(), 0.0, []
+        fed = [*prefix, *tokens]
+        for k, (token, following) in enumerate(itertools.pairwise(fed)):
+            logits, state, w = self.step(torch.tensor([token]), state)
+            weights.append(w[0])
+            if k + 1 >= len(prefix):
+                total += float(logits.log_softmax(-1)[0, following])
+        return total, torch.stack(weights)
+
+    def run(self, **options: Any) -> fastseq.GenerateOutput:
+        given = {"batch_size": self.B, "bos_id": BOS, "eos_id": EOS, "pad_id": PAD, "max_new_tokens": 6} | options
+        return fastseq.generate(self.step, self.state(), **given)
+
+
+def norm(length: int, options: dict[str, Any]) -> float:
+    base = length if options.get("length_norm", "len") == "len" else (5 + length) / 6
+    return float(base ** options.get("length_penalty", 1.0))
+
+
+def final(toy: Toy, tokens: list[int], options: dict[str, Any]) -> float:
+    """The score of a whole hypothesis, by its definition."""
+    total, weights = toy.score(tokens)
+    penalty = options.get("coverage_penalty", 0.0) * float(weights.sum(0).clamp(max=1).log().sum())
+    return total / norm(len(tokens), options) + penalty
+
+
+def tokens_of(found: fastseq.GenerateOutput, b: int, r: int = 0) -> list[int]:
+    return found.sequences[b, r, : int(found.lengths[b, r])].tolist()
+
+
+def all_sequences(V: int, most: int) -> list[list[int]]:
+    """Every sequence that ends by eos, or for its length."""
+    every = [[*t] for length in range(1, most + 1) for t in itertools.product(range(V), repeat=length)]
+    return [t for t in every if EOS not in t[:-1] and (t[-1] == EOS or len(t) == most)]
+
+
+def plain_beam(toy: Toy, k: int, most: int, options: dict[str, Any]) -> list[tuple[float, list[int]]]:
+    """One sentence's beam search, a list of hypotheses at a time: k best, the best first."""
+    stops = options.get("early_stopping", False)
+    beams, whole = [(0.0, [])], []  # type: ignore[var-annotated]
+    for length in range(1, most + 1):
+        every = []
+        for total, tokens in beams:
+            state = toy.state()
+            for token in [BOS, *tokens]:
+                logits, state, _ = toy.step(torch.tensor([token]), state)
+            every += [(total + float(p), [*tokens, v]) for v, p in enumerate(logits.log_softmax(-1)[0])]
+        every.sort(key=lambda x: -x[0])
+        whole += [(final(toy, tokens, options), tokens) for _, tokens in every[:k] if tokens[-1] == EOS]
+        whole = sorted(whole, key=lambda x: -x[0])[:k]
+        beams = [x for x in every[: 2 * k] if x[1][-1] != EOS][:k]
+        longest = stops == "never" and options.get("length_penalty", 1.0) > 0
+        reach = beams[0][0] / norm(most if longest else length, options)
+        if len(whole) == k and (stops is True or whole[-1][0] >= reach):
+            return whole
+    whole += [(final(toy, tokens, options), tokens) for _, tokens in beams]
+    return sorted(whole, key=lambda x: -x[0])[:k]
+
+
+NORMS: list[dict[str, Any]] = [
+    {},
+    {"length_penalty": 0.0},
+    {"length_penalty": 2.0},
+    {"length_penalty": 0.6, "length_norm": "wu"},
+    {"coverage_penalty": 0.4},
+]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_greedy(seed: int) -> None:
+    toy = Toy(seed=seed)
+    found = toy.run(return_weights=True, max_new_tokens=12)
+    for b in range(toy.B):
+        one, tokens, state = toy.row(b), [], toy.row(b).state()
+        token = BOS
+        while token != EOS and len(tokens) < 12:
+            logits, state, _ = one.step(torch.tensor([token]), state)
+            token = int(logits.argmax())
+            tokens.append(token)
+        assert tokens_of(found, b) == tokens
+        total, weights = one.score(tokens)
+        assert float(found.scores[b, 0]) == pytest.approx(total / len(tokens), rel=1e-5)
+        assert found.weights is not None
+        torch.testing.assert_close(found.weights[b, 0, : len(tokens)].double(), weights, rtol=1e-5, atol=1e-6)
+        assert not found.weights[b, 0, len(tokens) :].any()
+        assert (found.sequences[b, 0, len(tokens) :] == PAD).all()
+    assert found.sequences.shape[2] == int(found.lengths.max())
+
+
+@pytest.mark.parametrize("options", NORMS, ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_wide_beam_finds_what_trying_everything_finds(options: dict[str, Any], seed: int) -> None:
+    toy = Toy(V=4, seed=seed, sharpness=1.0)
+    found = toy.run(num_beams=90, num_return_sequences=7, max_new_tokens=4, return_weights=True, **options)
+    for b in range(toy.B):
+        one = toy.row(b)
+        every = sorted(((final(one, tokens, options), tokens) for tokens in all_sequences(4, 4)), key=lambda x: -x[0])
+        for r, (score, tokens) in enumerate(every[:7]):
+            assert float(found.scores[b, r]) == pytest.approx(score, rel=1e-5)
+            if score - every[r + 1][0] > 1e-5 and (r == 0 or every[r - 1][0] - score > 1e-5):
+                assert tokens_of(found, b, r) == tokens
+                assert found.weights is not None
+                weights = found.weights[b, r, : len(tokens)].double()
+                torch.testing.assert_close(weights, one.score(tokens)[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stops", [False, True, "never"])
+@pytest.mark.parametrize("options", NORMS, ids=str)
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_beams_of_every_sentence(k: int, options: dict[str, Any], stops: bool | str) -> None:
+    """The batch's search is each sentence's own, written with lists."""
+    options = options | {"early_stopping": stops}
+    for seed in range(4):
+        toy = Toy(V=7, seed=seed, sharpness=1.5)
+        found = toy.run(num_beams=k, num_return_sequences=k, max_new_tokens=7, **options)
+        for b in range(toy.B):
+            expected = plain_beam(toy.row(b), k, 7, options)
+            assert [tokens_of(found, b, r) for r in range(k)] == [tokens for _, tokens in expected]
+            assert found.scores[b].tolist() == pytest.approx([score for score, _ in expected], rel=1e-5)
+
+
+def test_one_beam_is_greedy() -> None:
+    """The beam search itself, with one beam."""
+    for seed in range(5):
+        toy = Toy(seed=seed)
+        greedy = toy.run(return_weights=True)
+        options = Options(3, BOS, EOS, PAD, 6, 0, 1, False, 1.0, 0, 1.0, 1.0, "len", 0.0, False, 0, 1, True)
+        model = search.Model(toy.step, toy.state(), options, [], search.picked, 0)
+        beam = search.beam_search(model, torch.full((3, 1), BOS))
+        for a, b in zip(greedy, beam, strict=True):
+            torch.testing.assert_close(a, b, check_dtype=False, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_a_batch_is_its_rows(beams: int) -> None:
+    toy = Toy(V=9, B=5, seed=3)
+    found = toy.run(num_beams=beams, max_new_tokens=9)
+    for b in range(toy.B):
+        alone = toy.row(b).run(num_beams=beams, max_new_tokens=9)
+        assert tokens_of(found, b) == tokens_of(alone, 0)
+        assert float(found.scores[b, 0]) == pytest.approx(float(alone.scores[0, 0]), rel=1e-6)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("prefix", [[[3], [4], [3]], [[0, 3, 4], [0, 4, 4], [0, 3, 3]]])
+def test_forced_tokens(prefix: list[list[int]], beams: int) -> None:
+    """They begin every hypothesis; scores are of what follows, weights of all."""
+    toy = Toy(seed=5)
+    found = toy.run(decoder_input_ids=torch.tensor(prefix), num_beams=beams, max_new_tokens=4, return_weights=True)
+    for b in range(toy.B):
+        forced = (BOS, *[t for t in prefix[b] if t != BOS])
+        tokens = tokens_of(found, b)
+        assert tokens[: len(forced) - 1] == [*forced[1:]]
+        new = tokens[len(forced) - 1 :]
+        total, weights = toy.row(b).score(new, forced)
+        assert float(found.scores[b, 0]) == pytest.approx(total / len(new), rel=1e-5)
+        assert found.weights is not None
+        torch.testing.assert_close(found.weights[b, 0, : len(tokens)].double(), weights, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_lengths(beams: int) -> None:
+    toy = Toy(seed=1)
+    toy.w[:, EOS] += 3  # ends at once, if it may
+    assert (toy.run(num_beams=beams).lengths < 5).any()
+    longer = toy.run(num_beams=beams, min_new_tokens=5)
+    assert (longer.lengths >= 6).all()  # five tokens, then eos
+    assert not (longer.sequences[:, :, :5] == EOS).any()
+    toy.w[:, EOS] = -100.0
+    assert (toy.run(num_beams=beams, max_new_tokens=3).lengths == 3).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_no_n_gram_comes_twice(n: int, beams: int) -> None:
+    toy = Toy(V=12, seed=2, sharpness=0.5)
+    toy.w[:, EOS] = -100.0
+    free, found = (toy.run(num_beams=beams, max_new_tokens=10, no_repeat_ngram_size=k) for k in (0, n))
+
+    def repeats(out: fastseq.GenerateOutput) -> int:
+        rows = [[BOS, *tokens_of(out, b)] for b in range(toy.B)]
+        grams = [Counter(zip(*(row[k:] for k in range(n)), strict=False)) for row in rows]
+        return max(max(counts.values()) for counts in grams)
+
+    assert repeats(free) > 1
+    assert repeats(found) == 1
+
+
+def test_which_tokens_would_repeat() -> None:
+    ids = torch.tensor([[4, 3, 4, 3, 4], [1, 1, 1, 2, 1]])
+    for n in range(1, 7):
+        expected = torch.zeros(2, 6, dtype=torch.bool)
+        for row in range(2):
+            tokens = ids[row].tolist()
+            seen = {tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)}
+            for v in range(6):
+                expected[row, v] = tuple([*tokens, v][len(tokens) + 1 - n :]) in seen and n <= len(tokens)
+        assert torch.equal(scoring.is_repeat(ids, 6, n), expected)
+
+
+def draws(count: int, **options: Any) -> list[float]:
+    """How often each first token is drawn."""
+    toy = Toy(V=6, B=1, seed=4, sharpness=0.6)
+    generator = torch.Generator().manual_seed(0)
+    found = toy.run(do_sample=True, num_return_sequences=count, max_new_tokens=1, generator=generator, **options)
+    return (torch.bincount(found.sequences.flatten(), minlength=6) / count).tolist()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.6}, {"temperature": 2.0, "top_k": 4, "top_p": 0.7}],
+    ids=str,
+)  # fmt: skip
+def test_draws_have_their_probabilities(options: dict[str, Any]) -> None:
+    toy, count = Toy(V=6, B=1, seed=4, sharpness=0.6), 40_000
+    p = (toy.step(torch.tensor([BOS]), toy.state())[0][0] / options.get("temperature", 1)).softmax(-1).tolist()
+    order = sorted(range(6), key=lambda v: -p[v])
+    kept = order[: options.get("top_k") or 6]
+    total, mass, nucleus = sum(p[v] for v in kept), 0.0, []
+    for v in kept:
+        if mass < options.get("top_p", 1) * total:
+            nucleus.append(v)
+        mass += p[v]
+    total = sum(p[v] for v in nucleus)
+    for v, share in enumerate(draws(count, **options)):
+        expected = p[v] / total if v in nucleus else 0.0
+        assert abs(share - expected) <= 5 * math.sqrt(expected * (1 - expected) / count)  # five standard deviations
+
+
+def test_draws_are_by_the_generator() -> None:
+    toy = Toy(V=9, seed=1, sharpness=0.5)
+
+    def drawn(seed: int) -> Tensor:
+        g = torch.Generator().manual_seed(seed)
+        return toy.run(do_sample=True, num_return_sequences=4, generator=g).sequences
+
+    torch.testing.assert_close(drawn(1), drawn(1))
+    assert drawn(1).shape != drawn(2).shape or not torch.equal(drawn(1), drawn(2))
+
+
+def test_drawn_scores_are_the_models() -> None:
+    """Best first, of the model's probabilities: not of those drawn from."""
+    toy = Toy(V=9, seed=1, sharpness=0.5)
+    found = toy.run(do_sample=True, num_return_sequences=4, temperature=0.7, top_k=5)
+    for b in range(toy.B):
+        scores = [final(toy.row(b), tokens_of(found, b, r), {}) for r in range(4)]
+        assert found.scores[b].tolist() == pytest.approx(scores, rel=1e-5)
+        assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_processors_see_what_transformers_show(beams: int) -> None:
+    """ids [N, L] from bos on, scores [N, V]; what they return is searched."""
+    toy, shapes = Toy(seed=6), []
+
+    def ban(ids: Tensor, scores: Tensor) -> Tensor:
+        shapes.append((tuple(ids.shape), tuple(scores.shape)))
+        assert (ids[:, 0] == BOS).all()
+        return scores.index_fill(1, torch.tensor([3]), -math.inf)
+
+    found = toy.run(num_beams=beams, logits_processor=[ban, lambda ids, scores: scores])
+    assert not (found.sequences == 3).any()
+    rows = toy.B * beams
+    assert shapes == [((rows, 1 + k), (rows, toy.V)) for k in range(len(shapes))]
+    alone = toy.run(num_beams=beams, logits_processor=ban)
+    assert torch.equal(alone.sequences, found.sequences)
+
+
+def test_streams() -> None:
+    toy, seen = Toy(seed=0), []
+    found = toy.run(streamer=lambda tokens: seen.append(tokens.clone()))
+    torch.testing.assert_close(torch.stack(seen, 1), found.sequences[:, 0])
+
+    class Streamer:
+        def __init__(self) -> None:
+            self.got: list[Any] = []
+
+        def put(self, value: Tensor) -> None:
+            self.got.append(value)
+
+        def end(self) -> None:
+            self.got.append("end")
+
+    streamer = Streamer()
+    toy.run(streamer=streamer)
+    assert streamer.got[0].tolist() == [[BOS]] * 3
+    assert streamer.got[-1] == "end"
+    torch.testing.assert_close(torch.stack(streamer.got[1:-1], 1), found.sequences[:, 0])
+
+
+def test_any_state() -> None:
+    """Nested, with `reorder` not tensors at all, or none: an ensemble, a model that reads all its tokens anew."""
+    toys = [Toy(seed=s) for s in (7, 8)]
+
+    def both(tokens: Tensor, states: Any) -> Any:
+        a, b = (toy.step(tokens, state) for toy, state in zip(toys, states["all"], strict=True))
+        return (a[0].softmax(-1) + b[0].softmax(-1)).log(), {"all": (a[1], b[1]), "n": None}
+
+    options: dict[str, Any] = {
+        "batch_size": 3,
+        "bos_id": BOS,
+        "eos_id": EOS,
+        "pad_id": PAD,
+        "max_new_tokens": 6,
+        "num_beams": 3,
+    }
+    found = fastseq.generate(both, {"all": (toys[0].state(), toys[1].state()), "n": None}, **options)
+
+    def anew(tokens: Tensor, past: list[list[int]]) -> Any:
+        past = [[*row, t] for row, t in zip(past, tokens.tolist(), strict=True)]
+        p = 0
+        for toy in toys:
+            state = {"h": toy.h0.repeat_interleave(3, 0)}
+            for k in range(len(past[0])):
+                logits, state, _ = toy.step(torch.tensor([row[k] for row in past]), state)
+            p = p + logits.softmax(-1)
+        return p.log(), past  # type: ignore[attr-defined]
+
+    def reorder(past: list[list[int]], index: Tensor) -> list[list[int]]:
+        return [past[i] for i in index.tolist()]
+
+    again = fastseq.generate(anew, [[] for _ in range(9)], reorder=reorder, **options)
+    assert torch.equal(found.sequences, again.sequences)
+    torch.testing.assert_close(found.scores, again.scores)
+    table = Toy(seed=9).w[:5]
+    stateless = fastseq.generate(lambda tokens, state: (table[tokens], state), None, **options)
+    assert stateless.sequences.shape[:2] == (3, 1)
+
+
+def test_fewer_hypotheses_than_asked_for() -> None:
+    """Two tokens, one of them eos: there are but few sequences."""
+    table = torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+    found = fastseq.generate(
+        lambda tokens, state: (table[tokens], state), None, batch_size=1, bos_id=0, eos_id=1, pad_id=0,
+        max_new_tokens=2, num_beams=8, num_return_sequences=8,
+    )  # fmt: skip
+    there = found.scores[0] > -math.inf
+    assert there.sum() == 3  # eos; 0 eos; 0 0
+    assert (found.lengths[0][~there] == 0).all()
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_a_step_waits_for_the_host_once(beams: int) -> None:
+    """Values go to the host to know whether all rows are done, and for nothing else."""
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.calls += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return func(*args, **(kwargs or {}))
+
+    toy = Toy(seed=0)
+    toy.w[:, EOS] = -100.0
+    counts = []
+    for most in (5, 15):
+        with Count() as count:
+            toy.run(num_beams=beams, max_new_tokens=most, no_repeat_ngram_size=4, coverage_penalty=0.1)
+        counts.append(count.calls)
+    assert counts[1] - counts[0] == 10
+
+
+def test_gradients_are_off() -> None:
+    toy = Toy()
+    toy.w.requires_grad_()
+    assert not toy.run().scores.requires_grad
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("name", ["bahdanau", "luong", "gnmt", "sutskever"])
+def test_a_decoders_steps(name: str, beams: int) -> None:
+    """Scores and alignments are those of the teacher-forced loop; the memory has B rows under any beam."""
+    torch.manual_seed(0)
+    V, B = 11, 4
+    two = name == "bahdanau"  # whose bridge reads the backward direction
+    encoder = fastseq.Encoder(6, 5 if two else 10, 2, bidirectional=two)
+    options: dict[str, Any] = {} if name == "sutskever" else {"memory_size": 10}
+    decoder = getattr(fastseq.Decoder, name)(6, 10, num_layers=2, **options)
+    embedding, output = torch.nn.Embedding(V, 6), torch.nn.Linear(decoder.output_size, V)
+    with torch.no_grad():
+        output.weight.mul_(8)
+    memory = encoder(torch.randn(B, 7, 6), [7, 3, 5, 1])
+    keys, attends = decoder.prepare(memory), name != "sutskever"
+
+    def step(tokens: Tensor, state: Any) -> Any:
+        out, state, weights = decoder.step(embedding(tokens), keys, state, need_weights=attends)
+        return (output(out), state, weights) if attends else (output(out), state)
+
+    found = fastseq.generate(
+        step, decoder.init_state(memory), batch_size=B, bos_id=BOS, eos_id=EOS, pad_id=PAD, max_new_tokens=9,
+        num_beams=beams, num_return_sequences=beams, return_weights=attends,
+    )  # fmt: skip
+    ids = found.sequences.flatten(0, 1)
+    fed = torch.cat((torch.full((len(ids), 1), BOS), ids[:, :-1]), 1)
+    forced = decoder(embedding(fed), keys, decoder.init_state(memory, copies=beams), need_weights=attends)
+    p = output(forced.output).log_softmax(-1).gather(2, ids[..., None])[..., 0]
+    there = torch.arange(ids.shape[1]) < found.lengths.flatten()[:, None]
+    torch.testing.assert_close((p * there).sum(1).view(B, beams) / found.lengths, found.scores, rtol=1e-4, atol=1e-5)
+    if attends:
+        assert found.weights is not None
+        torch.testing.assert_close(forced.weights * there[..., None], found.weights.flatten(0, 1), rtol=1e-4, atol=1e-5)
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "beams": ({"num_beams": 0}, ValueError, "num_beams=0; it is at least 1"),
+    "beams as a float": ({"num_beams": 2.0}, TypeError, "num_beams must be an int, got float"),
+    "no tokens": ({"max_new_tokens": 0}, ValueError, "max_new_tokens=0; it is at least 1"),
+    "empty batch": ({"batch_size": 0}, ValueError, "batch_size=0; it is at least 1"),
+    "least above most": ({"min_new_tokens": 9}, ValueError, "min_new_tokens=9 is more than max_new_tokens=6"),
+    "more than beams": (
+        {"num_return_sequences": 3, "num_beams": 2}, ValueError, "num_return_sequences=3 is more than num_beams=2",
+    ),
+    "many greedy": ({"num_return_sequences": 2}, ValueError, "pass do_sample=True"),
+    "temperature": ({"temperature": 0.0, "do_sample": True}, ValueError, "temperature=0.0; it is above 0"),
+    "infinite": ({"temperature": math.inf, "do_sample": True}, ValueError, "temperature=inf; it is finite"),
+    "idle temperature": ({"temperature": 0.5}, ValueError, "temperature=0.5 without do_sample=True"),
+    "idle top_k": ({"top_k": 5}, ValueError, "top_k=5 without do_sample=True"),
+    "top_p": ({"top_p": 0.0, "do_sample": True}, ValueError, "top_p=0.0; it is a probability"),
+    "top_k of fewer": ({"top_k": 50, "do_sample": True}, ValueError, "top_k=50 of 5 tokens"),
+    "sampling beams": ({"do_sample": True, "num_beams": 2}, ValueError, "do_sample=True with num_beams=2"),
+    "sampling coverage": ({"do_sample": True, "coverage_penalty": 0.1}, ValueError, "coverage_penalty=0.1 with"),
+    "negative coverage": ({"coverage_penalty": -0.1}, ValueError, "coverage_penalty=-0.1; it is at least 0"),
+    "norm": ({"length_norm": "sum"}, ValueError, "length_norm='sum'"),
+    "stopping": ({"early_stopping": "always", "num_beams": 2}, ValueError, "early_stopping='always'"),
+    "stopping greedy": ({"early_stopping": True}, ValueError, "early_stopping=True with num_beams=1"),
+    "eos": ({"eos_id": 5}, ValueError, "eos_id=5, but step gives logits of 5 tokens: 0 to 4"),
+    "negative id": ({"pad_id": -1}, ValueError, "pad_id=-1; it is at least 0"),
+    "prefix rows": ({"decoder_input_ids": [[3]]}, ValueError, r"has shape \(1, 1\); expected \[B=3, P\]"),
+    "prefix dtype": ({"decoder_input_ids": torch.ones(3, 1)}, TypeError, "decoder_input_ids must hold integers"),
+    "prefix ids": ({"decoder_input_ids": [[9]] * 3}, ValueError, "decoder_input_ids holds 9, but step gives"),
+    "negative prefix": ({"decoder_input_ids": [[-1]] * 3}, ValueError, "decoder_input_ids holds -1"),
+    "streamed beams": ({"streamer": print, "num_beams": 2}, ValueError, "streamer with num_beams=2"),
+    "streamer": ({"streamer": 3}, TypeError, "streamer must be callable or have put and end, got int"),
+    "processor": ({"logits_processor": [3]}, TypeError, "logits_processor must be callable"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_options(name: str) -> None:
+    options, kind, message = WRONG[name]
+    with pytest.raises(kind, match=message):
+        Toy().run(**options)
+
+
+BAD_STEPS: dict[str, tuple[Callable[[Tensor, Any], Any], type[Exception], str]] = {
+    "logits alone": (lambda t, s: torch.zeros(3, 5), TypeError, r"step must return \(logits, state\) or"),
+    "three-dimensional": (
+        lambda t, s: (torch.zeros(3, 1, 5), s),
+        ValueError,
+        r"step returned logits of shape \(3, 1, 5\)",
+    ),
+    "fewer rows": (lambda t, s: (torch.zeros(2, 5), s), ValueError, r"expected a tensor \[N=3, V\]"),
+    "no weights": (lambda t, s: (torch.zeros(3, 5), s), ValueError, "return_weights and coverage_penalty need a step"),
+    "weights' shape": (
+        lambda t, s: (torch.zeros(3, 5), s, torch.zeros(3)),
+        ValueError,
+        r"step returned weights of shape \(3,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STEPS)
+def test_wrong_steps(name: str) -> None:
+    step, kind, message = BAD_STEPS[name]
+    options = {"batch_size": 3, "bos_id": BOS, "eos_id": EOS, "pad_id": PAD, "max_new_tokens": 2}
+    with pytest.raises(kind, match=message):
+        fastseq.generate(step, None, return_weights="weights" in name, **options)  # type: ignore[arg-type]
+
+
+def test_wrong_state() -> None:
+    options: dict[str, Any] = {"batch_size": 3, "bos_id": BOS, "eos_id": EOS, "pad_id": PAD, "max_new_tokens": 2}
+    with pytest.raises(ValueError, match=r"state holds a tensor of shape \(1, 3, 4\); expected batch_size=3 rows"):
+        fastseq.generate(lambda t, s: (torch.zeros(3, 5), s), torch.zeros(1, 3, 4), **options)
+    with pytest.raises(TypeError, match="step must be a function"):
+        fastseq.generate(3, None, **options)  # type: ignore[arg-type]
