@@ -19,6 +19,7 @@ from tests.decoder_oracle import PRESETS, Case, Problem, check, check_second, fa
 from tests.oracle import Terms, allow, compare
 from tests.test_decoder import EVEN, assert_close, decode, decoder_call, lower
 from tests.test_decoder_reference import any_case
+from tests.test_isa import VARIANTS, choose
 
 if _native.C is None:
     pytest.skip(str(_native.reason), allow_module_level=True)
@@ -78,18 +79,27 @@ def test_every_plan_computes_the_decoder(name: str, cell: str) -> None:
         check(fast("cpu"), Case(name=name, spec=DecoderSpec(cell=cell, **PLANS[name][0]), bias=True))
 
 
-@pytest.mark.parametrize(
-    "steps", [3, 14]
-)  # all weights are read where they stand; those with nothing between their rows
+WIDE = ((torch.float32, 203), (torch.float32, 256), (torch.float32, 330), (torch.bfloat16, 204))
+
+
+def check_one_wide_row(name: str, cell: str, steps: int) -> None:
+    for dtype, hidden in WIDE:
+        spec = DecoderSpec(cell=cell, **PLANS[name][0])
+        sizes = {"N": 1, "B": 1, "T": steps, "I": 20, "A": 34, "D": 18, "R": 22, "H": hidden, "Q": hidden}
+        check(fast("cpu"), Case(name=name, spec=spec, dtype=dtype, **sizes))
+
+
+@pytest.mark.parametrize("steps", [3, 14])  # all weights are read where they stand; those with nothing between rows
 @pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before"])
 @pytest.mark.parametrize("name", ["bentrevett", "luong", "conditional_gru", "fed output"])
 def test_one_row_of_a_wide_decoder(name: str, cell: str, steps: int) -> None:
-    for dtype, hidden in ((torch.float32, 203), (torch.float32, 256), (torch.bfloat16, 204)):
-        spec = DecoderSpec(cell=cell, **PLANS[name][0])
-        check(
-            fast("cpu"),
-            Case(name=name, spec=spec, dtype=dtype, N=1, B=1, T=steps, I=20, A=34, D=18, R=22, H=hidden, Q=hidden),
-        )
+    check_one_wide_row(name, cell, steps)
+
+
+@pytest.mark.parametrize("isa", VARIANTS)
+def test_one_row_of_a_wide_decoder_on_other_processors(isa: str) -> None:
+    choose(isa)
+    check_one_wide_row("luong", "lstm", 14)
 
 
 @pytest.mark.parametrize("where", [("keys",), ("queries",), ("keys", "queries")])

@@ -39,6 +39,8 @@ class Toy:
 
         self.embedding, self.u, self.w = normal(self.V, H), normal(H, H) * 0.7, normal(H, self.V) * self.sharpness
         self.memory, self.h0 = normal(self.B, self.S, H), normal(self.B, H)
+        self.mask = torch.ones(self.B, self.S, dtype=torch.bool)
+        self.mask[1:2, -1] = False  # of the second row one position less
 
     def state(self) -> dict[str, Tensor]:
         return {"h": self.h0.clone()}
@@ -46,14 +48,15 @@ class Toy:
     def step(self, tokens: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         copies = len(tokens) // self.B
         h = torch.tanh(self.embedding[tokens] + state["h"] @ self.u)
-        weights = (h.view(self.B, copies, 1, H) * self.memory[:, None]).sum(-1).softmax(-1).flatten(0, 1)
+        scores = (h.view(self.B, copies, 1, H) * self.memory[:, None]).sum(-1)
+        weights = scores.masked_fill(~self.mask[:, None], -math.inf).softmax(-1).flatten(0, 1)
         return (h + weights @ torch.ones(self.S, H, dtype=h.dtype)) @ self.w, {"h": h}, weights
 
     def row(self, b: int) -> "Toy":
         """Row b alone."""
         one = Toy(self.V, 1, self.S, self.seed, self.sharpness)
         one.embedding, one.u, one.w = self.embedding, self.u, self.w
-        one.memory, one.h0 = self.memory[b : b + 1], self.h0[b : b + 1]
+        one.memory, one.h0, one.mask = self.memory[b : b + 1], self.h0[b : b + 1], self.mask[b : b + 1]
         return one
 
     def score(self, tokens: list[int], prefix: tuple[int, ...] = (BOS,)) -> tuple[float, Tensor]:
@@ -77,10 +80,10 @@ def norm(length: int, options: dict[str, Any]) -> float:
     return float(base ** options.get("length_penalty", 1.0))
 
 
-def final(toy: Toy, tokens: list[int], options: dict[str, Any]) -> float:
+def final(toy: Toy, tokens: list[int], options: dict[str, Any], prefix: tuple[int, ...] = (BOS,)) -> float:
     """The score of a whole hypothesis, by its definition."""
-    total, weights = toy.score(tokens)
-    penalty = options.get("coverage_penalty", 0.0) * float(weights.sum(0).clamp(max=1).log().sum())
+    total, weights = toy.score(tokens, prefix)
+    penalty = options.get("coverage_penalty", 0.0) * float(weights.sum(0)[toy.mask[0]].clamp(max=1).log().sum())
     return total / norm(len(tokens), options) + penalty
 
 
@@ -94,7 +97,9 @@ def all_sequences(V: int, most: int) -> list[list[int]]:
     return [t for t in every if EOS not in t[:-1] and (t[-1] == EOS or len(t) == most)]
 
 
-def plain_beam(toy: Toy, k: int, most: int, options: dict[str, Any]) -> list[tuple[float, list[int]]]:
+def plain_beam(
+    toy: Toy, k: int, most: int, options: dict[str, Any], prefix: tuple[int, ...] = (BOS,)
+) -> list[tuple[float, list[int]]]:
     """One sentence's beam search, a list of hypotheses at a time: k best, the best first."""
     stops = options.get("early_stopping", False)
     beams, whole = [(0.0, [])], []  # type: ignore[var-annotated]
@@ -102,18 +107,18 @@ def plain_beam(toy: Toy, k: int, most: int, options: dict[str, Any]) -> list[tup
         every = []
         for total, tokens in beams:
             state = toy.state()
-            for token in [BOS, *tokens]:
+            for token in [*prefix, *tokens]:
                 logits, state, _ = toy.step(torch.tensor([token]), state)
             every += [(total + float(p), [*tokens, v]) for v, p in enumerate(logits.log_softmax(-1)[0])]
         every.sort(key=lambda x: -x[0])
-        whole += [(final(toy, tokens, options), tokens) for _, tokens in every[:k] if tokens[-1] == EOS]
+        whole += [(final(toy, t, options, prefix), t) for _, t in every[:k] if t[-1] == EOS]
         whole = sorted(whole, key=lambda x: -x[0])[:k]
         beams = [x for x in every[: 2 * k] if x[1][-1] != EOS][:k]
         longest = stops == "never" and options.get("length_penalty", 1.0) > 0
         reach = beams[0][0] / norm(most if longest else length, options)
         if len(whole) == k and (stops is True or whole[-1][0] >= reach):
             return whole
-    whole += [(final(toy, tokens, options), tokens) for _, tokens in beams]
+    whole += [(final(toy, t, options, prefix), t) for _, t in beams]
     return sorted(whole, key=lambda x: -x[0])[:k]
 
 
@@ -179,6 +184,29 @@ def test_beams_of_every_sentence(k: int, options: dict[str, Any], stops: bool | 
             assert found.scores[b].tolist() == pytest.approx([score for score, _ in expected], rel=1e-5)
 
 
+def test_when_a_search_stops_matters() -> None:
+    """Each of the three ways finds something else somewhere: the tests above can tell them apart."""
+    found = {
+        stops: [
+            plain_beam(
+                Toy(V=7, seed=seed, sharpness=1.5).row(b), 3, 7, {"length_penalty": 2.0, "early_stopping": stops}
+            )
+            for seed in range(4)
+            for b in range(3)
+        ]
+        for stops in (False, True, "never")
+    }
+    assert found[False] != found[True]
+    assert found[False] != found["never"]
+
+
+def test_all_hypotheses_together_are_certain() -> None:
+    """A beam as wide as all there is: their probabilities add up to 1."""
+    found = Toy(V=4).run(num_beams=150, num_return_sequences=150, max_new_tokens=4, length_penalty=0.0)
+    assert ((found.scores > -math.inf).sum(1) == len(all_sequences(4, 4))).all()
+    assert found.scores.exp().sum(1).tolist() == pytest.approx([1.0] * 3, rel=1e-5)
+
+
 def test_one_beam_is_greedy() -> None:
     """The beam search itself, with one beam."""
     for seed in range(5):
@@ -216,6 +244,18 @@ def test_forced_tokens(prefix: list[list[int]], beams: int) -> None:
         assert float(found.scores[b, 0]) == pytest.approx(total / len(new), rel=1e-5)
         assert found.weights is not None
         torch.testing.assert_close(found.weights[b, 0, : len(tokens)].double(), weights, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", NORMS, ids=str)
+def test_beams_after_forced_tokens(options: dict[str, Any]) -> None:
+    toy, forced = Toy(V=7, seed=3, sharpness=1.5), [[3, 4], [5, 5], [2, 6]]
+    found = toy.run(num_beams=3, num_return_sequences=3, decoder_input_ids=forced, **options)
+    for b in range(toy.B):
+        expected = plain_beam(toy.row(b), 3, 6, options, (BOS, *forced[b]))
+        assert [tokens_of(found, b, r) for r in range(3)] == [[*forced[b], *tokens] for _, tokens in expected]
+        assert found.scores[b].tolist() == pytest.approx([score for score, _ in expected], rel=1e-5)
+    drawn = toy.run(do_sample=True, num_return_sequences=4, decoder_input_ids=forced)
+    assert (drawn.sequences[:, :, :2] == torch.tensor(forced)[:, None]).all()
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -323,6 +363,16 @@ def test_processors_see_what_transformers_show(beams: int) -> None:
     assert shapes == [((rows, 1 + k), (rows, toy.V)) for k in range(len(shapes))]
     alone = toy.run(num_beams=beams, logits_processor=ban)
     assert torch.equal(alone.sequences, found.sequences)
+
+    def once(ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.scatter(1, ids, -math.inf)
+
+    for seed in range(4):  # the ids are those of each beam
+        wide = Toy(V=12, seed=seed, sharpness=0.5)
+        mine, built_in = (
+            wide.run(num_beams=beams, **o) for o in ({"logits_processor": once}, {"no_repeat_ngram_size": 1})
+        )
+        assert torch.equal(mine.sequences, built_in.sequences)
 
 
 def test_streams() -> None:
@@ -461,34 +511,44 @@ def test_a_decoders_steps(name: str, beams: int) -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "beams": ({"num_beams": 0}, ValueError, "num_beams=0; it is at least 1"),
-    "beams as a float": ({"num_beams": 2.0}, TypeError, "num_beams must be an int, got float"),
-    "no tokens": ({"max_new_tokens": 0}, ValueError, "max_new_tokens=0; it is at least 1"),
-    "empty batch": ({"batch_size": 0}, ValueError, "batch_size=0; it is at least 1"),
-    "least above most": ({"min_new_tokens": 9}, ValueError, "min_new_tokens=9 is more than max_new_tokens=6"),
-    "more than beams": (
-        {"num_return_sequences": 3, "num_beams": 2}, ValueError, "num_return_sequences=3 is more than num_beams=2",
+    "beams": ({"num_beams": 0}, fastseq.InputError, "num_beams=0; it is at least 1"),
+    "sampling as text": ({"do_sample": "no"}, TypeError, "do_sample must be True or False, got 'no'"),
+    "huge penalty": ({"length_penalty": 1e4}, fastseq.InputError, "length_penalty=10000.0 makes the norm of 6 tokens"),
+    "stopping as a number": ({"early_stopping": 1, "num_beams": 2}, fastseq.InputError, "early_stopping=1; expected"),
+    "ragged prefix": ({"decoder_input_ids": [[3, 4], [3], [3]]}, fastseq.InputError, "must have rows of one length"),
+    "empty prefix": ({"decoder_input_ids": [[], [], []]}, fastseq.InputError, "must have rows of one length"),
+    "bos here and there": (
+        {"decoder_input_ids": [[0, 3], [3, 3], [3, 3]]}, fastseq.InputError, "begins with bos_id=0 in 1 of 3 rows",
     ),
-    "many greedy": ({"num_return_sequences": 2}, ValueError, "pass do_sample=True"),
-    "temperature": ({"temperature": 0.0, "do_sample": True}, ValueError, "temperature=0.0; it is above 0"),
-    "infinite": ({"temperature": math.inf, "do_sample": True}, ValueError, "temperature=inf; it is finite"),
-    "idle temperature": ({"temperature": 0.5}, ValueError, "temperature=0.5 without do_sample=True"),
-    "idle top_k": ({"top_k": 5}, ValueError, "top_k=5 without do_sample=True"),
-    "top_p": ({"top_p": 0.0, "do_sample": True}, ValueError, "top_p=0.0; it is a probability"),
-    "top_k of fewer": ({"top_k": 50, "do_sample": True}, ValueError, "top_k=50 of 5 tokens"),
-    "sampling beams": ({"do_sample": True, "num_beams": 2}, ValueError, "do_sample=True with num_beams=2"),
-    "sampling coverage": ({"do_sample": True, "coverage_penalty": 0.1}, ValueError, "coverage_penalty=0.1 with"),
-    "negative coverage": ({"coverage_penalty": -0.1}, ValueError, "coverage_penalty=-0.1; it is at least 0"),
-    "norm": ({"length_norm": "sum"}, ValueError, "length_norm='sum'"),
-    "stopping": ({"early_stopping": "always", "num_beams": 2}, ValueError, "early_stopping='always'"),
-    "stopping greedy": ({"early_stopping": True}, ValueError, "early_stopping=True with num_beams=1"),
-    "eos": ({"eos_id": 5}, ValueError, "eos_id=5, but step gives logits of 5 tokens: 0 to 4"),
-    "negative id": ({"pad_id": -1}, ValueError, "pad_id=-1; it is at least 0"),
-    "prefix rows": ({"decoder_input_ids": [[3]]}, ValueError, r"has shape \(1, 1\); expected \[B=3, P\]"),
+    "reorder": ({"reorder": 3}, TypeError, "reorder must be a function, got int"),
+    "one processor": ({"logits_processor": 3}, TypeError, "logits_processor must be callable"),
+    "no end": ({"streamer": type("Put", (), {"put": print})()}, TypeError, "must be callable or have put and end"),
+    "beams as a float": ({"num_beams": 2.0}, TypeError, "num_beams must be an int, got float"),
+    "no tokens": ({"max_new_tokens": 0}, fastseq.InputError, "max_new_tokens=0; it is at least 1"),
+    "empty batch": ({"batch_size": 0}, fastseq.InputError, "batch_size=0; it is at least 1"),
+    "least above most": ({"min_new_tokens": 9}, fastseq.InputError, "min_new_tokens=9 is more than max_new_tokens=6"),
+    "more than beams": (
+        {"num_return_sequences": 3, "num_beams": 2}, fastseq.InputError, "num_return_sequences=3 is more than",
+    ),
+    "many greedy": ({"num_return_sequences": 2}, fastseq.InputError, "pass do_sample=True"),
+    "temperature": ({"temperature": 0.0, "do_sample": True}, fastseq.InputError, "temperature=0.0; it is above 0"),
+    "infinite": ({"temperature": math.inf, "do_sample": True}, fastseq.InputError, "temperature=inf; it is finite"),
+    "idle temperature": ({"temperature": 0.5}, fastseq.InputError, "temperature=0.5 without do_sample=True"),
+    "idle top_k": ({"top_k": 5}, fastseq.InputError, "top_k=5 without do_sample=True"),
+    "top_p": ({"top_p": 0.0, "do_sample": True}, fastseq.InputError, "top_p=0.0; it is a probability"),
+    "sampling beams": ({"do_sample": True, "num_beams": 2}, fastseq.InputError, "do_sample=True with num_beams=2"),
+    "sampling coverage": ({"do_sample": True, "coverage_penalty": 0.1}, fastseq.InputError, "penalty=0.1 with"),
+    "negative coverage": ({"coverage_penalty": -0.1}, fastseq.InputError, "coverage_penalty=-0.1; it is at least 0"),
+    "norm": ({"length_norm": "sum"}, fastseq.InputError, "length_norm='sum'"),
+    "stopping": ({"early_stopping": "always", "num_beams": 2}, fastseq.InputError, "early_stopping='always'"),
+    "stopping greedy": ({"early_stopping": True}, fastseq.InputError, "early_stopping=True with num_beams=1"),
+    "eos": ({"eos_id": 5}, fastseq.InputError, "eos_id=5, but step gives logits of 5 tokens: 0 to 4"),
+    "negative id": ({"pad_id": -1}, fastseq.InputError, "pad_id=-1; it is at least 0"),
+    "prefix rows": ({"decoder_input_ids": [[3]]}, fastseq.InputError, r"has shape \(1, 1\); expected \[B=3, P\]"),
     "prefix dtype": ({"decoder_input_ids": torch.ones(3, 1)}, TypeError, "decoder_input_ids must hold integers"),
-    "prefix ids": ({"decoder_input_ids": [[9]] * 3}, ValueError, "decoder_input_ids holds 9, but step gives"),
-    "negative prefix": ({"decoder_input_ids": [[-1]] * 3}, ValueError, "decoder_input_ids holds -1"),
-    "streamed beams": ({"streamer": print, "num_beams": 2}, ValueError, "streamer with num_beams=2"),
+    "prefix ids": ({"decoder_input_ids": [[9]] * 3}, fastseq.InputError, "decoder_input_ids holds 9, but step gives"),
+    "negative prefix": ({"decoder_input_ids": [[-1]] * 3}, fastseq.InputError, "decoder_input_ids holds -1"),
+    "streamed beams": ({"streamer": print, "num_beams": 2}, fastseq.InputError, "streamer with num_beams=2"),
     "streamer": ({"streamer": 3}, TypeError, "streamer must be callable or have put and end, got int"),
     "processor": ({"logits_processor": [3]}, TypeError, "logits_processor must be callable"),
 }  # fmt: skip
@@ -497,22 +557,35 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_options(name: str) -> None:
     options, kind, message = WRONG[name]
+    toy, steps = Toy(), []
+
+    def step(tokens: Tensor, state: Any) -> Any:
+        steps.append(tokens)
+        return toy.step(tokens, state)
+
+    given = {"batch_size": 3, "bos_id": BOS, "eos_id": EOS, "pad_id": PAD, "max_new_tokens": 6} | options
     with pytest.raises(kind, match=message):
-        Toy().run(**options)
+        fastseq.generate(step, toy.state(), **given)
+    assert len(steps) == ("step gives" in message)  # how many tokens there are, the first step says
 
 
 BAD_STEPS: dict[str, tuple[Callable[[Tensor, Any], Any], type[Exception], str]] = {
     "logits alone": (lambda t, s: torch.zeros(3, 5), TypeError, r"step must return \(logits, state\) or"),
     "three-dimensional": (
         lambda t, s: (torch.zeros(3, 1, 5), s),
-        ValueError,
+        fastseq.InputError,
         r"step returned logits of shape \(3, 1, 5\)",
     ),
-    "fewer rows": (lambda t, s: (torch.zeros(2, 5), s), ValueError, r"expected a tensor \[N=3, V\]"),
-    "no weights": (lambda t, s: (torch.zeros(3, 5), s), ValueError, "return_weights and coverage_penalty need a step"),
+    "fewer rows": (lambda t, s: (torch.zeros(2, 5), s), fastseq.InputError, r"expected a tensor \[N=3, V\]"),
+    "NaN": (lambda t, s: (torch.full((3, 5), math.nan), s), fastseq.InputError, "returned NaN for a row that had not"),
+    "no weights": (
+        lambda t, s: (torch.zeros(3, 5), s),
+        fastseq.InputError,
+        "return_weights and coverage_penalty need a step",
+    ),
     "weights' shape": (
         lambda t, s: (torch.zeros(3, 5), s, torch.zeros(3)),
-        ValueError,
+        fastseq.InputError,
         r"step returned weights of shape \(3,\)",
     ),
 }
@@ -528,7 +601,112 @@ def test_wrong_steps(name: str) -> None:
 
 def test_wrong_state() -> None:
     options: dict[str, Any] = {"batch_size": 3, "bos_id": BOS, "eos_id": EOS, "pad_id": PAD, "max_new_tokens": 2}
-    with pytest.raises(ValueError, match=r"state holds a tensor of shape \(1, 3, 4\); expected batch_size=3 rows"):
+    with pytest.raises(
+        fastseq.InputError, match=r"state holds a tensor of shape \(1, 3, 4\); expected batch_size=3 rows"
+    ):
         fastseq.generate(lambda t, s: (torch.zeros(3, 5), s), torch.zeros(1, 3, 4), **options)
     with pytest.raises(TypeError, match="step must be a function"):
         fastseq.generate(3, None, **options)  # type: ignore[arg-type]
+
+
+def test_states_whose_rows_cannot_be_picked() -> None:
+    options: dict[str, Any] = {
+        "batch_size": 3,
+        "bos_id": BOS,
+        "eos_id": EOS,
+        "pad_id": PAD,
+        "max_new_tokens": 4,
+        "num_beams": 2,
+    }
+    with pytest.raises(TypeError, match="state holds a Toy, whose rows cannot be picked; pass reorder="):
+        fastseq.generate(lambda t, s: (torch.zeros(6, 5), s), {"model": Toy()}, **options)
+    with pytest.raises(fastseq.InputError, match=r"step returned a state of shape \(1, 6, 4\); expected N=6 rows"):
+        fastseq.generate(lambda t, s: (torch.zeros(6, 5), torch.zeros(1, 6, 4)), None, **options)
+    with pytest.raises(fastseq.InputError, match=r"logits_processor returned \(6, 4\); expected scores \(6, 5\)"):
+        fastseq.generate(
+            lambda t, s: (torch.zeros(6, 5), s), None, logits_processor=lambda ids, scores: scores[:, :4], **options
+        )
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 3, "top_p": 0.9}, {"num_beams": 3}], ids=str)
+def test_where_nothing_may_come_next(options: dict[str, Any]) -> None:
+    """A row ends there, without eos; a beam is given up; other rows go on."""
+    toy = Toy(V=6, seed=2)
+
+    def dead_end(tokens: Tensor, state: Any) -> Any:
+        logits, state, weights = toy.step(tokens, state)
+        logits = logits.masked_fill((tokens == 4)[:, None], -math.inf)  # nothing follows a 4
+        return torch.where((tokens == PAD)[:, None], math.nan, logits).float(), state, weights
+
+    given: dict[str, Any] = {"batch_size": 3, "bos_id": BOS, "eos_id": EOS, "pad_id": PAD, "max_new_tokens": 6}
+    ban = {"logits_processor": lambda ids, scores: scores.index_fill(1, torch.tensor([PAD]), -math.inf)}
+    forced = torch.tensor([[4], [3], [5]])
+    found = fastseq.generate(dead_end, toy.state(), decoder_input_ids=forced, **given, **ban, **options)
+    assert not found.scores.isnan().any()
+    for b in range(3):
+        tokens = tokens_of(found, b)
+        assert 4 not in tokens[:-1]
+        if "num_beams" not in options:
+            assert tokens[0] == int(forced[b, 0])
+            assert tokens[-1] in (EOS, 4) or len(tokens) == 7
+    alone = 0 if "num_beams" in options else 1  # the forced token
+    assert int(found.lengths[0, 0]) == alone
+    assert int(found.lengths[1, 0]) > 1
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_buffers_that_a_step_uses_again(beams: int) -> None:
+    """What the search keeps is its own: the step writes into its tokens and its weights."""
+    toy = Toy(seed=5)
+    rows = toy.B * beams
+    buffer = torch.empty(rows, toy.S)
+
+    def step(tokens: Tensor, state: Any) -> Any:
+        logits, state, weights = toy.step(tokens, state)
+        tokens.fill_(3)
+        return logits, state, buffer.copy_(weights)
+
+    options: dict[str, Any] = {"decoder_input_ids": [[3, 4]] * 3, "num_beams": beams, "return_weights": True}
+    options |= {
+        "batch_size": 3,
+        "bos_id": BOS,
+        "eos_id": EOS,
+        "pad_id": PAD,
+        "max_new_tokens": 6,
+        "coverage_penalty": 0.2,
+    }
+    for a, b in zip(
+        fastseq.generate(step, toy.state(), **options), fastseq.generate(toy.step, toy.state(), **options), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_logits_of_few_bits(dtype: torch.dtype, beams: int) -> None:
+    """Their scores are fp32: as of the same logits in fp32."""
+    toy, found = Toy(V=9, seed=1), []
+    for given in (dtype, torch.float32):
+
+        def step(tokens: Tensor, state: Any, given: torch.dtype = given) -> Any:
+            logits, state, _ = toy.step(tokens, state)
+            return logits.to(dtype).to(given), state
+
+        found.append(
+            fastseq.generate(
+                step, toy.state(), batch_size=3, bos_id=BOS, eos_id=EOS, pad_id=PAD, max_new_tokens=6, num_beams=beams
+            )
+        )
+    assert found[0].scores.dtype == torch.float32
+    for a, b in zip(found[0][:3], found[1][:3], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_pads_that_are_eos() -> None:
+    """As GPT-like tokenizers have it: lengths say where a row ends."""
+    toy = Toy(seed=0)
+    a, b = toy.run(), toy.run(pad_id=EOS)
+    assert torch.equal(a.lengths, b.lengths)
+    assert torch.equal(
+        torch.where(a.sequences == PAD, EOS, a.sequences), torch.where(b.sequences == PAD, EOS, b.sequences)
+    )

@@ -21,6 +21,8 @@ CASES = [
         ((5, 9, 13, 17), "lengths", 1),
         ((3, 20, 33, 65), "packed", 2),
         ((1, 3, 5, 31), "full", 1),
+        ((5, 1, 200, 201), "full", 2),  # weights read where they stand
+        ((5, 3, 201, 20), "lengths", 1),
     )
 ]
 

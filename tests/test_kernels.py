@@ -36,6 +36,7 @@ SHAPES = [  # T, B, I, H
     (70, 1, 5, 130),  # one row, two chunks
     (5, 1, 200, 201),  # one row reads both weights where they stand
     (5, 3, 201, 20),  # a few rows, the input's alone
+    (1, 70, 200, 33),  # too many rows for that
 ]
 
 

@@ -24,7 +24,7 @@ SIZES = [  # tokens, K, O
     ((3, 1), 33, 31),
     ((5, 11), 64, 96),
     ((13,), 130, 67),  # few: read in place
-    ((2, 20), 35, 129),  # beyond dot products
+    ((2, 30), 35, 129),  # beyond dot products
     ((20, 33), 31, 50),  # more tokens than are summed at a time
     ((3, 7), 1100, 70),  # deeper than a block of a sum
     ((40, 5), 70, 1100),

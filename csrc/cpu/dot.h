@@ -73,6 +73,7 @@ __attribute__((noinline)) vf sum_dots(const DotBlock<T, MR>* blocks, int count) 
 // to[m]'s lane i = the products of source m and row i < n, zero from n on; block(first) gives the sums of kRows rows from `first` on.
 template <class T, int MR, class Block>
 FS_INLINE void dot_rows(int n, vf (&to)[MR], Block&& block) {
+  static_assert(MR <= 2 || (MR == 4 && W == 16), "the halves and quarters below");
   constexpr int kRows = DotBlock<T, MR>::kRows;
   vf found[W / kRows];
   for (int first = 0; first < W; first += kRows) found[first / kRows] = first < n ? block(first) : vf{};

@@ -10,7 +10,7 @@ namespace FS_ISA {
 namespace {
 
 constexpr double kSmallProducts = 2e6;  // FLOPs below which a second thread costs more than it brings
-constexpr int64_t kDotTokens = 48;      // tokens up to which unpacked dot products beat packing the weights
+constexpr int64_t kDotTokens = W >= 16 ? 48 : 32;  // tokens up to which unpacked dot products beat packing the weights
 
 int lanes(int64_t left) { return left < W ? static_cast<int>(left) : W; }
 
@@ -92,7 +92,7 @@ class RowMultiplier {
   }
 
  private:
-  // A panel that is read once pays for no copy.
+  // A panel that one block of rows reads pays for no copy.
   bool in_place(int64_t p) const { return !product_.transposed && product_.tokens <= kRowBlock && is_panel<T>(product_.columns, p); }
 
   void pack(int64_t p) const {

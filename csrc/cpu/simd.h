@@ -10,6 +10,20 @@
 #include <immintrin.h>
 #endif
 
+// Masked loads and stores are built into the compiler: the address sanitizer does not see them, and so is given copies.
+#if defined(__SANITIZE_ADDRESS__)
+#define FS_SANITIZED 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define FS_SANITIZED 1
+#endif
+#endif
+#if defined(__AVX512F__) && !defined(FS_SANITIZED)
+#define FS_MASKS_512
+#elif defined(__AVX2__) && !defined(FS_SANITIZED)
+#define FS_MASKS_256
+#endif
+
 #define FS_INLINE inline __attribute__((always_inline))
 #define FS_LAMBDA __attribute__((always_inline))
 
@@ -70,17 +84,17 @@ FS_INLINE V load_vector(const T* p) {
   return v;
 }
 
-#if defined(__AVX512F__)
+#if defined(FS_MASKS_512)
 FS_INLINE __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
-#elif defined(__AVX2__)
+#elif defined(FS_MASKS_256)
 FS_INLINE __m256i first_lanes(int n) { return bits_of<__m256i>(vi{0, 1, 2, 3, 4, 5, 6, 7} < n); }
 #endif
 
 // The first n 32-bit lanes, the rest zero.
 FS_INLINE vf load_lanes(const float* p, int n) {
-#if defined(__AVX512F__)
+#if defined(FS_MASKS_512)
   return _mm512_maskz_loadu_ps(first_lanes(n), p);
-#elif defined(__AVX2__)
+#elif defined(FS_MASKS_256)
   return _mm256_maskload_ps(p, first_lanes(n));
 #else
   float lanes[W] = {};
@@ -92,7 +106,7 @@ FS_INLINE vf load_lanes(const float* p, int n) {
 // The first n of `p`'s 16-bit values as a vector V, the rest zero.
 template <class V>
 FS_INLINE V load_halves(const void* p, int n) {
-#if defined(__AVX512F__)
+#if defined(FS_MASKS_512)
   if constexpr (sizeof(V) == sizeof(__m512i)) {
     return bits_of<V>(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), p));
   } else {
@@ -130,9 +144,9 @@ FS_INLINE void store(float* p, vf x, int n) {
     __builtin_memcpy(p, &x, sizeof(x));
     return;
   }
-#if defined(__AVX512F__)
+#if defined(FS_MASKS_512)
   _mm512_mask_storeu_ps(p, first_lanes(n), x);
-#elif defined(__AVX2__)
+#elif defined(FS_MASKS_256)
   _mm256_maskstore_ps(p, first_lanes(n), x);
 #else
   std::memcpy(p, &x, sizeof(float) * n);
@@ -144,7 +158,7 @@ FS_INLINE void store(bf16* p, vf x, int n) {
   if (n == W) {
     __builtin_memcpy(p, &bits, sizeof(bits));
   } else {
-#if defined(__AVX512F__)
+#if defined(FS_MASKS_512)
     _mm256_mask_storeu_epi16(p, first_lanes(n), bits_of<__m256i>(bits));
 #else
     std::memcpy(p, &bits, sizeof(uint16_t) * n);

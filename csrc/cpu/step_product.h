@@ -18,7 +18,7 @@ constexpr int kMaxParts = 3;
 
 constexpr int kWidePanels = W >= 16 ? 4 : 2;  // of one row's tile over rows of w
 
-// How often a product is run, and for how many rows by one thread.
+// How often a product is run, and for about how many rows by one thread.
 struct Use {
   int64_t rows, steps;
 
@@ -83,11 +83,14 @@ class StepProduct {
   }
 
   // out[r][o] for r in [0, rows): operand(i)[r] is row r of part i, all `stride` apart in `operands`. Panels are visited
-  // backwards by turns, so that what the cache still holds of the last step is read first.
+  // backwards by turns, but for those in place of one row, so that what the cache still holds of the last step is read first.
   void run(int64_t rows, const uint32_t* const* operands, int64_t stride, Start<T> start, float* out, int64_t pitch, bool backwards) const {
     if (in_place_ && over_ == Over::columns) return dots(rows, operands, stride, start, out, pitch, backwards);
-    const int64_t wide = rows == 1 && stands(0) ? outputs_ / (kWidePanels * kStepPanel) * kWidePanels : 0;
-    for (int64_t p = 0; p < wide; p += kWidePanels) tile<1, kWidePanels>(p, 0, operands, stride, start, out, pitch);
+    int64_t wide = 0;
+    if constexpr (Dot<T>::kPerUnit == 1) {
+      if (rows == 1 && in_place_) wide = outputs_ / (kWidePanels * kStepPanel) * kWidePanels;
+      for (int64_t p = 0; p < wide; p += kWidePanels) tile<1, kWidePanels>(p, 0, operands, stride, start, out, pitch);
+    }
     const Blocks blocks(rows, kStepRows);
     for (int64_t i = wide; i < panels_; ++i) {
       const int64_t p = backwards ? panels_ - 1 - i + wide : i;
@@ -102,11 +105,12 @@ class StepProduct {
   // Whether the parts, side by side, are all that there is of w.
   FS_INLINE bool dense() const {
     for (int i = 0; i < parts_; ++i) {
-      const int64_t width = over_ == Over::columns ? depth_[i] : outputs_;
-      int64_t beside = 0;  // what other parts read of the same rows
-      for (int j = 0; over_ == Over::columns && j < parts_; ++j)
-        if (w_[j] == w_[i] + depth_[i] || w_[i] == w_[j] + depth_[j]) beside += depth_[j];
-      if (width + beside != pitch_[i]) return false;
+      int64_t width = over_ == Over::columns ? 0 : outputs_;
+      for (int j = 0; over_ == Over::columns && j < parts_; ++j) {  // of the same rows
+        const int64_t apart = w_[j] - w_[i];
+        if (-pitch_[i] < apart && apart < pitch_[i]) width += depth_[j];
+      }
+      if (width != pitch_[i]) return false;
     }
     return true;
   }

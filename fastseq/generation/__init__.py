@@ -48,29 +48,34 @@ def generate(
     """Sequences from any step: greedy, by beams, or drawn; without gradients.
 
     step: (tokens [N] int64, state) -> (logits [N, V], state) or (logits, state, weights [N, S]), where N = B * k for
-    each of B = batch_size rows has k together: num_beams, or num_return_sequences of a drawn one. Rows that have ended
-    go on with pad_id and are not looked at.
+    each of B = batch_size rows has k together: num_beams, or num_return_sequences of a drawn one. A row that has ended
+    goes on, with pad_id but for beams, and is not looked at.
     state: any pytree of tensors with B rows at dim 0, which are repeated for the k; then `reorder(state, index [N])`
     picks rows of it, by default index_select on every tensor. With `reorder` the state is N rows already, and may be
     anything. What all beams of a row share, such as the memory, belongs into the step, not into the state.
     device: of the tokens; None: of the state's first tensor, else the CPU.
 
-    max_new_tokens, min_new_tokens: without a forced prefix, with eos. A row that reaches the most ends without eos.
-    num_beams: 1 is greedy. num_return_sequences: hypotheses of each row, at most num_beams; with do_sample, draws.
+    max_new_tokens, min_new_tokens: beside bos and forced tokens; eos counts for the most, and comes after the least.
+    What reaches the most ends without eos.
+    num_beams: 1 is greedy. num_return_sequences: hypotheses of each row, at most num_beams; with do_sample, draws, the
+    likeliest first.
     do_sample: draws from the softmax of scores / temperature, of the top_k likeliest tokens (0: all), of those the
     fewest that have probability top_p together; by `generator` or torch's own.
     length_penalty, length_norm: a hypothesis' log-probability is divided by length^length_penalty ("len"), or by
     ((5 + length) / 6)^length_penalty ("wu": Wu et al. 2016, eq. 14); length counts new tokens and eos.
-    coverage_penalty: the beta of that equation, on the weights that the step returns.
+    coverage_penalty: the beta of that equation, on the weights that the step returns. A position to which no beam of
+    the row ever gave any is taken for one behind the mask.
     early_stopping: when a row is done with num_beams whole hypotheses: True at once; False as soon as no beam's score
     by now beats the worst of them; "never" as soon as none could, at its longest (as transformers has it).
     no_repeat_ngram_size: no n-gram comes twice in a row of tokens, bos and prefix included. 0: any may.
-    decoder_input_ids: [B, P] forced first tokens; bos is put before them unless all rows start with it.
-    logits_processor: one or several (ids [N, L] from bos on, log-probabilities [N, V]) -> [N, V], as transformers'.
+    decoder_input_ids: [B, P] forced first tokens; bos is put before them unless they start with it.
+    logits_processor: one or several (ids [N, L] from bos on, scores [N, V]) -> scores, as transformers calls them. The
+    scores are log-probabilities, which transformers has for beams alone.
     streamer: called with every step's tokens [N], or a transformers' streamer with put and end; not with beams.
 
-    Scores are sums of the new tokens' log-probabilities, in fp32, after the processors and before the temperature.
-    The only synchronisation of a step is whether all rows are done.
+    Scores are sums of the new tokens' log-probabilities, in fp32 (fp64 of fp64 logits), after the processors and
+    before the temperature. Where nothing may come next, a row ends without eos; a beam is given up.
+    Of a step, the host is told only whether all rows are done and whether a score is NaN, which raises InputError.
 
     Raises InputError or TypeError, naming the option, before the first step; what a step returns is checked as it does.
     """
@@ -79,8 +84,9 @@ def generate(
         top_p, length_penalty, length_norm, coverage_penalty, early_stopping, no_repeat_ngram_size,
         num_return_sequences, return_weights,
     )  # fmt: skip
-    if not callable(step):
-        raise TypeError(f"step must be a function (tokens, state) -> (logits, state), got {type(step).__name__}")
+    for name, function in (("step", step), ("reorder", reorder)):
+        if not callable(function) and not (name == "reorder" and function is None):
+            raise TypeError(f"{name} must be a function, got {type(function).__name__}")
     processors, (put, end) = _processors(logits_processor), _stream(streamer)
     if put is not None and num_beams > 1:
         raise InputError(f"streamer with num_beams={num_beams}: a beam's tokens may still change; use num_beams=1")
@@ -89,13 +95,7 @@ def generate(
     prefix = forced_prefix(decoder_input_ids, options, place)
     largest = 0 if decoder_input_ids is None else int(prefix.max())
     if reorder is None:
-        for t in tensors:
-            if t.dim() == 0 or t.shape[0] != batch_size:
-                raise InputError(
-                    f"state holds a tensor of shape {tuple(t.shape)}; expected batch_size={batch_size} rows at dim 0,"
-                    " or pass reorder=, with a state of all rows"
-                )
-        state = repeated(state, options.copies)
+        state = repeated(state, batch_size, options.copies)
     model = Model(step, state, options, processors, reorder or picked, largest)
     rows = prefix.repeat_interleave(options.copies, 0)
     if num_beams > 1:
@@ -108,8 +108,10 @@ def generate(
 
 
 def _processors(given: Any) -> list[LogitsProcessor]:
+    if given is None:
+        return []
     alone = callable(given) and not isinstance(given, list)  # transformers' list of them is both
-    processors: list[LogitsProcessor] = [] if given is None else [given] if alone else list(given)
+    processors = [given] if alone or not isinstance(given, Sequence) else list(given)
     for processor in processors:
         if not callable(processor):
             raise TypeError(
@@ -122,7 +124,7 @@ def _stream(streamer: Any) -> tuple[Stream | None, Any]:
     """What takes a step's tokens, and what is called at the end."""
     if streamer is None:
         return None, lambda: None
-    if hasattr(streamer, "put"):
+    if hasattr(streamer, "put") and hasattr(streamer, "end"):
         return lambda tokens: streamer.put(tokens.cpu()), streamer.end
     if not callable(streamer):
         raise TypeError(f"streamer must be callable or have put and end, got {type(streamer).__name__}")

@@ -57,9 +57,31 @@ class Options:
         if self.coverage_penalty < 0:
             raise InputError(f"coverage_penalty={self.coverage_penalty}; it is at least 0 (Wu et al. 2016, eq. 14)")
         one_of("length_norm", self.length_norm, ("len", "wu"))
-        if self.early_stopping not in (True, False, "never"):
+        for name in ("do_sample", "return_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise InputError(f"early_stopping={self.early_stopping!r}; expected True, False or 'never'")
         self._refuse_contradictions()
+        for length in (1, self.max_new_tokens):
+            self._check_norm(length)
+
+    def norm(self, length: int) -> float:
+        """What the log-probability of so many tokens is divided by: length^alpha, or Wu et al. 2016, eq. 14's
+        ((5 + length) / 6)^alpha; alpha is the length_penalty.
+        """
+        base = length if self.length_norm == "len" else (5 + length) / 6
+        return float(base**self.length_penalty)
+
+    def _check_norm(self, length: int) -> None:
+        try:
+            usable = 0 < self.norm(length) < math.inf
+        except OverflowError:
+            usable = False
+        if not usable:
+            raise InputError(
+                f"length_penalty={self.length_penalty} makes the norm of {length} tokens 0 or infinite; 0 to 2 is usual"
+            )
 
     def _refuse_contradictions(self) -> None:
         if self.do_sample and self.num_beams > 1:
@@ -96,19 +118,20 @@ class Options:
                 raise InputError(
                     f"{name}={getattr(self, name)}, but step gives logits of {size} tokens: 0 to {size - 1}"
                 )
-        if self.top_k > size:
-            raise InputError(f"top_k={self.top_k} of {size} tokens; 0 keeps all")
 
 
 def forced_prefix(ids: Any, options: Options, device: torch.device) -> Tensor:
-    """[B, P] int64, from bos on: `decoder_input_ids`, with bos put before them unless all rows start with it."""
+    """[B, P] int64, from bos on: `decoder_input_ids`, with bos put before them unless they start with it."""
     bos = torch.full((options.batch_size, 1), options.bos_id, dtype=torch.int64, device=device)
     if ids is None:
         return bos
     if not isinstance(ids, Tensor):
         if not isinstance(ids, Sequence):
             raise TypeError(f"decoder_input_ids must be an integer tensor [B, P], got {type(ids).__name__}")
-        ids = torch.tensor(ids)
+        lengths = {len(row) if isinstance(row, Sequence) else -1 for row in ids}
+        if len(lengths) > 1 or lengths & {-1, 0}:
+            raise InputError("decoder_input_ids must have rows of one length, at least 1: [B, P]; they are not padded")
+        ids = torch.tensor(ids) if ids else torch.empty(0, 0, dtype=torch.int64)
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
         raise TypeError(f"decoder_input_ids must hold integers, got {ids.dtype}; convert with .long()")
     if ids.dim() != 2 or ids.shape[0] != options.batch_size or ids.shape[1] == 0:
@@ -116,11 +139,14 @@ def forced_prefix(ids: Any, options: Options, device: torch.device) -> Tensor:
             f"decoder_input_ids has shape {tuple(ids.shape)}; expected [B={options.batch_size}, P], P at least 1"
         )
     ids = ids.to(device, torch.int64)
-    if bool((ids < 0).any()):
+    if int(ids.min()) < 0:
+        raise InputError(f"decoder_input_ids holds {int(ids.min())}; ids are at least 0")
+    begin = int((ids[:, 0] == options.bos_id).sum())
+    if 0 < begin < len(ids):
         raise InputError(
-            f"decoder_input_ids holds {int(ids.min())}; ids are at least 0. Rows of one length only: no pads"
+            f"decoder_input_ids begins with bos_id={options.bos_id} in {begin} of {len(ids)} rows; in all or in none"
         )
-    return ids if bool((ids[:, 0] == options.bos_id).all()) else torch.cat((bos, ids), 1)
+    return ids if begin else torch.cat((bos, ids), 1)
 
 
 def _need_integer(name: str, value: Any, least: int) -> None:

@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from .options import Options
 
-__all__ = ["LogitsProcessor", "coverage", "is_repeat", "length_norm", "processed", "warped"]
+__all__ = ["LogitsProcessor", "coverage", "is_repeat", "processed", "warped"]
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]  # (ids [N, L], scores [N, V]) -> scores [N, V], as transformers'
 
@@ -19,12 +20,19 @@ def processed(
     options: Options,
     processors: Sequence[LogitsProcessor],
 ) -> Tensor:
-    """Log-probabilities [N, V] in fp32 (fp64 of fp64), -inf for what may not come next."""
-    scores = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
+    """Log-probabilities [N, V] in fp32 (fp64 of fp64), -inf for what may not come next; NaN where a logit is."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    dead = logits.amax(-1, keepdim=True) == -torch.inf  # nothing may come: log_softmax would say NaN
+    scores = torch.where(dead, -torch.inf, torch.log_softmax(logits, -1))
     for processor in processors:
-        scores = processor(ids, scores)
+        found = processor(ids, scores)
+        if not isinstance(found, Tensor) or found.shape != scores.shape:
+            kind = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise InputError(f"logits_processor returned {kind}; expected scores {tuple(scores.shape)}")
+        scores = found
     if new < options.min_new_tokens:
-        scores = scores.index_fill(-1, torch.tensor([options.eos_id], device=scores.device), -torch.inf)
+        scores = scores.clone()
+        scores[:, options.eos_id] = -torch.inf
     if options.no_repeat_ngram_size:
         scores = scores.masked_fill(is_repeat(ids, scores.shape[1], options.no_repeat_ngram_size), -torch.inf)
     return scores
@@ -32,41 +40,34 @@ def processed(
 
 def is_repeat(ids: Tensor, vocab_size: int, n: int) -> Tensor:
     """[N, V]: whether a token would end an n-gram that its row [L] already has (Paulus et al. 2018, 2.5)."""
-    banned = ids.new_zeros((ids.shape[0], vocab_size), dtype=torch.bool)
+    banned = ids.new_zeros((ids.shape[0], vocab_size), dtype=torch.uint8)  # CUDA has no amax of bool
     if ids.shape[1] < n:
-        return banned
+        return banned.bool()
     grams = ids.unfold(1, n, 1)  # [N, L - n + 1, n]
     same = (grams[:, :, :-1] == ids[:, None, ids.shape[1] - n + 1 :]).all(-1)
-    return banned.scatter_reduce(1, grams[:, :, -1], same, "amax")
+    return banned.scatter_reduce(1, grams[:, :, -1], same.to(torch.uint8), "amax").bool()
 
 
 def warped(scores: Tensor, options: Options) -> Tensor:
-    """Scores to draw from: over the temperature, then the k likeliest, then the fewest likeliest of probability p
-    (Holtzman et al. 2020, 3.1), of which the likeliest always stays.
+    """Scores to draw from: over the temperature, then the k likeliest and what ties with the last of them, then the
+    fewest likeliest of probability p (Holtzman et al. 2020, 3.1), of which the likeliest always stays.
     """
-    scores = scores / options.temperature
+    scores = (scores - scores.amax(-1, keepdim=True)) / options.temperature
     if options.top_k:
-        least = scores.topk(options.top_k, -1).values[:, -1:]
+        least = scores.topk(min(options.top_k, scores.shape[1]), -1).values[:, -1:]
         scores = scores.masked_fill(scores < least, -torch.inf)
     if options.top_p < 1:
-        ordered, index = scores.sort(-1, descending=True)
+        ordered, index = scores.sort(dim=-1, descending=True, stable=True)
         p = ordered.softmax(-1)
         drop = p.cumsum(-1) - p >= options.top_p  # what stands before it has p already
         scores = scores.masked_fill(torch.empty_like(drop).scatter_(1, index, drop), -torch.inf)
     return scores
 
 
-def length_norm(length: int, options: Options) -> float:
-    """What the log-probability of so many tokens is divided by: length^alpha, or Wu et al. 2016, eq. 14's
-    ((5 + length) / 6)^alpha; alpha is the length_penalty.
+def coverage(total: Tensor, there: Tensor, beta: float) -> Tensor:
+    """beta sum_s log(min(a_s, 1)) of the weights a that each position got in all [..., S] (Wu et al. 2016, eq. 14).
+
+    there [..., S]: positions of the source; one that got none counts as if it had the least number above 0.
     """
-    base = length if options.length_norm == "len" else (5 + length) / 6
-    return float(base**options.length_penalty)
-
-
-def coverage(total: Tensor, beta: float) -> Tensor:
-    """beta sum_s log(min(a_s, 1)) of the weights that each position got in all [..., S] (Wu et al. 2016, eq. 14).
-
-    A position that never got any is not one of the source: softmax gives none a weight of 0 but those masked out.
-    """
-    return beta * torch.where(total > 0, total.clamp(max=1).log(), 0).sum(-1)
+    got = total.clamp(min=torch.finfo(total.dtype).tiny, max=1)
+    return beta * torch.where(there, got.log(), 0).sum(-1)

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InputError
 from .options import Options
-from .scores import LogitsProcessor, coverage, length_norm, processed, warped
+from .scores import LogitsProcessor, coverage, processed, warped
 
 __all__ = ["GenerateOutput", "Model", "Reorder", "Step", "Stream", "beam_search", "follow", "picked", "repeated"]
 
@@ -20,7 +20,7 @@ Stream = Callable[[Tensor], None]  # of the tokens [N] of a step
 
 
 class GenerateOutput(NamedTuple):
-    """Hypotheses, the best first: B rows with R of them each."""
+    """Hypotheses, the best first: B rows with R of them each. Where there are fewer: of length 0, with score -inf."""
 
     sequences: Tensor  # [B, R, L] int64: without bos, with eos, then pad_id
     lengths: Tensor  # [B, R]: tokens before the padding
@@ -40,90 +40,112 @@ class Model:
     largest: int  # of the forced tokens
 
     def __post_init__(self) -> None:
+        options = self.options
         self.vocab_size = 0  # until the first step
-        self.needs_weights = self.options.return_weights or self.options.coverage_penalty > 0
+        self.needs_weights = options.return_weights or options.coverage_penalty > 0
+        self.weights: list[Tensor] = []  # [N, S] of each step, with return_weights
+        self.covered: Tensor | None = None  # [N, S], the sum of what each row's steps gave; with coverage_penalty
+        self.there: Tensor | None = None  # [B, 1, S]: positions that some step of the row gave any
 
-    def advance(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits [N, V] and weights [N, S], the latter where they are asked for."""
+    def advance(self, tokens: Tensor, running: Tensor | None = None) -> Tensor:
+        """Logits [N, V] of the next step; its weights are kept, those of rows [N] that do not run as 0."""
         got = self.step(tokens, self.state)
         if not isinstance(got, tuple) or len(got) not in (2, 3):
             raise TypeError(f"step must return (logits, state) or (logits, state, weights), got {_kind(got)}")
         logits, self.state, weights = got if len(got) == 3 else (*got, None)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != tokens.shape[0]:
-            raise InputError(f"step returned logits {_kind(logits)}; expected a tensor [N={tokens.shape[0]}, V]")
-        if not self.vocab_size:
-            self.options.check_vocabulary(logits.shape[1])
-            if self.largest >= logits.shape[1]:
-                raise InputError(
-                    f"decoder_input_ids holds {self.largest}, but step gives logits of {logits.shape[1]} tokens"
-                )
-            self.vocab_size = logits.shape[1]
-        elif logits.shape[1] != self.vocab_size:
+        self._check_logits(logits, tokens)
+        if self.needs_weights:
+            self._keep(weights, tokens, running)
+        return logits
+
+    def _check_logits(self, logits: Any, tokens: Tensor) -> None:
+        rows = tokens.shape[0]
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != rows:
+            raise InputError(f"step returned logits {_kind(logits)}; expected a tensor [N={rows}, V]")
+        if logits.device != tokens.device:
+            raise InputError(f"step returned logits on {logits.device}, tokens are on {tokens.device}; pass device=")
+        if logits.shape[1] == self.vocab_size:
+            return
+        if self.vocab_size:
             raise InputError(f"step returned logits of {logits.shape[1]} tokens, of {self.vocab_size} before")
-        if not self.needs_weights:
-            return logits, None
+        self.options.check_vocabulary(logits.shape[1])
+        if self.largest >= logits.shape[1]:
+            raise InputError(
+                f"decoder_input_ids holds {self.largest}, but step gives logits of {logits.shape[1]} tokens"
+            )
+        self.vocab_size = logits.shape[1]
+
+    def _keep(self, weights: Any, tokens: Tensor, running: Tensor | None) -> None:
         if weights is None:
             raise InputError("return_weights and coverage_penalty need a step that returns (logits, state, weights)")
-        if not isinstance(weights, Tensor) or weights.dim() != 2 or weights.shape[0] != tokens.shape[0]:
-            raise InputError(f"step returned weights {_kind(weights)}; expected a tensor [N={tokens.shape[0]}, S]")
-        return logits, weights.float()
+        rows, before = tokens.shape[0], self.covered if self.covered is not None else next(iter(self.weights), None)
+        if not isinstance(weights, Tensor) or weights.dim() != 2 or weights.shape[0] != rows:
+            raise InputError(f"step returned weights {_kind(weights)}; expected a tensor [N={rows}, S]")
+        if before is not None and before.shape != weights.shape:
+            raise InputError(f"step returned weights {_kind(weights)}, of shape {tuple(before.shape)} before")
+        kept = weights.detach().to(torch.float32, copy=True)  # the step may use its buffer again
+        if running is not None:
+            kept = torch.where(running[:, None], kept, 0)
+        if self.options.return_weights:
+            self.weights.append(kept)
+        if self.options.coverage_penalty:
+            there = (kept > 0).view(self.options.batch_size, -1, kept.shape[1]).any(1, keepdim=True)
+            self.there = there if self.there is None else self.there | there
+            self.covered = kept if self.covered is None else self.covered + kept
 
-    def read(self, prefix: Tensor) -> list[Tensor]:
-        """Every forced token [N, P] but the last, one step each: their weights."""
-        found = []
-        for tokens in prefix[:, :-1].unbind(1):
-            weights = self.advance(tokens)[1]
-            if weights is not None:
-                found.append(weights)
-        return found
+    def scores(self, logits: Tensor, ids: Tensor, new: int, running: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the next token [N, V]; whether a row [N] that runs has NaN, of which none are left."""
+        scores = processed(logits, ids, new, self.options, self.processors)
+        wrong = scores.isnan()
+        return scores.masked_fill(wrong, -torch.inf), (wrong.any(-1) & running).any()
 
-    def scores(self, logits: Tensor, ids: Tensor, new: int) -> Tensor:
-        return processed(logits, ids, new, self.options, self.processors)
+    def final(self, scores: Tensor, norms: Tensor | float, parent: Tensor | None = None) -> Tensor:
+        """Of whole hypotheses [B, k'] with these log-probabilities; parent [B, k']: each one's row among its B's."""
+        final = scores / norms
+        if self.covered is None or self.there is None:
+            return final
+        covered = self.covered.unflatten(0, (self.options.batch_size, -1))
+        covered = covered if parent is None else _take(covered, parent)
+        return final + coverage(covered, self.there, self.options.coverage_penalty)
 
     def pick(self, rows: Tensor) -> None:
-        """Goes on with these rows of the state."""
+        """Goes on with these rows [N]."""
         self.state = self.reorder(self.state, rows)
+        self.covered = None if self.covered is None else self.covered.index_select(0, rows)
 
 
 def follow(model: Model, prefix: Tensor, stream: Stream | None, generator: torch.Generator | None) -> GenerateOutput:
-    """Greedy search, or with do_sample one draw a step; rows do not touch each other. prefix: [N, P] from bos on."""
-    options, rows, past = model.options, prefix.shape[0], prefix.shape[1]
+    """Greedy search, or with do_sample one draw a step; rows do not touch each other. prefix: [N, P] from bos on.
+
+    A row with nothing that may come next ends there, without eos.
+    """
+    options, past = model.options, prefix.shape[1]
     ids = _with_room(prefix, options)
-    seen = model.read(prefix)
-    tokens, total = prefix[:, -1], torch.zeros((), device=prefix.device)
-    lengths = prefix.new_full((rows,), past)
-    running = torch.ones(rows, dtype=torch.bool, device=prefix.device)
-    covered: Tensor | None = sum(seen) if seen else None  # type: ignore[assignment]  # of tensors
+    tokens = _read(model, prefix)
+    lengths = torch.zeros_like(tokens)
+    running, total = torch.ones_like(tokens, dtype=torch.bool), torch.zeros((), device=prefix.device)
     for new in range(options.max_new_tokens):
-        logits, weights = model.advance(tokens)
-        scores = model.scores(logits, ids[:, : past + new], new)
+        logits = model.advance(tokens, running)
+        scores, wrong = model.scores(logits, ids[:, : past + new], new, running)
+        running = running & (scores.amax(-1) > -torch.inf)
+        scores = torch.where(running[:, None], scores, 0)  # a row that ended takes any token
         if options.do_sample:
             tokens = torch.multinomial(warped(scores, options).softmax(-1), 1, generator=generator)[:, 0]
         else:
             tokens = scores.argmax(-1)
-        total = total + torch.where(running, scores.gather(1, tokens[:, None])[:, 0], 0)
-        if weights is not None:
-            weights = weights * running[:, None]
-            covered = weights if covered is None else covered + weights
-            seen.append(weights)
+        total = total + scores.gather(1, tokens[:, None])[:, 0]
         tokens = torch.where(running, tokens, options.pad_id)
         ids[:, past + new] = tokens
-        lengths += running
+        lengths = lengths + running
         running = running & (tokens != options.eos_id)
         if stream is not None:
             stream(tokens)
-        if not bool(running.any()):
+        if _stops(~running.any(), wrong):
             break
-    norms = torch.tensor([length_norm(n, options) for n in range(1, options.max_new_tokens + 1)], dtype=total.dtype)
-    total = total / norms.to(total.device)[lengths - past - 1]
-    if covered is not None and options.coverage_penalty:
-        total = total + coverage(covered, options.coverage_penalty)
+    norms = torch.tensor([options.norm(max(n, 1)) for n in range(options.max_new_tokens + 1)], dtype=total.dtype)
     shape = (options.batch_size, options.copies)
-    found = GenerateOutput(
-        ids[:, 1:].unflatten(0, shape), (lengths - 1).view(shape), total.view(shape),
-        torch.stack(seen, 1).unflatten(0, shape) if options.return_weights else None,
-    )  # fmt: skip
-    return _ranked(found, options)
+    total = model.final(total.view(shape), norms.to(total.device)[lengths].view(shape))
+    return _ranked(model, total, ids[:, 1:].unflatten(0, shape), (lengths + past - 1).view(shape), None)
 
 
 @dataclass
@@ -133,14 +155,28 @@ class Hypotheses:
     scores: Tensor  # [B, k], of whole ones the final score; -inf: there is none
     ids: Tensor  # [B, k, P + max_new]
     lengths: Tensor  # [B, k]
-    weights: Tensor | None  # [B, k, P + max_new - 1, S]
+    trail: Tensor  # [B, k, P + max_new]: the row of the step that chose each token
 
     def chosen(self, index: Tensor) -> "Hypotheses":
         """Those at index [B, k'] of the k."""
         return Hypotheses(
             self.scores.gather(1, index), _take(self.ids, index), self.lengths.gather(1, index),
-            None if self.weights is None else _take(self.weights, index),
+            _take(self.trail, index),
         )  # fmt: skip
+
+    def continued(self, parent: Tensor, token: Tensor, scores: Tensor, at: int) -> "Hypotheses":
+        """The hypotheses at `parent` [B, k'], each with its token at place `at`."""
+        found = self.chosen(parent)
+        found.scores, found.lengths = scores, found.lengths + 1
+        found.ids[:, :, at], found.trail[:, :, at] = token, parent
+        return found
+
+    def with_others(self, others: "Hypotheses", k: int) -> "Hypotheses":
+        """The k best of both, the best first."""
+        both = Hypotheses(
+            *(torch.cat((getattr(self, name), getattr(others, name)), 1) for name in self.__dataclass_fields__)
+        )
+        return both.chosen(both.scores.topk(k, 1).indices)
 
 
 def beam_search(model: Model, prefix: Tensor) -> GenerateOutput:
@@ -151,50 +187,39 @@ def beam_search(model: Model, prefix: Tensor) -> GenerateOutput:
     """
     options, past = model.options, prefix.shape[1]
     batch, k = options.batch_size, options.num_beams
-    seen = model.read(prefix)
     ids = _with_room(prefix, options).view(batch, k, -1)
+    tokens = _read(model, prefix)
     scores = torch.zeros(batch, k, device=prefix.device)
     scores[:, 1:] = -torch.inf  # all beams are the same so far
-    beams = Hypotheses(scores, ids, torch.full_like(ids[:, :, 0], past), None)
-    whole = Hypotheses(torch.full_like(scores, -torch.inf), ids, beams.lengths, None)
+    beams = Hypotheses(scores, ids, torch.full_like(ids[:, :, 0], past - 1), torch.zeros_like(ids))
+    whole = Hypotheses(torch.full_like(scores, -torch.inf), ids, beams.lengths, beams.trail)
     done = torch.zeros(batch, dtype=torch.bool, device=prefix.device)
-    covered: Tensor | None = sum(seen) if seen else None  # type: ignore[assignment]  # of tensors
     first_row = torch.arange(batch, device=prefix.device)[:, None] * k
-    tokens = prefix[:, -1]
     for new in range(options.max_new_tokens):
         at = past + new
-        logits, weights = model.advance(tokens)
-        steps = model.scores(logits, beams.ids[:, :, :at].flatten(0, 1), new)
-        if weights is not None:
-            covered = weights if covered is None else covered + weights
-            _keep_weights(beams, whole, seen, weights, at - 1, options)
-        if new == 0:
-            beams.scores = beams.scores.to(steps.dtype)
-            whole.scores = whole.scores.to(steps.dtype)
+        running = (beams.scores > -torch.inf) & ~done[:, None]
+        logits = model.advance(tokens)
+        steps, wrong = model.scores(logits, beams.ids[:, :, :at].flatten(0, 1), new, running.flatten())
         every = (beams.scores[:, :, None] + steps.view(batch, k, -1)).flatten(1)
         best, index = every.topk(min(2 * k, every.shape[1]), 1)
         parent, token = index // model.vocab_size, index % model.vocab_size
         ends = token == options.eos_id
-        longer = Hypotheses(best, beams.ids, beams.lengths + 1, beams.weights)
-        final = _final(best, new + 1, None if covered is None else covered[first_row + parent], options)
-        ranks = torch.arange(best.shape[1], device=best.device)
-        final = final.masked_fill(~ends | (ranks >= k) | done[:, None], -torch.inf)
-        whole = _merged(whole, _continued(longer, parent, token, final, at), k)
-        going = best.masked_fill(ends, -torch.inf)
-        best, rank = going.topk(k, 1)
+        counts = ends & (torch.arange(best.shape[1], device=best.device) < k) & ~done[:, None]
+        final = model.final(best, options.norm(new + 1), parent).masked_fill(~counts, -torch.inf)
+        whole = whole.with_others(beams.continued(parent, token, final, at), k)
+        best, rank = best.masked_fill(ends, -torch.inf).topk(k, 1)
         parent, token = parent.gather(1, rank), token.gather(1, rank)
-        beams = _continued(longer, parent, token, best, at)
+        beams = beams.continued(parent, token, best, at)
         done = done | _is_done(whole, beams, new + 1, options)
-        if bool(done.all()):
+        if _stops(done.all(), wrong) or new + 1 == options.max_new_tokens:
             break
-        rows = (first_row + parent).flatten()
-        model.pick(rows)
+        model.pick((first_row + parent).flatten())
         tokens = token.flatten()
-        covered = None if covered is None else covered[rows]
-    final = _final(beams.scores, new + 1, None if covered is None else covered.unflatten(0, (batch, k)), options)
+    final = model.final(beams.scores, options.norm(new + 1), parent)
     beams.scores = final.masked_fill(done[:, None], -torch.inf)
-    whole = _merged(whole, beams, options.num_return_sequences)
-    return _trimmed(GenerateOutput(whole.ids[:, :, 1:], whole.lengths - 1, whole.scores, whole.weights), options)
+    whole = whole.with_others(beams, options.num_return_sequences)
+    trail = whole.trail[:, :, 1:] + first_row[:, :, None]
+    return _trimmed(model, whole.scores, whole.ids[:, :, 1:], whole.lengths, trail)
 
 
 def _with_room(prefix: Tensor, options: Options) -> Tensor:
@@ -202,49 +227,24 @@ def _with_room(prefix: Tensor, options: Options) -> Tensor:
     return torch.nn.functional.pad(prefix, (0, options.max_new_tokens), value=options.pad_id)
 
 
+def _read(model: Model, prefix: Tensor) -> Tensor:
+    """Steps over all forced tokens [N, P] but the last, which is returned."""
+    for tokens in prefix[:, :-1].unbind(1):
+        model.advance(tokens)
+    return prefix[:, -1]
+
+
+def _stops(done: Tensor, wrong: Tensor) -> bool:
+    """The one thing that the host is told of a step."""
+    told = int(done + 2 * wrong)
+    if told >= 2:
+        raise InputError("step or a logits_processor returned NaN for a row that had not ended; look at the model")
+    return told == 1
+
+
 def _take(values: Tensor, index: Tensor) -> Tensor:
     """values [B, k, ...] at index [B, k']."""
     return values[torch.arange(len(values), device=values.device)[:, None], index]
-
-
-def _keep_weights(
-    beams: Hypotheses, whole: Hypotheses, seen: list[Tensor], weights: Tensor, at: int, options: Options
-) -> None:
-    """The weights [N, S] of a step, at its token's place in every beam; the first time those of the prefix too."""
-    if not options.return_weights:
-        return
-    batch, k, length = beams.ids.shape
-    if beams.weights is None:
-        beams.weights = weights.new_zeros(batch, k, length - 1, weights.shape[1])
-        whole.weights = beams.weights.clone()
-        for place, past in enumerate(seen):
-            beams.weights[:, :, place] = past.view(batch, k, -1)
-    beams.weights[:, :, at] = weights.view(batch, k, -1)
-
-
-def _final(scores: Tensor, length: int, covered: Tensor | None, options: Options) -> Tensor:
-    """Of whole hypotheses [B, k'] with these log-probabilities and sums of weights [B, k', S]."""
-    final = scores / length_norm(length, options)
-    if covered is None or not options.coverage_penalty:
-        return final
-    return final + coverage(covered, options.coverage_penalty)
-
-
-def _continued(of: Hypotheses, parent: Tensor, token: Tensor, scores: Tensor, at: int) -> Hypotheses:
-    """The hypotheses at `parent` [B, k'], each with its token at place `at`."""
-    found = of.chosen(parent)
-    found.scores = scores
-    found.ids[:, :, at] = token
-    return found
-
-
-def _merged(a: Hypotheses, b: Hypotheses, k: int) -> Hypotheses:
-    """The k best of both, the best first."""
-    weights = None if a.weights is None or b.weights is None else torch.cat((a.weights, b.weights), 1)
-    both = Hypotheses(
-        torch.cat((a.scores, b.scores), 1), torch.cat((a.ids, b.ids), 1), torch.cat((a.lengths, b.lengths), 1), weights
-    )
-    return both.chosen(both.scores.topk(k, 1).indices)
 
 
 def _is_done(whole: Hypotheses, beams: Hypotheses, length: int, options: Options) -> Tensor:
@@ -256,41 +256,66 @@ def _is_done(whole: Hypotheses, beams: Hypotheses, length: int, options: Options
     full = whole.scores[:, -1] > -torch.inf
     if options.early_stopping is not True:
         longest = options.early_stopping == "never" and options.length_penalty > 0
-        norm = length_norm(options.max_new_tokens if longest else length, options)
+        norm = options.norm(options.max_new_tokens if longest else length)
         full = full & (whole.scores[:, -1] >= beams.scores[:, 0] / norm)
     return full | (beams.scores[:, 0] == -torch.inf)
 
 
-def _ranked(found: GenerateOutput, options: Options) -> GenerateOutput:
-    order = found.scores.argsort(dim=1, descending=True, stable=True)
-    sequences, lengths, scores = (
-        _take(found.sequences, order),
-        found.lengths.gather(1, order),
-        found.scores.gather(1, order),
-    )
-    weights = None if found.weights is None else _take(found.weights, order)
-    return _trimmed(GenerateOutput(sequences, lengths, scores, weights), options)
+def _ranked(model: Model, scores: Tensor, ids: Tensor, lengths: Tensor, trail: Tensor | None) -> GenerateOutput:
+    """Rows that went on by themselves, the best of a B's first."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    rows = torch.arange(len(order), device=order.device)[:, None] * order.shape[1] + order
+    trail = rows[:, :, None].expand(-1, -1, ids.shape[2])
+    return _trimmed(model, scores.gather(1, order), _take(ids, order), lengths.gather(1, order), trail)
 
 
-def _trimmed(found: GenerateOutput, options: Options) -> GenerateOutput:
-    """Of the longest one's length; behind each one's own, padding and weights of 0."""
-    lengths = torch.where(found.scores > -torch.inf, found.lengths, 0)  # fewer hypotheses than asked for: empty ones
+def _trimmed(model: Model, scores: Tensor, ids: Tensor, lengths: Tensor, trail: Tensor) -> GenerateOutput:
+    """Of the longest one's length; behind each one's own, padding and weights of 0. trail: rows of N."""
+    lengths = torch.where(scores > -torch.inf, lengths, 0)  # fewer hypotheses than asked for: empty ones
     longest = int(lengths.max())
-    there = torch.arange(longest, device=lengths.device) < lengths[:, :, None]
-    sequences = torch.where(there, found.sequences[:, :, :longest], options.pad_id)
-    weights = None if found.weights is None else found.weights[:, :, :longest] * there[..., None]
-    return GenerateOutput(sequences, lengths, found.scores, weights)
+    places = torch.arange(longest, device=lengths.device)
+    there = places < lengths[:, :, None]
+    sequences = torch.where(there, ids[:, :, :longest], model.options.pad_id)
+    weights = None
+    if model.options.return_weights:
+        steps = torch.stack(model.weights)  # [P - 1 + steps, N, S]
+        weights = torch.where(there[..., None], steps[places, trail[:, :, :longest]], 0)
+    return GenerateOutput(sequences, lengths, scores, weights)
 
 
 def picked(state: Any, index: Tensor) -> Any:
     """Rows `index` of every tensor of a pytree."""
-    return pytree.tree_map_only(Tensor, lambda t: t.index_select(0, index), state)
+
+    def pick(t: Tensor) -> Tensor:
+        if t.dim() == 0 or t.shape[0] != len(index):
+            raise InputError(f"step returned a state of shape {tuple(t.shape)}; expected N={len(index)} rows at dim 0")
+        return t.index_select(0, index)
+
+    return pytree.tree_map_only(Tensor, pick, state)
 
 
-def repeated(state: Any, copies: int) -> Any:
-    """Every row of every tensor of a pytree `copies` times."""
-    return pytree.tree_map_only(Tensor, lambda t: t.repeat_interleave(copies, 0), state)
+def repeated(state: Any, rows: int, copies: int) -> Any:
+    """Every row of every tensor of a pytree `copies` times; InputError or TypeError for leaves without B rows."""
+
+    def repeat(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            if leaf.dim() == 0 or leaf.shape[0] != rows:
+                raise InputError(
+                    f"state holds a tensor of shape {tuple(leaf.shape)}; expected batch_size={rows} rows at dim 0, or"
+                    " pass reorder=, with a state of all rows"
+                )
+            return leaf.repeat_interleave(copies, 0)
+        if leaf is not None and not isinstance(leaf, (bool, int, float, str)):
+            raise TypeError(
+                f"state holds a {type(leaf).__name__}, whose rows cannot be picked; pass reorder=, or tensors in"
+                " tuples, lists and dicts"
+            )
+        return leaf
+
+    return pytree.tree_map(repeat, state)
 
 
 def _kind(value: Any) -> str:
-    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__}"
+    if isinstance(value, Tensor):
+        return f"of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple) else type(value).__name__

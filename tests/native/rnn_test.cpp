@@ -41,6 +41,7 @@ struct Problem {
              pick(random, {1, 5, 16, 33}), pick(random, {1, 7, 16, 35})};
     steps = pick(random, {0, 1, 2, 9, 20}), rows = pick(random, {0, 1, 2, 5, 13, 40});
     if (rows <= 2 && coin(random)) shape.hidden = 130, steps = pick(random, {steps, 70});  // threads split the units
+    if (rows == 1 && coin(random)) shape.hidden = 197, shape.input = pick(random, {shape.input, 201});  // weights read in place
     directions = 1 + coin(random);
     kind = static_cast<decltype(kind)>(random() % (rows ? 3 : 2));
     if (kind == lengths)
