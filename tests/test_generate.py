@@ -1,10 +1,7 @@
 """fastseq.generate against searches written out: every sequence, a loop for each sentence, counts of draws."""
 
-import itertools
 import math
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -16,111 +13,7 @@ import fastseq
 from fastseq.generation import scores as scoring
 from fastseq.generation import search
 from fastseq.generation.options import Options
-
-BOS, EOS, PAD = 0, 1, 2
-H = 6
-
-
-@dataclass
-class Toy:
-    """A recurrent model in float64 that also attends; the memory of row b of the batch is its own."""
-
-    V: int = 5
-    B: int = 3
-    S: int = 4
-    seed: int = 0
-    sharpness: float = 3.0
-
-    def __post_init__(self) -> None:
-        g = torch.Generator().manual_seed(self.seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-        self.embedding, self.u, self.w = normal(self.V, H), normal(H, H) * 0.7, normal(H, self.V) * self.sharpness
-        self.memory, self.h0 = normal(self.B, self.S, H), normal(self.B, H)
-        self.mask = torch.ones(self.B, self.S, dtype=torch.bool)
-        self.mask[1:2, -1] = False  # of the second row one position less
-
-    def state(self) -> dict[str, Tensor]:
-        return {"h": self.h0.clone()}
-
-    def step(self, tokens: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        copies = len(tokens) // self.B
-        h = torch.tanh(self.embedding[tokens] + state["h"] @ self.u)
-        scores = (h.view(self.B, copies, 1, H) * self.memory[:, None]).sum(-1)
-        weights = scores.masked_fill(~self.mask[:, None], -math.inf).softmax(-1).flatten(0, 1)
-        return (h + weights @ torch.ones(self.S, H, dtype=h.dtype)) @ self.w, {"h": h}, weights
-
-    def row(self, b: int) -> "Toy":
-        """Row b alone."""
-        one = Toy(self.V, 1, self.S, self.seed, self.sharpness)
-        one.embedding, one.u, one.w = self.embedding, self.u, self.w
-        one.memory, one.h0, one.mask = self.memory[b : b + 1], self.h0[b : b + 1], self.mask[b : b + 1]
-        return one
-
-    def score(self, tokens: list[int], prefix: tuple[int, ...] = (BOS,)) -> tuple[float, Tensor]:
-        """Log-probability of the tokens after the prefix, of a Toy with one row; all weights [P - 1 + L, S]."""
-        state, total, weights = self.state(), 0.0, []
-        fed = [*prefix, *tokens]
-        for k, (token, following) in enumerate(itertools.pairwise(fed)):
-            logits, state, w = self.step(torch.tensor([token]), state)
-            weights.append(w[0])
-            if k + 1 >= len(prefix):
-                total += float(logits.log_softmax(-1)[0, following])
-        return total, torch.stack(weights)
-
-    def run(self, **options: Any) -> fastseq.GenerateOutput:
-        given = {"batch_size": self.B, "bos_id": BOS, "eos_id": EOS, "pad_id": PAD, "max_new_tokens": 6} | options
-        return fastseq.generate(self.step, self.state(), **given)
-
-
-def norm(length: int, options: dict[str, Any]) -> float:
-    base = length if options.get("length_norm", "len") == "len" else (5 + length) / 6
-    return float(base ** options.get("length_penalty", 1.0))
-
-
-def final(toy: Toy, tokens: list[int], options: dict[str, Any], prefix: tuple[int, ...] = (BOS,)) -> float:
-    """The score of a whole hypothesis, by its definition."""
-    total, weights = toy.score(tokens, prefix)
-    penalty = options.get("coverage_penalty", 0.0) * float(weights.sum(0)[toy.mask[0]].clamp(max=1).log().sum())
-    return total / norm(len(tokens), options) + penalty
-
-
-def tokens_of(found: fastseq.GenerateOutput, b: int, r: int = 0) -> list[int]:
-    return found.sequences[b, r, : int(found.lengths[b, r])].tolist()
-
-
-def all_sequences(V: int, most: int) -> list[list[int]]:
-    """Every sequence that ends by eos, or for its length."""
-    every = [[*t] for length in range(1, most + 1) for t in itertools.product(range(V), repeat=length)]
-    return [t for t in every if EOS not in t[:-1] and (t[-1] == EOS or len(t) == most)]
-
-
-def plain_beam(
-    toy: Toy, k: int, most: int, options: dict[str, Any], prefix: tuple[int, ...] = (BOS,)
-) -> list[tuple[float, list[int]]]:
-    """One sentence's beam search, a list of hypotheses at a time: k best, the best first."""
-    stops = options.get("early_stopping", False)
-    beams, whole = [(0.0, [])], []  # type: ignore[var-annotated]
-    for length in range(1, most + 1):
-        every = []
-        for total, tokens in beams:
-            state = toy.state()
-            for token in [*prefix, *tokens]:
-                logits, state, _ = toy.step(torch.tensor([token]), state)
-            every += [(total + float(p), [*tokens, v]) for v, p in enumerate(logits.log_softmax(-1)[0])]
-        every.sort(key=lambda x: -x[0])
-        whole += [(final(toy, t, options, prefix), t) for _, t in every[:k] if t[-1] == EOS]
-        whole = sorted(whole, key=lambda x: -x[0])[:k]
-        beams = [x for x in every[: 2 * k] if x[1][-1] != EOS][:k]
-        longest = stops == "never" and options.get("length_penalty", 1.0) > 0
-        reach = beams[0][0] / norm(most if longest else length, options)
-        if len(whole) == k and (stops is True or whole[-1][0] >= reach):
-            return whole
-    whole += [(final(toy, t, options, prefix), t) for _, t in beams]
-    return sorted(whole, key=lambda x: -x[0])[:k]
-
+from tests.generate_oracle import BOS, EOS, PAD, Toy, all_sequences, final, plain_beam, tokens_of
 
 NORMS: list[dict[str, Any]] = [
     {},
@@ -212,7 +105,12 @@ def test_one_beam_is_greedy() -> None:
     for seed in range(5):
         toy = Toy(seed=seed)
         greedy = toy.run(return_weights=True)
-        options = Options(3, BOS, EOS, PAD, 6, 0, 1, False, 1.0, 0, 1.0, 1.0, "len", 0.0, False, 0, 1, True)
+        options = Options(
+            batch_size=3, bos_id=BOS, eos_id=EOS, pad_id=PAD, max_new_tokens=6, min_new_tokens=0, num_beams=1,
+            do_sample=False, temperature=1.0, top_k=0, top_p=1.0, length_penalty=1.0, length_norm="len",
+            coverage_penalty=0.0, early_stopping=False, no_repeat_ngram_size=0, num_return_sequences=1,
+            return_weights=True,
+        )  # fmt: skip
         model = search.Model(toy.step, toy.state(), options, [], search.picked, 0)
         beam = search.beam_search(model, torch.full((3, 1), BOS))
         for a, b in zip(greedy, beam, strict=True):
@@ -508,124 +406,6 @@ def test_a_decoders_steps(name: str, beams: int) -> None:
     if attends:
         assert found.weights is not None
         torch.testing.assert_close(forced.weights * there[..., None], found.weights.flatten(0, 1), rtol=1e-4, atol=1e-5)
-
-
-WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "beams": ({"num_beams": 0}, fastseq.InputError, "num_beams=0; it is at least 1"),
-    "sampling as text": ({"do_sample": "no"}, TypeError, "do_sample must be True or False, got 'no'"),
-    "huge penalty": ({"length_penalty": 1e4}, fastseq.InputError, "length_penalty=10000.0 makes the norm of 6 tokens"),
-    "stopping as a number": ({"early_stopping": 1, "num_beams": 2}, fastseq.InputError, "early_stopping=1; expected"),
-    "ragged prefix": ({"decoder_input_ids": [[3, 4], [3], [3]]}, fastseq.InputError, "must have rows of one length"),
-    "empty prefix": ({"decoder_input_ids": [[], [], []]}, fastseq.InputError, "must have rows of one length"),
-    "bos here and there": (
-        {"decoder_input_ids": [[0, 3], [3, 3], [3, 3]]}, fastseq.InputError, "begins with bos_id=0 in 1 of 3 rows",
-    ),
-    "reorder": ({"reorder": 3}, TypeError, "reorder must be a function, got int"),
-    "one processor": ({"logits_processor": 3}, TypeError, "logits_processor must be callable"),
-    "no end": ({"streamer": type("Put", (), {"put": print})()}, TypeError, "must be callable or have put and end"),
-    "beams as a float": ({"num_beams": 2.0}, TypeError, "num_beams must be an int, got float"),
-    "no tokens": ({"max_new_tokens": 0}, fastseq.InputError, "max_new_tokens=0; it is at least 1"),
-    "empty batch": ({"batch_size": 0}, fastseq.InputError, "batch_size=0; it is at least 1"),
-    "least above most": ({"min_new_tokens": 9}, fastseq.InputError, "min_new_tokens=9 is more than max_new_tokens=6"),
-    "more than beams": (
-        {"num_return_sequences": 3, "num_beams": 2}, fastseq.InputError, "num_return_sequences=3 is more than",
-    ),
-    "many greedy": ({"num_return_sequences": 2}, fastseq.InputError, "pass do_sample=True"),
-    "temperature": ({"temperature": 0.0, "do_sample": True}, fastseq.InputError, "temperature=0.0; it is above 0"),
-    "infinite": ({"temperature": math.inf, "do_sample": True}, fastseq.InputError, "temperature=inf; it is finite"),
-    "idle temperature": ({"temperature": 0.5}, fastseq.InputError, "temperature=0.5 without do_sample=True"),
-    "idle top_k": ({"top_k": 5}, fastseq.InputError, "top_k=5 without do_sample=True"),
-    "top_p": ({"top_p": 0.0, "do_sample": True}, fastseq.InputError, "top_p=0.0; it is a probability"),
-    "sampling beams": ({"do_sample": True, "num_beams": 2}, fastseq.InputError, "do_sample=True with num_beams=2"),
-    "sampling coverage": ({"do_sample": True, "coverage_penalty": 0.1}, fastseq.InputError, "penalty=0.1 with"),
-    "negative coverage": ({"coverage_penalty": -0.1}, fastseq.InputError, "coverage_penalty=-0.1; it is at least 0"),
-    "norm": ({"length_norm": "sum"}, fastseq.InputError, "length_norm='sum'"),
-    "stopping": ({"early_stopping": "always", "num_beams": 2}, fastseq.InputError, "early_stopping='always'"),
-    "stopping greedy": ({"early_stopping": True}, fastseq.InputError, "early_stopping=True with num_beams=1"),
-    "eos": ({"eos_id": 5}, fastseq.InputError, "eos_id=5, but step gives logits of 5 tokens: 0 to 4"),
-    "negative id": ({"pad_id": -1}, fastseq.InputError, "pad_id=-1; it is at least 0"),
-    "prefix rows": ({"decoder_input_ids": [[3]]}, fastseq.InputError, r"has shape \(1, 1\); expected \[B=3, P\]"),
-    "prefix dtype": ({"decoder_input_ids": torch.ones(3, 1)}, TypeError, "decoder_input_ids must hold integers"),
-    "prefix ids": ({"decoder_input_ids": [[9]] * 3}, fastseq.InputError, "decoder_input_ids holds 9, but step gives"),
-    "negative prefix": ({"decoder_input_ids": [[-1]] * 3}, fastseq.InputError, "decoder_input_ids holds -1"),
-    "streamed beams": ({"streamer": print, "num_beams": 2}, fastseq.InputError, "streamer with num_beams=2"),
-    "streamer": ({"streamer": 3}, TypeError, "streamer must be callable or have put and end, got int"),
-    "processor": ({"logits_processor": [3]}, TypeError, "logits_processor must be callable"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_options(name: str) -> None:
-    options, kind, message = WRONG[name]
-    toy, steps = Toy(), []
-
-    def step(tokens: Tensor, state: Any) -> Any:
-        steps.append(tokens)
-        return toy.step(tokens, state)
-
-    given = {"batch_size": 3, "bos_id": BOS, "eos_id": EOS, "pad_id": PAD, "max_new_tokens": 6} | options
-    with pytest.raises(kind, match=message):
-        fastseq.generate(step, toy.state(), **given)
-    assert len(steps) == ("step gives" in message)  # how many tokens there are, the first step says
-
-
-BAD_STEPS: dict[str, tuple[Callable[[Tensor, Any], Any], type[Exception], str]] = {
-    "logits alone": (lambda t, s: torch.zeros(3, 5), TypeError, r"step must return \(logits, state\) or"),
-    "three-dimensional": (
-        lambda t, s: (torch.zeros(3, 1, 5), s),
-        fastseq.InputError,
-        r"step returned logits of shape \(3, 1, 5\)",
-    ),
-    "fewer rows": (lambda t, s: (torch.zeros(2, 5), s), fastseq.InputError, r"expected a tensor \[N=3, V\]"),
-    "NaN": (lambda t, s: (torch.full((3, 5), math.nan), s), fastseq.InputError, "returned NaN for a row that had not"),
-    "no weights": (
-        lambda t, s: (torch.zeros(3, 5), s),
-        fastseq.InputError,
-        "return_weights and coverage_penalty need a step",
-    ),
-    "weights' shape": (
-        lambda t, s: (torch.zeros(3, 5), s, torch.zeros(3)),
-        fastseq.InputError,
-        r"step returned weights of shape \(3,\)",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD_STEPS)
-def test_wrong_steps(name: str) -> None:
-    step, kind, message = BAD_STEPS[name]
-    options = {"batch_size": 3, "bos_id": BOS, "eos_id": EOS, "pad_id": PAD, "max_new_tokens": 2}
-    with pytest.raises(kind, match=message):
-        fastseq.generate(step, None, return_weights="weights" in name, **options)  # type: ignore[arg-type]
-
-
-def test_wrong_state() -> None:
-    options: dict[str, Any] = {"batch_size": 3, "bos_id": BOS, "eos_id": EOS, "pad_id": PAD, "max_new_tokens": 2}
-    with pytest.raises(
-        fastseq.InputError, match=r"state holds a tensor of shape \(1, 3, 4\); expected batch_size=3 rows"
-    ):
-        fastseq.generate(lambda t, s: (torch.zeros(3, 5), s), torch.zeros(1, 3, 4), **options)
-    with pytest.raises(TypeError, match="step must be a function"):
-        fastseq.generate(3, None, **options)  # type: ignore[arg-type]
-
-
-def test_states_whose_rows_cannot_be_picked() -> None:
-    options: dict[str, Any] = {
-        "batch_size": 3,
-        "bos_id": BOS,
-        "eos_id": EOS,
-        "pad_id": PAD,
-        "max_new_tokens": 4,
-        "num_beams": 2,
-    }
-    with pytest.raises(TypeError, match="state holds a Toy, whose rows cannot be picked; pass reorder="):
-        fastseq.generate(lambda t, s: (torch.zeros(6, 5), s), {"model": Toy()}, **options)
-    with pytest.raises(fastseq.InputError, match=r"step returned a state of shape \(1, 6, 4\); expected N=6 rows"):
-        fastseq.generate(lambda t, s: (torch.zeros(6, 5), torch.zeros(1, 6, 4)), None, **options)
-    with pytest.raises(fastseq.InputError, match=r"logits_processor returned \(6, 4\); expected scores \(6, 5\)"):
-        fastseq.generate(
-            lambda t, s: (torch.zeros(6, 5), s), None, logits_processor=lambda ids, scores: scores[:, :4], **options
-        )
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 3, "top_p": 0.9}, {"num_beams": 3}], ids=str)

@@ -35,7 +35,7 @@ FS_INLINE int64_t padded(int64_t n) { return (n + kStepPanel - 1) / kStepPanel *
 template <class T>
 struct Start {
   const T* const* rows = nullptr;
-  bool add = false;
+  bool add = false;  // over rows only
 };
 
 template <class T>
@@ -85,7 +85,7 @@ class StepProduct {
   // out[r][o] for r in [0, rows): operand(i)[r] is row r of part i, all `stride` apart in `operands`. Panels are visited
   // backwards by turns, but for those in place of one row, so that what the cache still holds of the last step is read first.
   void run(int64_t rows, const uint32_t* const* operands, int64_t stride, Start<T> start, float* out, int64_t pitch, bool backwards) const {
-    if (in_place_ && over_ == Over::columns) return dots(rows, operands, stride, start, out, pitch, backwards);
+    if (in_place_ && over_ == Over::columns) return dots(rows, operands, stride, start.rows, out, pitch, backwards);
     int64_t wide = 0;
     if constexpr (Dot<T>::kPerUnit == 1) {
       if (rows == 1 && in_place_) wide = outputs_ / (kWidePanels * kStepPanel) * kWidePanels;
@@ -107,8 +107,9 @@ class StepProduct {
     for (int i = 0; i < parts_; ++i) {
       int64_t width = over_ == Over::columns ? 0 : outputs_;
       for (int j = 0; over_ == Over::columns && j < parts_; ++j) {  // of the same rows
-        const int64_t apart = w_[j] - w_[i];
-        if (-pitch_[i] < apart && apart < pitch_[i]) width += depth_[j];
+        const auto apart = reinterpret_cast<intptr_t>(w_[j]) - reinterpret_cast<intptr_t>(w_[i]);  // perhaps of two matrices
+        const auto row = static_cast<intptr_t>(sizeof(T)) * pitch_[i];
+        if (-row < apart && apart < row) width += depth_[j];
       }
       if (width != pitch_[i]) return false;
     }
@@ -120,16 +121,17 @@ class StepProduct {
     return in_place_ && (over_ == Over::columns || (Dot<T>::kPerUnit == 1 && (p + 1) * kStepPanel <= outputs_));
   }
 
-  void dots(int64_t rows, const uint32_t* const* operands, int64_t stride, Start<T> start, float* out, int64_t pitch, bool backwards) const {
+  // starts: of Start.rows.
+  void dots(int64_t rows, const uint32_t* const* operands, int64_t stride, const T* const* starts, float* out, int64_t pitch, bool backwards) const {
     int64_t r = 0;
-    for (; r + 2 <= rows; r += 2) dot_panels<2>(r, operands, stride, start, out, pitch, backwards);
-    if (r < rows) dot_panels<1>(r, operands, stride, start, out, pitch, backwards);
+    for (; r + 2 <= rows; r += 2) dot_panels<2>(r, operands, stride, starts, out, pitch, backwards);
+    if (r < rows) dot_panels<1>(r, operands, stride, starts, out, pitch, backwards);
   }
 
   // Whole vectors of outputs, as tiles leave them.
   template <int MR>
-  __attribute__((noinline)) void dot_panels(int64_t r, const uint32_t* const* operands, int64_t stride, Start<T> start, float* out, int64_t pitch,
-                                            bool backwards) const {
+  __attribute__((noinline)) void dot_panels(int64_t r, const uint32_t* const* operands, int64_t stride, const T* const* rows, float* out,
+                                            int64_t pitch, bool backwards) const {
     DotBlock<T, MR> blocks[kMaxParts];
     for (int part = 0; part < parts_; ++part) {
       for (int m = 0; m < MR; ++m) blocks[part].source[m] = reinterpret_cast<const T*>(operands[part * stride + r + m]);
@@ -146,10 +148,9 @@ class StepProduct {
         return sum_dots(blocks, parts_);
       });
       for (int m = 0; m < MR; ++m) {
-        float* to = out + (r + m) * pitch + o;
-        vf sum = sums[m] + load_vector<vf>(start.add ? to : bias_ + o);
-        if (start.rows && !start.add) sum += load(start.rows[r + m] + o, n);
-        store(to, sum, W);
+        vf sum = sums[m] + load_vector<vf>(bias_ + o);
+        if (rows) sum += load(rows[r + m] + o, n);
+        store(out + (r + m) * pitch + o, sum, W);
       }
     }
   }

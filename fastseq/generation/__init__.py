@@ -39,7 +39,7 @@ def generate(
     num_return_sequences: int = 1,
     decoder_input_ids: Tensor | Sequence[Sequence[int]] | None = None,
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None,
-    streamer: Stream | Any | None = None,
+    streamer: Any = None,  # a function of tokens, or with put and end
     generator: torch.Generator | None = None,
     return_weights: bool = False,
     reorder: Reorder | None = None,
@@ -80,15 +80,17 @@ def generate(
     Raises InputError or TypeError, naming the option, before the first step; what a step returns is checked as it does.
     """
     options = Options(
-        batch_size, bos_id, eos_id, pad_id, max_new_tokens, min_new_tokens, num_beams, do_sample, temperature, top_k,
-        top_p, length_penalty, length_norm, coverage_penalty, early_stopping, no_repeat_ngram_size,
-        num_return_sequences, return_weights,
+        batch_size=batch_size, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens, num_beams=num_beams, do_sample=do_sample, temperature=temperature, top_k=top_k,
+        top_p=top_p, length_penalty=length_penalty, length_norm=length_norm, coverage_penalty=coverage_penalty,
+        early_stopping=early_stopping, no_repeat_ngram_size=no_repeat_ngram_size,
+        num_return_sequences=num_return_sequences, return_weights=return_weights,
     )  # fmt: skip
     for name, function in (("step", step), ("reorder", reorder)):
         if not callable(function) and not (name == "reorder" and function is None):
             raise TypeError(f"{name} must be a function, got {type(function).__name__}")
-    processors, (put, end) = _processors(logits_processor), _stream(streamer)
-    if put is not None and num_beams > 1:
+    processors, stream = _processors(logits_processor), _stream(streamer)
+    if stream is not None and num_beams > 1:
         raise InputError(f"streamer with num_beams={num_beams}: a beam's tokens may still change; use num_beams=1")
     tensors = [t for t in pytree.tree_leaves(state) if isinstance(t, Tensor)]
     place = torch.device(device) if device is not None else tensors[0].device if tensors else torch.device("cpu")
@@ -100,10 +102,11 @@ def generate(
     rows = prefix.repeat_interleave(options.copies, 0)
     if num_beams > 1:
         return beam_search(model, rows)
-    if put is not None and hasattr(streamer, "put"):
-        put(rows)
-    found = follow(model, rows, put, generator)
-    end()
+    if not hasattr(streamer, "put"):
+        return follow(model, rows, stream, generator)
+    streamer.put(rows.cpu())
+    found = follow(model, rows, stream, generator)
+    streamer.end()
     return found
 
 
@@ -120,12 +123,10 @@ def _processors(given: Any) -> list[LogitsProcessor]:
     return processors
 
 
-def _stream(streamer: Any) -> tuple[Stream | None, Any]:
-    """What takes a step's tokens, and what is called at the end."""
-    if streamer is None:
-        return None, lambda: None
+def _stream(streamer: Any) -> Stream | None:
+    """What takes a step's tokens."""
     if hasattr(streamer, "put") and hasattr(streamer, "end"):
-        return lambda tokens: streamer.put(tokens.cpu()), streamer.end
-    if not callable(streamer):
+        return lambda tokens: streamer.put(tokens.cpu())
+    if streamer is not None and (hasattr(streamer, "put") or not callable(streamer)):
         raise TypeError(f"streamer must be callable or have put and end, got {type(streamer).__name__}")
-    return streamer, lambda: None
+    return streamer

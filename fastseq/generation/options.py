@@ -103,13 +103,8 @@ class Options:
             raise InputError(f"early_stopping={self.early_stopping!r} with num_beams=1, which stops at eos; drop it")
 
     @property
-    def rows(self) -> int:
-        """N: of the step's tokens and state."""
-        return self.batch_size * self.copies
-
-    @property
     def copies(self) -> int:
-        """Rows for each of the batch."""
+        """Rows of the step for each of the batch: N / B."""
         return self.num_return_sequences if self.do_sample else self.num_beams
 
     def check_vocabulary(self, size: int) -> None:

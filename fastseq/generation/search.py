@@ -145,7 +145,7 @@ def follow(model: Model, prefix: Tensor, stream: Stream | None, generator: torch
     norms = torch.tensor([options.norm(max(n, 1)) for n in range(options.max_new_tokens + 1)], dtype=total.dtype)
     shape = (options.batch_size, options.copies)
     total = model.final(total.view(shape), norms.to(total.device)[lengths].view(shape))
-    return _ranked(model, total, ids[:, 1:].unflatten(0, shape), (lengths + past - 1).view(shape), None)
+    return _ranked(model, total, ids[:, 1:].unflatten(0, shape), (lengths + past - 1).view(shape))
 
 
 @dataclass
@@ -261,7 +261,7 @@ def _is_done(whole: Hypotheses, beams: Hypotheses, length: int, options: Options
     return full | (beams.scores[:, 0] == -torch.inf)
 
 
-def _ranked(model: Model, scores: Tensor, ids: Tensor, lengths: Tensor, trail: Tensor | None) -> GenerateOutput:
+def _ranked(model: Model, scores: Tensor, ids: Tensor, lengths: Tensor) -> GenerateOutput:
     """Rows that went on by themselves, the best of a B's first."""
     order = scores.argsort(dim=1, descending=True, stable=True)
     rows = torch.arange(len(order), device=order.device)[:, None] * order.shape[1] + order
