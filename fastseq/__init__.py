@@ -11,7 +11,7 @@ from .dispatch import backends, use_backend
 from .errors import InputError
 from .explain import explain
 from .generation import GenerateOutput, generate
-from .modules import GRU, LSTM, Attention, Bridge, Decoder, Encoder, GRUCell, LocalP, LSTMCell
+from .modules import GRU, LSTM, Attention, Bridge, Decoder, Encoder, GRUCell, LocalP, LSTMCell, Seq2Seq, Seq2SeqOutput
 from .patch import patch
 from .spec import DecoderOutput, DecoderSpec, DecoderState, Keys, Memory
 
@@ -32,6 +32,8 @@ __all__ = [
     "LSTMCell",
     "LocalP",
     "Memory",
+    "Seq2Seq",
+    "Seq2SeqOutput",
     "__version__",
     "accelerate",
     "backends",

@@ -1,4 +1,4 @@
-"""LSTM, GRU, attention and attention decoders as functions of their weights.
+"""LSTM, GRU, attention, attention decoders and the loss of large vocabularies as functions of their weights.
 
 The `weights` of LSTM and GRU are flat, as torch.nn's modules order them: for each layer, for each direction,
 w_ih [G*H, I], w_hh [G*H, P] (, b_ih [G*H], b_hh [G*H]) (, w_hr [P, H]); the number of layers, biases and the projection
@@ -18,9 +18,10 @@ from .checks import lengths_on_cpu, need_tensor
 from .decoding import run_attention, run_decoder
 from .engine import run, run_cell
 from .errors import InputError
+from .losses import linear_cross_entropy
 from .spec import AttentionParams, DecoderOutput, DecoderParams, DecoderSpec, DecoderState, DropoutMasks, Keys
 
-__all__ = ["attention", "attention_decoder", "gru", "gru_cell", "lstm", "lstm_cell", "reverse"]
+__all__ = ["attention", "attention_decoder", "gru", "gru_cell", "linear_cross_entropy", "lstm", "lstm_cell", "reverse"]
 
 Lengths = Sequence[int] | Tensor | None
 

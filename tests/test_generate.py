@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastseq
 from fastseq.generation import scores as scoring
 from fastseq.generation import search
-from fastseq.generation.options import Options
+from fastseq.generation.request import Request
 from tests.generate_oracle import BOS, EOS, PAD, Toy, all_sequences, final, plain_beam, tokens_of
 
 NORMS: list[dict[str, Any]] = [
@@ -105,13 +105,14 @@ def test_one_beam_is_greedy() -> None:
     for seed in range(5):
         toy = Toy(seed=seed)
         greedy = toy.run(return_weights=True)
-        options = Options(
+        request = Request.of(
             batch_size=3, bos_id=BOS, eos_id=EOS, pad_id=PAD, max_new_tokens=6, min_new_tokens=0, num_beams=1,
             do_sample=False, temperature=1.0, top_k=0, top_p=1.0, length_penalty=1.0, length_norm="len",
             coverage_penalty=0.0, early_stopping=False, no_repeat_ngram_size=0, num_return_sequences=1,
-            return_weights=True,
+            return_weights=True, decoder_input_ids=None, logits_processor=None, streamer=None, generator=None,
+            device=torch.device("cpu"),
         )  # fmt: skip
-        model = search.Model(toy.step, toy.state(), options, [], search.picked, 0)
+        model = search.Model(toy.step, toy.state(), request, search.picked)
         beam = search.beam_search(model, torch.full((3, 1), BOS))
         for a, b in zip(greedy, beam, strict=True):
             torch.testing.assert_close(a, b, check_dtype=False, rtol=1e-5, atol=1e-6)

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..errors import InputError
-from .options import Options, forced_prefix
+from .request import Request
 from .scores import LogitsProcessor
-from .search import GenerateOutput, Model, Reorder, Step, Stream, beam_search, follow, picked, repeated
+from .search import GenerateOutput, Reorder, Step, run_search
 
-__all__ = ["GenerateOutput", "LogitsProcessor", "generate"]
+__all__ = ["GenerateOutput", "LogitsProcessor", "Request", "generate", "run_search"]
 
 
 @torch.no_grad()
@@ -79,54 +78,18 @@ def generate(
 
     Raises InputError or TypeError, naming the option, before the first step; what a step returns is checked as it does.
     """
-    options = Options(
+    for name, function in (("step", step), ("reorder", reorder)):
+        if not callable(function) and not (name == "reorder" and function is None):
+            raise TypeError(f"{name} must be a function, got {type(function).__name__}")
+    tensors = [t for t in pytree.tree_leaves(state) if isinstance(t, Tensor)]
+    place = torch.device(device) if device is not None else tensors[0].device if tensors else torch.device("cpu")
+    request = Request.of(
         batch_size=batch_size, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens, num_beams=num_beams, do_sample=do_sample, temperature=temperature, top_k=top_k,
         top_p=top_p, length_penalty=length_penalty, length_norm=length_norm, coverage_penalty=coverage_penalty,
         early_stopping=early_stopping, no_repeat_ngram_size=no_repeat_ngram_size,
-        num_return_sequences=num_return_sequences, return_weights=return_weights,
+        num_return_sequences=num_return_sequences, decoder_input_ids=decoder_input_ids,
+        logits_processor=logits_processor, streamer=streamer, generator=generator, return_weights=return_weights,
+        device=place,
     )  # fmt: skip
-    for name, function in (("step", step), ("reorder", reorder)):
-        if not callable(function) and not (name == "reorder" and function is None):
-            raise TypeError(f"{name} must be a function, got {type(function).__name__}")
-    processors, stream = _processors(logits_processor), _stream(streamer)
-    if stream is not None and num_beams > 1:
-        raise InputError(f"streamer with num_beams={num_beams}: a beam's tokens may still change; use num_beams=1")
-    tensors = [t for t in pytree.tree_leaves(state) if isinstance(t, Tensor)]
-    place = torch.device(device) if device is not None else tensors[0].device if tensors else torch.device("cpu")
-    prefix = forced_prefix(decoder_input_ids, options, place)
-    largest = 0 if decoder_input_ids is None else int(prefix.max())
-    if reorder is None:
-        state = repeated(state, batch_size, options.copies)
-    model = Model(step, state, options, processors, reorder or picked, largest)
-    rows = prefix.repeat_interleave(options.copies, 0)
-    if num_beams > 1:
-        return beam_search(model, rows)
-    if not hasattr(streamer, "put"):
-        return follow(model, rows, stream, generator)
-    streamer.put(rows.cpu())
-    found = follow(model, rows, stream, generator)
-    streamer.end()
-    return found
-
-
-def _processors(given: Any) -> list[LogitsProcessor]:
-    if given is None:
-        return []
-    alone = callable(given) and not isinstance(given, list)  # transformers' list of them is both
-    processors = [given] if alone or not isinstance(given, Sequence) else list(given)
-    for processor in processors:
-        if not callable(processor):
-            raise TypeError(
-                f"logits_processor must be callable, (ids, scores) -> scores, got {type(processor).__name__}"
-            )
-    return processors
-
-
-def _stream(streamer: Any) -> Stream | None:
-    """What takes a step's tokens."""
-    if hasattr(streamer, "put") and hasattr(streamer, "end"):
-        return lambda tokens: streamer.put(tokens.cpu())
-    if streamer is not None and (hasattr(streamer, "put") or not callable(streamer)):
-        raise TypeError(f"streamer must be callable or have put and end, got {type(streamer).__name__}")
-    return streamer
+    return run_search(step, state, request, reorder)

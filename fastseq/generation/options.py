@@ -107,6 +107,11 @@ class Options:
         """Rows of the step for each of the batch: N / B."""
         return self.num_return_sequences if self.do_sample else self.num_beams
 
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the step's weights are looked at."""
+        return self.return_weights or self.coverage_penalty > 0
+
     def check_vocabulary(self, size: int) -> None:
         for name in ("bos_id", "eos_id", "pad_id"):
             if getattr(self, name) >= size:

@@ -1,6 +1,6 @@
 """The searches: one row after another's likeliest token or draw, and beams."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,13 +10,13 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InputError
 from .options import Options
-from .scores import LogitsProcessor, coverage, processed, warped
+from .request import Request, Stream
+from .scores import coverage, processed, warped
 
-__all__ = ["GenerateOutput", "Model", "Reorder", "Step", "Stream", "beam_search", "follow", "picked", "repeated"]
+__all__ = ["GenerateOutput", "Reorder", "Step", "run_search"]
 
 Step = Callable[[Tensor, Any], Any]  # (tokens [N], state) -> (logits [N, V], state) or (logits, state, weights [N, S])
 Reorder = Callable[[Any, Tensor], Any]  # (state, index [N]) -> the state of these rows
-Stream = Callable[[Tensor], None]  # of the tokens [N] of a step
 
 
 class GenerateOutput(NamedTuple):
@@ -34,15 +34,13 @@ class Model:
 
     step: Step
     state: Any
-    options: Options
-    processors: Sequence[LogitsProcessor]
+    request: Request
     reorder: Reorder
-    largest: int  # of the forced tokens
 
     def __post_init__(self) -> None:
-        options = self.options
+        self.options = self.request.options
         self.vocab_size = 0  # until the first step
-        self.needs_weights = options.return_weights or options.coverage_penalty > 0
+        self.needs_weights = self.options.needs_weights
         self.weights: list[Tensor] = []  # [N, S] of each step, with return_weights
         self.covered: Tensor | None = None  # [N, S], the sum of what each row's steps gave; with coverage_penalty
         self.there: Tensor | None = None  # [B, 1, S]: positions that some step of the row gave any
@@ -68,11 +66,7 @@ class Model:
             return
         if self.vocab_size:
             raise InputError(f"step returned logits of {logits.shape[1]} tokens, of {self.vocab_size} before")
-        self.options.check_vocabulary(logits.shape[1])
-        if self.largest >= logits.shape[1]:
-            raise InputError(
-                f"decoder_input_ids holds {self.largest}, but step gives logits of {logits.shape[1]} tokens"
-            )
+        self.request.check_vocabulary(logits.shape[1])
         self.vocab_size = logits.shape[1]
 
     def _keep(self, weights: Any, tokens: Tensor, running: Tensor | None) -> None:
@@ -95,7 +89,7 @@ class Model:
 
     def scores(self, logits: Tensor, ids: Tensor, new: int, running: Tensor) -> tuple[Tensor, Tensor]:
         """Of the next token [N, V]; whether a row [N] that runs has NaN, of which none are left."""
-        scores = processed(logits, ids, new, self.options, self.processors)
+        scores = processed(logits, ids, new, self.options, self.request.processors)
         wrong = scores.isnan()
         return scores.masked_fill(wrong, -torch.inf), (wrong.any(-1) & running).any()
 
@@ -112,6 +106,21 @@ class Model:
         """Goes on with these rows [N]."""
         self.state = self.reorder(self.state, rows)
         self.covered = None if self.covered is None else self.covered.index_select(0, rows)
+
+
+def run_search(step: Step, state: Any, request: Request, reorder: Reorder | None = None) -> GenerateOutput:
+    """What `generate` finds, all checked."""
+    if reorder is None:
+        state = repeated(state, request.options.batch_size, request.options.copies)
+    model, rows = Model(step, state, request, reorder or picked), request.rows
+    if request.options.num_beams > 1:
+        return beam_search(model, rows)
+    if not hasattr(request.streamer, "put"):
+        return follow(model, rows, request.stream, request.generator)
+    request.streamer.put(rows.cpu())
+    found = follow(model, rows, request.stream, request.generator)
+    request.streamer.end()
+    return found
 
 
 def follow(model: Model, prefix: Tensor, stream: Stream | None, generator: torch.Generator | None) -> GenerateOutput:

@@ -6,5 +6,18 @@ from .cells import GRUCell, LSTMCell
 from .decoder import Decoder
 from .encoder import Encoder
 from .rnn import GRU, LSTM
+from .seq2seq import Seq2Seq, Seq2SeqOutput
 
-__all__ = ["GRU", "LSTM", "Attention", "Bridge", "Decoder", "Encoder", "GRUCell", "LSTMCell", "LocalP"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "Attention",
+    "Bridge",
+    "Decoder",
+    "Encoder",
+    "GRUCell",
+    "LSTMCell",
+    "LocalP",
+    "Seq2Seq",
+    "Seq2SeqOutput",
+]

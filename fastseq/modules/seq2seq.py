@@ -1,0 +1,390 @@
+"""fastseq.Seq2Seq: an encoder, a decoder and a vocabulary: its loss, its searches, its file."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..backends.decoder_call import DecoderCall
+from ..checks import lengths_on_cpu, need_tensor
+from ..errors import InputError
+from ..functional import Lengths
+from ..generation import GenerateOutput, LogitsProcessor, Request, run_search
+from ..losses import cross_entropy, linear_cross_entropy, need_smoothing
+from ..ops.linear import linear
+from ..spec import DecoderState, Memory, one_of
+from .decoder import Decoder
+from .encoder import Encoder
+
+__all__ = ["Seq2Seq", "Seq2SeqOutput"]
+
+
+class Seq2SeqOutput(NamedTuple):
+    """What a teacher-forced pass gives."""
+
+    logits: Tensor  # [B, T, V]
+    weights: Tensor | None  # [B, T, S]
+
+
+class Seq2Seq(nn.Module):
+    """A sequence-to-sequence model over tokens: forward, loss and generate.
+
+    encoder: an `Encoder` with an `embedding`, or any module (src, src_lengths) -> Memory, whatever src is.
+    decoder: a `Decoder`. vocab_size: V target tokens, of which bos_id begins, eos_id ends and pad_id fills up.
+    embedding: of the target, a module from ids [...] to [..., decoder.input_size]; None: nn.Embedding, whose row of the
+    padding is 0 and stays so.
+    output: a module from [..., decoder.output_size] to logits [..., V]; None: nn.Linear, with a bias if output_bias.
+    tie: "target": the output's weight is the embedding's (Press and Wolf 2017); "all": that of the source as well, so
+    that embedding is `encoder.embedding`.
+
+    Parameters: encoder.*, decoder.*, embedding.*, output.*; a tied one has both names. `extra`: plain data of yours
+    (a vocabulary, say) that `save` stores with it.
+    """
+
+    encoder: nn.Module
+    decoder: Decoder
+    embedding: nn.Module
+    output: nn.Module
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: Decoder,
+        vocab_size: int,
+        *,
+        bos_id: int,
+        eos_id: int,
+        pad_id: int,
+        embedding: nn.Module | None = None,
+        output: nn.Module | None = None,
+        output_bias: bool = True,
+        tie: str | None = None,
+    ) -> None:
+        super().__init__()
+        one_of("tie", tie, (None, "target", "all"))
+        for name, module in (("encoder", encoder), ("embedding", embedding), ("output", output)):
+            if not isinstance(module, nn.Module) and not (module is None and name != "encoder"):
+                raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
+        if not isinstance(decoder, Decoder):
+            raise TypeError(
+                f"decoder must be a fastseq.Decoder, got {type(decoder).__name__}; for others, fastseq.generate takes"
+                " any step"
+            )
+        self.vocab_size, self.bos_id, self.eos_id, self.pad_id = vocab_size, bos_id, eos_id, pad_id
+        self.tie = tie
+        self.extra: dict[str, Any] = {}
+        self._check_ids()
+        self._check_memory(encoder, decoder)
+        if tie == "all":
+            embedding = _source_embedding(encoder, embedding)
+        like = next(iter(decoder.parameters()))
+        factory: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        if embedding is None:
+            idle = None if pad_id in (bos_id, eos_id) else pad_id  # its row is never learned
+            embedding = nn.Embedding(vocab_size, decoder.input_size, padding_idx=idle, **factory)
+        if output is None:
+            output = nn.Linear(decoder.output_size, vocab_size, output_bias, **factory)
+        self.encoder, self.decoder, self.embedding, self.output = encoder, decoder, embedding, output
+        self._check_sizes()
+        if tie is not None:
+            self._tie()
+
+    def _check_ids(self) -> None:
+        for name in ("vocab_size", "bos_id", "eos_id", "pad_id"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+            if name == "vocab_size" and value < 1:
+                raise InputError(f"vocab_size={value}; it is at least 1")
+            if name != "vocab_size" and not 0 <= value < self.vocab_size:
+                raise InputError(f"{name}={value}; ids are 0 to {self.vocab_size - 1}, vocab_size - 1")
+        if self.bos_id == self.eos_id:
+            raise InputError(f"bos_id and eos_id are both {self.bos_id}; a sequence would end where it begins")
+
+    def _check_memory(self, encoder: nn.Module, decoder: Decoder) -> None:
+        if isinstance(encoder, Encoder) and decoder.memory_size not in (None, encoder.output_size):
+            raise InputError(
+                f"the decoder reads a memory of {decoder.memory_size} features, the encoder's has"
+                f" {encoder.output_size}; pass memory_size=encoder.output_size"
+            )
+
+    def _check_sizes(self) -> None:
+        """Those of torch's own modules; what others give is seen when they run."""
+        embedding, output, decoder = self.embedding, self.output, self.decoder
+        if isinstance(embedding, nn.Embedding):
+            sizes = (embedding.num_embeddings, embedding.embedding_dim)
+            if sizes[1] != decoder.input_size or sizes[0] < self.vocab_size:
+                raise InputError(
+                    f"embedding has {sizes[0]} rows of {sizes[1]}; expected at least V={self.vocab_size} of"
+                    f" {decoder.input_size}, the decoder's input_size"
+                )
+        if isinstance(output, nn.Linear):
+            sizes = (output.in_features, output.out_features)
+            if sizes != (decoder.output_size, self.vocab_size):
+                raise InputError(
+                    f"output maps {sizes[0]} features to {sizes[1]}; expected {decoder.output_size}, the decoder's"
+                    f" output_size, to V={self.vocab_size}"
+                )
+
+    def _tie(self) -> None:
+        embedding, output = self.embedding, self.output
+        if not isinstance(embedding, nn.Embedding) or not isinstance(output, nn.Linear):
+            raise TypeError(f"tie={self.tie!r} needs nn.Embedding and nn.Linear, got {_kinds(embedding, output)}")
+        if embedding.weight.shape != output.weight.shape:
+            raise InputError(
+                f"tie={self.tie!r} of an embedding {tuple(embedding.weight.shape)} and an output"
+                f" {tuple(output.weight.shape)}; make the decoder's output_size its input_size, by combine_size or"
+                " hidden_size, and the vocabularies one"
+            )
+        output.weight = embedding.weight
+
+    def forward(
+        self,
+        src: Any,  # [B, S] ids, or what the encoder takes
+        tgt_in: Tensor,  # [B, T] ids: bos, then the target
+        src_lengths: Lengths = None,  # [B], any order; None: all S
+        *,
+        teacher_forcing: float = 1.0,
+        need_weights: bool = False,
+    ) -> Seq2SeqOutput:
+        """Logits [B, T, V], where logits[:, t] follow tgt_in[:, t], and the attention's weights [B, T, S].
+
+        teacher_forcing: with this probability, drawn for each token, a step reads tgt_in, otherwise the likeliest token
+        of the step before (scheduled sampling, Bengio et al. 2015, 2.4). The first reads tgt_in. With 1, the
+        default, all steps are one operator.
+
+        Raises InputError or TypeError, naming the argument.
+        """
+        features, weights = self._features(src, tgt_in, src_lengths, teacher_forcing, need_weights)
+        return Seq2SeqOutput(self._logits(features), weights)
+
+    def loss(
+        self,
+        src: Any,  # [B, S] ids, or what the encoder takes
+        tgt: Tensor,  # [B, T + 1] ids: bos ... eos, then pad_id
+        src_lengths: Lengths = None,
+        tgt_lengths: Lengths = None,  # [B], of tgt with bos and eos; None: up to the padding
+        *,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        teacher_forcing: float = 1.0,
+    ) -> Tensor:
+        """Cross-entropy of tgt[:, 1:] given tgt[:, :-1] and the source: no shift is left to the caller.
+
+        Padding is left out; "mean" is over real tokens, "none" gives [B, T], 0 at padding. label_smoothing and the
+        memory of large vocabularies as in `functional.linear_cross_entropy`: logits of all tokens never exist at once.
+        In fp32 (fp64 of a model in fp64).
+
+        Raises InputError or TypeError, naming the argument.
+        """
+        one_of("reduction", reduction, ("mean", "sum", "none"))
+        need_smoothing(label_smoothing)
+        targets = self._targets(tgt, tgt_lengths)
+        features, _ = self._features(src, tgt[:, :-1], src_lengths, teacher_forcing, False)
+        output, options = self.output, {"label_smoothing": label_smoothing, "reduction": reduction}
+        if _is_plain(output, nn.Linear):
+            return linear_cross_entropy(features, output.weight, output.bias, targets, **options)  # type: ignore[arg-type]
+        return cross_entropy(self._logits(features), targets, **options)  # type: ignore[arg-type]
+
+    def _targets(self, tgt: Tensor, lengths: Lengths) -> Tensor:
+        """[B, T] int64: tgt[:, 1:], and -100 for padding."""
+        self._check_ids_of("tgt", tgt)
+        if tgt.shape[1] < 2:
+            raise InputError(f"tgt has shape {tuple(tgt.shape)}; expected [B, T + 1], bos and at least one more token")
+        checks = tgt.device.type == "cpu" and not torch.compiler.is_compiling()
+        if checks and bool((wrong := tgt[:, 0] != self.bos_id).any()):
+            row = int(wrong.nonzero()[0])
+            raise InputError(
+                f"tgt[{row}] begins with {int(tgt[row, 0])}; expected bos_id={self.bos_id}: the loss itself shifts tgt"
+            )
+        if lengths is not None:
+            ends = lengths_on_cpu(lengths, *tgt.shape).to(tgt.device)
+            padding = torch.arange(1, tgt.shape[1], device=tgt.device) >= ends[:, None]
+        elif self.pad_id in (self.eos_id, self.bos_id):
+            raise InputError(f"pad_id={self.pad_id} is also bos or eos, so padding cannot be told; pass tgt_lengths")
+        else:
+            padding = tgt[:, 1:] == self.pad_id
+        return tgt[:, 1:].long().masked_fill(padding, -100)
+
+    def _check_ids_of(self, name: str, ids: Any) -> None:
+        """An integer tensor [B, T] of ids in the vocabulary; values are looked at on the CPU alone."""
+        if need_tensor(name, ids).dim() != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
+            raise InputError(f"{name} has shape {tuple(ids.shape)}; expected [B, T], both at least 1")
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name} must hold token ids, int64 or int32, got {ids.dtype}; convert with .long()")
+        if ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        least, most = (int(t) for t in ids.aminmax())
+        if least < 0 or most >= self.vocab_size:
+            raise InputError(
+                f"{name} holds {least if least < 0 else most}; ids are 0 to {self.vocab_size - 1}, vocab_size - 1"
+            )
+
+    def _features(
+        self, src: Any, tgt_in: Tensor, src_lengths: Lengths, teacher_forcing: float, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The decoder's outputs [B, T, R] and weights."""
+        self._check_ids_of("tgt_in", tgt_in)
+        if not 0 <= teacher_forcing <= 1:
+            raise InputError(f"teacher_forcing={teacher_forcing}; it is a probability, 0 to 1")
+        memory = self._encode(src, src_lengths)
+        if teacher_forcing == 1:
+            output, _, weights = self.decoder(self.embedding(tgt_in), memory, need_weights=need_weights)
+            return output, weights
+        return self._sampled(memory, tgt_in, teacher_forcing, need_weights)
+
+    def _sampled(
+        self, memory: Memory, tgt_in: Tensor, ratio: float, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """`_features` step by step, each fed the token before it or what the model took for likeliest."""
+        keys, state = self.decoder.prepare(memory), self.decoder.init_state(memory)
+        given = torch.rand(tgt_in.shape, device=tgt_in.device) < ratio
+        outputs: list[Tensor] = []
+        weights: list[Any] = []
+        token = tgt_in[:, 0]
+        for t in range(tgt_in.shape[1]):
+            if t:
+                with torch.no_grad():
+                    likeliest = self._logits(outputs[-1]).argmax(-1).to(tgt_in.dtype)
+                token = torch.where(given[:, t], tgt_in[:, t], likeliest)
+            output, state, w = self.decoder.step(self.embedding(token), keys, state, need_weights=need_weights)
+            outputs.append(output)
+            weights.append(w)
+        return torch.stack(outputs, 1), None if weights[0] is None else torch.stack(weights, 1)
+
+    def _encode(self, src: Any, src_lengths: Lengths) -> Memory:
+        if isinstance(src, Tensor):
+            _check_source(src, getattr(self.encoder, "embedding", None))
+        memory = self.encoder(src, src_lengths)
+        if not isinstance(memory, Memory):
+            raise TypeError(
+                f"the encoder gave a {type(memory).__name__}; expected a fastseq.Memory, see Memory.from_rnn"
+            )
+        return memory
+
+    def _logits(self, features: Tensor) -> Tensor:
+        output = self.output
+        if _is_plain(output, nn.Linear):
+            return linear(features, output.weight, output.bias)  # type: ignore[arg-type]
+        logits: Tensor = output(features)
+        if logits.shape != (*features.shape[:-1], self.vocab_size):
+            raise InputError(
+                f"output gave {tuple(logits.shape)}; expected {(*features.shape[:-1], self.vocab_size)}, V last"
+            )
+        return logits
+
+    @torch.no_grad()
+    def generate(
+        self,
+        src: Any,  # [B, S] ids, or what the encoder takes
+        src_lengths: Lengths = None,
+        *,
+        num_beams: int = 1,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        max_new_tokens: int,
+        min_new_tokens: int = 0,
+        length_penalty: float = 1.0,
+        length_norm: str = "len",
+        coverage_penalty: float = 0.0,
+        early_stopping: bool | str = False,
+        no_repeat_ngram_size: int = 0,
+        num_return_sequences: int = 1,
+        decoder_input_ids: Tensor | Sequence[Sequence[int]] | None = None,
+        logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None,
+        streamer: Any = None,
+        generator: torch.Generator | None = None,
+        return_weights: bool = False,
+    ) -> GenerateOutput:
+        """Target sequences: greedy, by beams (num_beams), or drawn (do_sample); options as in `fastseq.generate`.
+
+        As everywhere in PyTorch, a model in training mode drops out: call eval() first.
+        """
+        memory = None if isinstance(src, Tensor) else self._encode(src, src_lengths)
+        request = Request.of(
+            batch_size=_rows(src if memory is None else memory), bos_id=self.bos_id, eos_id=self.eos_id,
+            pad_id=self.pad_id, num_beams=num_beams, do_sample=do_sample, temperature=temperature, top_k=top_k,
+            top_p=top_p, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, length_penalty=length_penalty,
+            length_norm=length_norm, coverage_penalty=coverage_penalty, early_stopping=early_stopping,
+            no_repeat_ngram_size=no_repeat_ngram_size, num_return_sequences=num_return_sequences,
+            decoder_input_ids=decoder_input_ids, logits_processor=logits_processor, streamer=streamer,
+            generator=generator, return_weights=return_weights, device=self._device(),
+        )  # fmt: skip
+        request.check_vocabulary(self.vocab_size)
+        memory = self._encode(src, src_lengths) if memory is None else memory
+        keys, state = self.decoder.prepare(memory), self.decoder.init_state(memory)
+        need_weights = request.options.needs_weights
+
+        def step(tokens: Tensor, state: DecoderState) -> Any:
+            output, state, weights = self.decoder.step(self.embedding(tokens), keys, state, need_weights=need_weights)
+            logits = self._logits(output)
+            return (logits, state, weights) if need_weights else (logits, state)
+
+        return run_search(step, state, request)
+
+    def _device(self) -> torch.device:
+        return next(self.decoder.parameters()).device
+
+    @property
+    def backend(self) -> str:
+        """The decoder's."""
+        return self.decoder.backend
+
+    def as_call(self, src: Any, tgt_in: Tensor) -> DecoderCall:
+        """The call of the decoder that `forward` makes, for `explain`."""
+        return self.decoder.as_call(self.embedding(tgt_in), self._encode(src, None))
+
+    def extra_repr(self) -> str:
+        text = f"vocab_size={self.vocab_size}, bos_id={self.bos_id}, eos_id={self.eos_id}, pad_id={self.pad_id}"
+        return text + (f", tie={self.tie!r}" if self.tie else "")
+
+
+def _check_source(src: Tensor, embedding: Any) -> None:
+    """Raise InputError for an empty batch and for ids that the encoder's nn.Embedding has not."""
+    if src.dim() == 0 or src.shape[0] == 0:
+        raise InputError(f"src has shape {tuple(src.shape)}; expected a batch of at least one row: [B, S]")
+    if not isinstance(embedding, nn.Embedding) or src.is_floating_point():
+        return
+    if src.device.type == "cpu" and not torch.compiler.is_compiling() and src.numel():
+        least, most = (int(t) for t in src.aminmax())
+        if least < 0 or most >= embedding.num_embeddings:
+            raise InputError(
+                f"src holds {least if least < 0 else most}; ids are 0 to {embedding.num_embeddings - 1}, the rows of"
+                " the encoder's embedding"
+            )
+
+
+def _rows(of: Tensor | Memory) -> int:
+    """B of a source or of a memory."""
+    if isinstance(of, Tensor):
+        return of.shape[0] if of.dim() else 0
+    leaf = of.out if of.out is not None else None if of.state is None else of.state[0][0]
+    if leaf is None:
+        raise InputError("the encoder's memory has neither out nor state; one of them tells the batch")
+    return leaf.shape[0]
+
+
+def _source_embedding(encoder: nn.Module, embedding: nn.Module | None) -> nn.Module:
+    """What tie="all" shares."""
+    source = getattr(encoder, "embedding", None)
+    if not isinstance(source, nn.Embedding):
+        raise InputError(
+            "tie='all' needs an encoder with embedding=nn.Embedding(...), which it shares; or use tie='target'"
+        )
+    if embedding not in (None, source):
+        raise InputError("tie='all' with an embedding of its own; leave embedding out, or use tie='target'")
+    return source
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the module is torch's own and nothing but it: no subclass, parametrization or hook."""
+    return type(module) is kind and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _kinds(*values: Any) -> str:
+    return " and ".join(type(value).__name__ for value in values)
