@@ -209,6 +209,29 @@ void run_decoder_forward(const py::dict& sizes, const py::dict& tensors, const p
   kernels(decoder.dtype).decoder_forward(decoder, threads);
 }
 
+// `found`: numbers and addresses of a Search. Whether a logit was NaN.
+bool run_decoder_search(const py::dict& sizes, const py::dict& tensors, const py::list& cells, const py::dict& found) {
+  const Named in{found};
+  int wrong = 0;
+  Search search{};
+  search.vocabulary = in.number("vocabulary"), search.inputs = in.number("inputs"), search.returned = in.number("returned");
+  search.forced = in.number("forced"), search.fewest = in.number("fewest"), search.eos = in.number("eos"), search.pad = in.number("pad");
+  search.stopping = static_cast<Stopping>(in.number("stopping")), search.rewards_length = in.number("rewards_length") != 0;
+  search.embedding = in.address("embedding"), search.w_out = in.address("w_out"), search.b_out = in.address("b_out");
+  search.context = in.address("context"), search.r_input = in.number("r_input");
+  search.prefix = in.address<int64_t>("prefix"), search.norms = in.address<float>("norms");
+  search.tokens = in.address<int64_t>("tokens"), search.trail = in.address<int64_t>("trail");
+  search.lengths = in.address<int64_t>("lengths"), search.scores = in.address<float>("scores"), search.wrong = &wrong;
+  Decoder decoder = decoder_of(sizes, tensors, cells, false);
+  decoder.search = &search;
+  const int threads = sizes["threads"].cast<int>();
+  {
+    const py::gil_scoped_release released;
+    kernels(decoder.dtype).decoder_forward(decoder, threads);
+  }
+  return wrong != 0;
+}
+
 void run_decoder_backward(const py::dict& sizes, const py::dict& tensors, const py::list& cells) {
   const Decoder decoder = decoder_of(sizes, tensors, cells, true);
   const int threads = sizes["threads"].cast<int>();
@@ -284,6 +307,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("rnn_step_backward", &step_backward);
   m.def("decoder_forward", &run_decoder_forward);
   m.def("decoder_backward", &run_decoder_backward);
+  m.def("decoder_search", &run_decoder_search);
   m.def("product", &multiply<&Kernels::product>);
   m.def("input_gradient", &multiply<&Kernels::input_gradient>);
   m.def("weight_gradient", &weight_gradient);

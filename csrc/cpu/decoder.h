@@ -32,6 +32,27 @@ struct DecoderCell {
   void *d_h0, *d_c0;          // null: not wanted
 };
 
+enum class Stopping : int { unbeaten, first, never };  // early_stopping: False, True, "never"
+
+// A search: the loop's inputs are the tokens that it chooses itself, as search.h says. k = copies rows of a memory row: beams.
+// V tokens, I input features, R hypotheses wanted, P forced tokens from bos on; T = P - 1 + the most new tokens.
+struct Search {
+  int64_t vocabulary, inputs, returned, forced, fewest;  // V, I, R, P, the fewest new tokens before eos
+  int64_t eos, pad;
+  Stopping stopping;
+  bool rewards_length;        // the norm rises with the length
+  const void* embedding;      // [V, I]
+  const void *w_out, *b_out;  // [V, the readout's result, or where there is none its parts side by side]; [V] or null
+  const void* context;        // [B, D]: of a decoder without attention, or null
+  int64_t r_input;            // where the input's part of the readout starts, or -1
+  const int64_t* prefix;      // [B, P]
+  const float* norms;         // [T - P + 2]: what a hypothesis of so many new tokens is divided by
+  int64_t *tokens, *trail;    // [B, R, T]: without bos; the row, 0 to k - 1, whose step chose each
+  int64_t* lengths;           // [B, R]
+  float* scores;              // [B, R]
+  int* wrong;                 // becomes 1 where a logit is NaN
+};
+
 struct Decoder {
   CellKind cell;
   DType dtype;
@@ -53,14 +74,15 @@ struct Decoder {
   // their weights instead of multiplying the context, which for few rows with short sources is much less to read.
   const void* memory_gates;
   const void* beside;         // [N, G * H] joins the first cell's recurrent product, or null
-  const void* projected;      // [N, T, G * H] what the first cell reads of y, without bias
+  const void* projected;      // [N, T, G * H] what the first cell reads of y, without bias; of a search [V, G * H], or null
   const void* feed0;          // [N, F] in the state's dtype
   const void *w_r, *b_r;      // readout: rows of R, or 2 R of maxout
   int64_t r_pitch, r_state, r_previous, r_context;  // where each part's columns start, or -1; both states are the last cell's
-  const void* read_input;     // [N, T, R'] the input's part of the readout, or null
+  const void* read_input;     // [N, T, R'] the input's part of the readout, or null; of a search [V, R']
   const void *layer_masks, *read_mask, *out_mask;  // [C - 1, N, T, H], [N, T, r_pitch], [N, T, R], or null
 
-  void *hs, *contexts, *outs;  // [C, N, T + 1, H] from the initial state on, [N, T, D], [N, T, R]
+  // [C, N, T + 1, H] from the initial state on, [N, T, D], [N, T, R]. A search keeps the last two steps of each: T + 1 and T are 2.
+  void *hs, *contexts, *outs;
   void* weights;               // [N, T, S] or null
   void *gates, *queries, *read_saved;  // [C, N, T, 4, H], [N, T, A], [N, T, R'] (tanh before out_mask; maxout's pre-activations)
   float* cs;                   // [C, N, T, H], LSTM
@@ -69,6 +91,8 @@ struct Decoder {
   const void *d_contexts, *d_outs, *d_weights, *d_feed_n;  // contiguous, or null
   void *d_queries, *d_read, *d_feed0;  // [N, T, A], [N, T, R'], [N, F] in the state's dtype or null
   float *d_keys, *d_memory, *d_v;      // [B, S, A], [B, S, D], [A]
+
+  const Search* search;  // or null
 
   FS_ALWAYS_INLINE int64_t gate_count() const { return cell == CellKind::lstm ? 4 : 3; }
   FS_ALWAYS_INLINE int64_t columns() const { return cell == CellKind::gru_reset_before ? 3 : 4; }

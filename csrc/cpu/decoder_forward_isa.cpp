@@ -3,6 +3,7 @@
 // Rows are independent, so each thread takes some memory rows through all steps and never waits. A step is a few products of all
 // its rows with weights that were packed once (step_product.h), an attention row by row (attention.h), and element math between.
 #include "decoder_loop.h"
+#include "search.h"
 
 namespace fastseq {
 namespace FS_ISA {
@@ -15,24 +16,30 @@ struct CellProducts {
   StepProduct<T> input, hidden, candidate;
 };
 
+// Whether the first cell multiplies the embedded token at each step, since no table has that for all tokens.
+FS_INLINE bool reads_tokens(const Decoder& d) { return d.search && !d.projected; }
+
 template <class T>
 struct ForwardBuffers {
   CellProducts<T> cells[kMaxCells];
-  StepProduct<T> query, read;
+  StepProduct<T> query, read, vocabulary;
   Positions positions;
   KeyExponentials exponentials;
+  SearchBuffers search;
   float *v, *exp_query;          // [padded]; [threads][padded]
   float *h, *c;                  // [running][N][width] the states, fp32
   float *pre, *pre_hidden;       // [N][gate_width]
   float *queries, *contexts, *weights, *reads;  // [N][padded]
   T *feed, *below, *parts, *reset;              // operands that are no tensor's rows: [N][F], [N][H], [N][r_pitch], [N][H]
+  char* moved;                                  // [N][moved_width] rows of any kind on their way from beam to beam
   const uint32_t** operands;     // [kMaxParts][N]
   const T** starts;              // [N]
-  int64_t width, gate_width, query_width, context_width, weight_width, read_width;
+  int64_t width, gate_width, query_width, context_width, weight_width, read_width, moved_width;
 
   ForwardBuffers(Carver& carve, const Decoder& d, int threads)
       : positions(carve, d.source ? d.memory_rows() : 0, d.source),
-        exponentials(carve, takes_exponentials(d) ? d.memory_rows() : 0, d.source, d.units, false) {
+        exponentials(carve, takes_exponentials(d) ? d.memory_rows() : 0, d.source, d.units, false),
+        search(carve, d, d.search ? padded(d.search->vocabulary) : 0) {
     using Over = typename StepProduct<T>::Over;
     const int64_t N = d.rows, H = d.hidden, GH = d.gate_count() * H;
     const Use use{(N + threads - 1) / threads, d.steps};
@@ -43,6 +50,7 @@ struct ForwardBuffers {
       CellProducts<T>& to = cells[i];
       const int64_t first = cell.feed ? d.fed() : cell.below ? H : 0;
       to.input = {Over::columns, GH, use};
+      if (i == 0 && reads_tokens(d)) to.input.add(static_cast<const T*>(cell.w_ih) - d.search->inputs, cell.pitch_ih, d.search->inputs);
       to.input.add(cell.w_ih, cell.pitch_ih, first);
       if (cell.context && !d.memory_gates) to.input.add(static_cast<const T*>(cell.w_ih) + first, cell.pitch_ih, d.features);
       if (d.cell == CellKind::lstm) to.input.add(cell.w_hh, H, H);
@@ -64,10 +72,17 @@ struct ForwardBuffers {
     }
     if (d.output) {
       read = {Over::columns, d.read_rows(), use};
-      ReadPart part[kMaxParts];
-      for (int i = 0, count = read_parts(d, part); i < count; ++i)
-        read.add(static_cast<const T*>(d.w_r) + part[i].at, d.r_pitch, part[i].width);
+      add_read_parts(d, d.w_r, read);
       read.place(carve);
+    }
+    if (d.search) {
+      vocabulary = {Over::columns, d.search->vocabulary, use};
+      if (d.output) {
+        vocabulary.add(d.search->w_out, d.output, d.output);
+      } else {
+        add_read_parts(d, d.search->w_out, vocabulary);
+      }
+      vocabulary.place(carve);
     }
     v = carve.take<float>(d.additive ? query_width : 0);
     exp_query = carve.take<float>(takes_exponentials(d) ? threads * query_width : 0);
@@ -78,6 +93,9 @@ struct ForwardBuffers {
     pre_hidden = carve.take<float>(d.cell == CellKind::lstm ? 0 : N * gate_width);
     queries = carve.take<float>(d.w_q ? N * query_width : 0);
     contexts = carve.take<float>(d.units ? N * context_width : 0);
+    const int64_t carried = width * static_cast<int64_t>(sizeof(float)), fed = d.fed() * static_cast<int64_t>(sizeof(T));
+    moved_width = carried > fed ? carried : fed;
+    moved = carve.take<char>(d.search ? N * moved_width : 0);
     weights = carve.take<float>(d.units ? N * weight_width : 0);
     reads = carve.take<float>(d.output ? N * read_width : 0);
     feed = carve.take<T>(N * d.fed());
@@ -86,6 +104,11 @@ struct ForwardBuffers {
     reset = carve.take<T>(d.cell == CellKind::gru_reset_before ? N * H : 0);
     operands = carve.take<const uint32_t*>(kMaxParts * N);
     starts = carve.take<const T*>(N);
+  }
+
+  void add_read_parts(const Decoder& d, const void* w, StepProduct<T>& to) const {
+    ReadPart part[kMaxParts];
+    for (int i = 0, count = read_parts(d, part); i < count; ++i) to.add(static_cast<const T*>(w) + part[i].at, d.r_pitch, part[i].width);
   }
 
   // Each thread packs its share of every product and the biases' owner writes them.
@@ -107,6 +130,7 @@ struct ForwardBuffers {
     }
     if (d.w_q) one(query, nullptr, nullptr);
     if (d.output) one(read, d.b_r, nullptr);
+    if (d.search) one(vocabulary, d.search->b_out, nullptr);
     if (team.rank == 0 && d.additive) {
       std::memset(v, 0, sizeof(float) * query_width);
       for_vectors(d.units, [&](int64_t u, int n) FS_LAMBDA { store(v + u, load(static_cast<const T*>(d.v) + u, n), n); });
@@ -123,18 +147,58 @@ class ForwardLoop {
 
   void run() {
     prepare();
-    for (int64_t t = 0; t < d.steps; ++t) {
-      if (d.attend == Attend::before) attend(t);
-      for (int c = 0; c < d.cells; ++c) {
-        step_cell(c, t);
-        if (d.attend != Attend::none && d.attend != Attend::before && c == d.query_cell) attend(t);
-      }
-      if (d.output) read(t);
-    }
+    if (d.search) return search();
+    for (int64_t t = 0; t < d.steps; ++t) step(t);
     finish();
   }
 
  private:
+  void step(int64_t t) const {
+    if (d.attend == Attend::before) attend(t);
+    for (int c = 0; c < d.cells; ++c) {
+      step_cell(c, t);
+      if (d.attend != Attend::none && d.attend != Attend::before && c == d.query_cell) attend(t);
+    }
+    if (d.output) read(t);
+  }
+
+  // Steps until all own rows have ended, each fed what the one before it chose.
+  void search() const {
+    const Searcher searcher(d, buf_.search, {rows_.begin / d.copies, rows_.end / d.copies});
+    searcher.begin();
+    for (int64_t t = 0; t < d.steps; ++t) {
+      step(t);
+      if (!searcher.wants_logits(t)) {
+        searcher.read_forced(t);
+        continue;
+      }
+      d.output ? set_operand(0, [&](int64_t n) { return at_.out(n, t); }) : set_read_operands(t);
+      multiply_rows(buf_.vocabulary, buf_.search.logits, buf_.search.pitch, t, nullptr);
+      const auto move = [&](int64_t first, const int32_t* parents) { rearrange(first, parents, t); };
+      if (!searcher.advance(t, move)) return;
+    }
+  }
+
+  // Rows first ... first + k - 1 go on from where `parents` of them stand after step t.
+  void rearrange(int64_t first, const int32_t* parents, int64_t t) const {
+    const int64_t state = at_.H * static_cast<int64_t>(sizeof(T)), running = buf_.width * static_cast<int64_t>(sizeof(float));
+    for (int c = 0; c < at_.cells; ++c) {
+      move_rows(first, parents, state, [&](int64_t n) { return at_.state(c, n, t + 1); });
+      if (c && at_.between) continue;
+      move_rows(first, parents, running, [&](int64_t n) { return h_of(c, n); });
+      if (lstm_) move_rows(first, parents, running, [&](int64_t n) { return c_of(c, n); });
+    }
+    const int64_t fed = d.fed() * static_cast<int64_t>(sizeof(T));
+    if (d.feed == Feed::context) move_rows(first, parents, fed, [&](int64_t n) { return at_.context(n, t); });
+    if (d.feed == Feed::output) move_rows(first, parents, fed, [&](int64_t n) { return at_.out(n, t); });
+  }
+
+  template <class Row>
+  FS_INLINE void move_rows(int64_t first, const int32_t* parents, int64_t bytes, Row&& row) const {
+    const auto aside = [&](int64_t j) { return buf_.moved + (first + j) * buf_.moved_width; };
+    for (int64_t j = 0; j < d.copies; ++j) std::memcpy(aside(j), row(first + parents[j]), bytes);
+    for (int64_t j = 0; j < d.copies; ++j) std::memcpy(row(first + j), aside(j), bytes);
+  }
   int64_t count() const { return rows_.end - rows_.begin; }
   float* h_of(int c, int64_t n) const { return buf_.h + (at_.running(c) * at_.N + n) * buf_.width; }
   float* c_of(int c, int64_t n) const { return buf_.c + (at_.running(c) * at_.N + n) * buf_.width; }
@@ -180,6 +244,11 @@ class ForwardLoop {
     for_rows([&](int64_t n) {
       for_vectors(F, [&](int64_t u, int lanes) FS_LAMBDA { store(buf_.feed + n * F + u, at_.load_carried(d.feed0, n * F + u, lanes), lanes); });
     });
+    if (d.search && d.search->context)
+      for_rows([&](int64_t n) {
+        const T* from = static_cast<const T*>(d.search->context) + n / d.copies * d.features;
+        for (int slot = 0; slot < 2; ++slot) std::memcpy(at_.context(n, slot), from, d.features * sizeof(T));
+      });
     if (!d.units || !d.source) return;
     for (int64_t b = rows_.begin / d.copies; b < rows_.end / d.copies; ++b) {
       buf_.positions.fill(d.mask, b);
@@ -235,6 +304,7 @@ class ForwardLoop {
     const DecoderCell& cell = d.of[c];
     const CellProducts<T>& products = buf_.cells[c];
     int part = 0;
+    if (c == 0 && reads_tokens(d)) set_operand(part++, [&](int64_t n) { return embedded(n); });
     if (cell.feed) set_operand(part++, [&](int64_t n) { return fed(n, t); });
     if (cell.below) set_operand(part++, [&](int64_t n) { return below(c, n, t); });
     if (cell.context && !d.memory_gates) set_operand(part++, [&](int64_t n) { return at_.context(n, t); });
@@ -242,7 +312,7 @@ class ForwardLoop {
     const int64_t GH = d.gate_count() * at_.H;
     const bool projects = c == 0 && d.projected;
     multiply_rows(products.input, buf_.pre, buf_.gate_width, t,
-                  projects ? starts([&](int64_t n) { return static_cast<const T*>(d.projected) + at_.token(n, t) * GH; }) : nullptr);
+                  projects ? starts([&](int64_t n) { return static_cast<const T*>(d.projected) + input_row(n, t) * GH; }) : nullptr);
     if (cell.context && d.memory_gates) for_rows([&](int64_t n) { add_memory_gates(n); });
     if (lstm_) return finish_rows<Lstm<SimdMath>>(c, t);
     set_operand(0, [&](int64_t n) { return at_.before(c, n, t); });
@@ -253,6 +323,13 @@ class ForwardLoop {
     set_operand(0, [&](int64_t n) { return buf_.reset + n * at_.H; });
     multiply_rows(products.candidate, buf_.pre_hidden, buf_.gate_width, t, nullptr);
     for_rows([&](int64_t n) { finish_candidate(c, n, t); });
+  }
+
+  // Which row of what was made of the inputs beforehand: by step, or in a search by token.
+  FS_INLINE int64_t input_row(int64_t n, int64_t t) const { return d.search ? buf_.search.tokens[n] : at_.token(n, t); }
+
+  FS_INLINE const T* embedded(int64_t n) const {
+    return static_cast<const T*>(d.search->embedding) + buf_.search.tokens[n] * d.search->inputs;
   }
 
   void add_memory_gates(int64_t n) const {
@@ -332,8 +409,8 @@ class ForwardLoop {
     });
   }
 
-  // The readout that is fed: Luong et al. 2015, eq. 5.
-  void read(int64_t t) const {
+  // The parts that a readout, or what stands in its place, reads.
+  void set_read_operands(int64_t t) const {
     const int last = d.cells - 1;
     ReadPart parts[kMaxParts];
     read_parts(d, parts);
@@ -348,9 +425,15 @@ class ForwardLoop {
     if (d.r_state >= 0) add([&](int64_t n) { return at_.state(last, n, t + 1); });
     if (d.r_previous >= 0) add([&](int64_t n) { return at_.state(last, n, t); });
     if (d.r_context >= 0) add([&](int64_t n) { return at_.context(n, t); });
+    if (d.search && d.search->r_input >= 0 && !d.read_input) add([&](int64_t n) { return embedded(n); });
+  }
+
+  // Luong et al. 2015, eq. 5.
+  void read(int64_t t) const {
+    set_read_operands(t);
     const int64_t width = d.read_rows();
     multiply_rows(buf_.read, buf_.reads, buf_.read_width, t,
-                  d.read_input ? starts([&](int64_t n) { return static_cast<const T*>(d.read_input) + at_.token(n, t) * width; }) : nullptr);
+                  d.read_input ? starts([&](int64_t n) { return static_cast<const T*>(d.read_input) + input_row(n, t) * width; }) : nullptr);
     for_rows([&](int64_t n) { finish_read(n, t); });
   }
 

@@ -14,13 +14,16 @@ template <class T>
 struct Places {
   const Decoder& d;
   int64_t N, T_, H, cells;
-  bool between;
+  bool between, rings;  // rings: of states, contexts and outputs the last two are kept
 
   explicit Places(const Decoder& decoder)
-      : d(decoder), N(decoder.rows), T_(decoder.steps), H(decoder.hidden), cells(decoder.cells), between(decoder.attend == Attend::between) {}
+      : d(decoder), N(decoder.rows), T_(decoder.steps), H(decoder.hidden), cells(decoder.cells), between(decoder.attend == Attend::between),
+        rings(decoder.search) {}
 
   // The state of cell c after `step` steps; step 0 is the initial one.
-  FS_INLINE T* state(int c, int64_t n, int64_t step) const { return static_cast<T*>(d.hs) + ((c * N + n) * (T_ + 1) + step) * H; }
+  FS_INLINE T* state(int c, int64_t n, int64_t step) const {
+    return static_cast<T*>(d.hs) + (rings ? (c * N + n) * 2 + (step & 1) : (c * N + n) * (T_ + 1) + step) * H;
+  }
 
   // What cell c starts from at step t. Of two cells around an attention the first goes on from the second, the second from the first.
   FS_INLINE const T* before(int c, int64_t n, int64_t t) const {
@@ -37,8 +40,9 @@ struct Places {
     return tensor ? tensor + token * width : nullptr;
   }
 
-  FS_INLINE T* context(int64_t n, int64_t t) const { return static_cast<T*>(d.contexts) + token(n, t) * d.features; }
-  FS_INLINE T* out(int64_t n, int64_t t) const { return static_cast<T*>(d.outs) + token(n, t) * d.output; }
+  FS_INLINE int64_t kept(int64_t n, int64_t t) const { return rings ? n * 2 + (t & 1) : token(n, t); }
+  FS_INLINE T* context(int64_t n, int64_t t) const { return static_cast<T*>(d.contexts) + kept(n, t) * d.features; }
+  FS_INLINE T* out(int64_t n, int64_t t) const { return static_cast<T*>(d.outs) + kept(n, t) * d.output; }
   FS_INLINE T* saved(int c, int64_t n, int64_t t) const { return static_cast<T*>(d.gates) + ((c * N + n) * T_ + t) * 4 * H; }
   FS_INLINE float* cell_state(int c, int64_t n, int64_t t) const { return d.cs + ((c * N + n) * T_ + t) * H; }
 
@@ -67,7 +71,7 @@ FS_INLINE void scaled(const From* from, const T* mask, T* to, int64_t total) {
   });
 }
 
-// Columns of the readout's weights that the loop reads, in order: state, previous state, context.
+// Columns of the readout's weights that the loop reads, in order: state, previous state, context, and of a search the input.
 struct ReadPart {
   int64_t at, width;
 };
@@ -77,6 +81,7 @@ FS_INLINE int read_parts(const Decoder& d, ReadPart (&parts)[kMaxParts]) {
   if (d.r_state >= 0) parts[count++] = {d.r_state, d.hidden};
   if (d.r_previous >= 0) parts[count++] = {d.r_previous, d.hidden};
   if (d.r_context >= 0) parts[count++] = {d.r_context, d.features};
+  if (d.search && d.search->r_input >= 0 && !d.read_input) parts[count++] = {d.search->r_input, d.search->inputs};
   return count;
 }
 

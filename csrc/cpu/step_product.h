@@ -14,7 +14,7 @@ namespace FS_ISA {
 
 constexpr int kStepVectors = 4, kStepPanel = kStepVectors * W;
 constexpr int kStepRows = kAccumulators / kStepVectors;
-constexpr int kMaxParts = 3;
+constexpr int kMaxParts = 4;
 
 constexpr int kWidePanels = W >= 16 ? 4 : 2;  // of one row's tile over rows of w
 

@@ -14,13 +14,26 @@ from torch import Tensor
 from .. import _native
 from ..ops import attention as ops
 from ..ops.decoder import LoopSpec, LoopTensors, decoder_loop
+from ..ops.decoder_search import Found, Search, Vocabulary, decoder_search
 from ..ops.linear import linear
 from ..ops.rnn import rnn_layer
 from ..spec import AttentionParams, CellParams, DecoderOutput, DecoderSpec, DecoderState, Keys, LayerState
 from . import decoder_reference
 from .decoder_call import AttentionCall, DecoderCall
 
-__all__ = ["NAME", "Plan", "attention", "decoder", "plan", "refuses", "refuses_attention", "unavailable"]
+__all__ = [
+    "NAME",
+    "Plan",
+    "attention",
+    "decoder",
+    "plan",
+    "refuses",
+    "refuses_attention",
+    "refuses_search",
+    "search",
+    "unavailable",
+    "whole",
+]
 
 NAME = "cpu"
 _MOST_CELLS = 16  # kMaxCells of csrc/cpu/decoder.h
@@ -66,6 +79,37 @@ def make_plan(spec: DecoderSpec) -> Plan:
 
 
 plan = lru_cache(maxsize=256)(make_plan)
+
+
+def whole(spec: DecoderSpec) -> LoopSpec:
+    """All of this decoder as a loop, as a search needs it. A fixed context is what its cells see of an attention."""
+    contexts = (False, True) if spec.attention and spec.attend == "between" else spec.reads_context
+    return LoopSpec(
+        spec.cell, spec.attend if spec.attention else "none", spec.query_layer if spec.attention else 0, contexts,
+        spec.feed or "none", spec.combine or "linear", spec.readout,
+    )  # fmt: skip
+
+
+def refuses_search(call: DecoderCall) -> str | None:
+    """Why the steps of this call cannot run natively with the choice of their tokens; None if they can."""
+    return next(_obstacles_of_search(call), None)
+
+
+def _obstacles_of_search(call: DecoderCall) -> Iterator[str]:
+    spec = call.spec
+    yield from _obstacles(call)
+    if spec.residual is not None:
+        yield f"residual={spec.residual} lies within the loop, which is all of the decoder"
+    if spec.num_layers > _MOST_CELLS:
+        yield f"num_layers={spec.num_layers}: at most {_MOST_CELLS} layers loop"
+    if len({*spec.readout}) < len(spec.readout):
+        yield f"a part twice in readout={spec.readout}"
+    if spec.context_side == "hidden" and spec.cell == "lstm":
+        yield "context_side='hidden' of an LSTM"
+    if any(mask is not None for mask in call.masks):
+        yield "dropout, in training mode"
+    if _transformed():
+        yield "torch.func or forward-mode gradients"
 
 
 def unavailable() -> str | None:
@@ -181,6 +225,15 @@ def decoder(call: DecoderCall) -> DecoderOutput:
         seen_by["prev_state"] = _before(call, -1, out)
     output = _readout(call, [seen_by[part] for part in spec.readout])
     return DecoderOutput(output, DecoderState(tuple(states), feed), weights)
+
+
+def search(call: DecoderCall, of: Vocabulary, asked: Search) -> Found:
+    """All steps of a search; `call` is of one step."""
+    loop = whole(call.spec)
+    x = _loop_tensors(call, Plan(loop, call.spec.num_layers, attends=False, reads=False), call.y)
+    if call.keys.context is not None:
+        x = x._replace(memory=call.keys.context[:, None])
+    return decoder_search(loop, x, of, asked)
 
 
 def _needs_reference(call: DecoderCall) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from .options import Options
 from .request import Request, Stream
 from .scores import coverage, processed, warped
 
-__all__ = ["GenerateOutput", "Reorder", "Step", "run_search"]
+__all__ = ["GenerateOutput", "Reorder", "Step", "assembled", "refuse_nan", "run_search"]
 
 Step = Callable[[Tensor, Any], Any]  # (tokens [N], state) -> (logits [N, V], state) or (logits, state, weights [N, S])
 Reorder = Callable[[Any, Tensor], Any]  # (state, index [N]) -> the state of these rows
@@ -247,8 +247,13 @@ def _stops(done: Tensor, wrong: Tensor) -> bool:
     """The one thing that the host is told of a step."""
     told = int(done + 2 * wrong)
     if told >= 2:
-        raise InputError("step or a logits_processor returned NaN for a row that had not ended; look at the model")
+        refuse_nan()
     return told == 1
+
+
+def refuse_nan() -> NoReturn:
+    """What a search does with a row that nothing can be said of."""
+    raise InputError("step or a logits_processor returned NaN for a row that had not ended; look at the model")
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
@@ -279,15 +284,26 @@ def _ranked(model: Model, scores: Tensor, ids: Tensor, lengths: Tensor) -> Gener
 
 
 def _trimmed(model: Model, scores: Tensor, ids: Tensor, lengths: Tensor, trail: Tensor) -> GenerateOutput:
-    """Of the longest one's length; behind each one's own, padding and weights of 0. trail: rows of N."""
+    steps = torch.stack(model.weights) if model.options.return_weights else None
+    return assembled(model.options, scores, ids, lengths, trail, steps)
+
+
+def assembled(
+    options: Options,
+    scores: Tensor,  # [B, R]
+    ids: Tensor,  # [B, R, T]
+    lengths: Tensor,  # [B, R]
+    trail: Tensor,  # [B, R, T]: the row of N whose step chose each token
+    steps: Tensor | None,  # [T, N, S], the weights of each step
+) -> GenerateOutput:
+    """Of the longest one's length; behind each one's own, padding and weights of 0."""
     lengths = torch.where(scores > -torch.inf, lengths, 0)  # fewer hypotheses than asked for: empty ones
     longest = int(lengths.max())
     places = torch.arange(longest, device=lengths.device)
     there = places < lengths[:, :, None]
-    sequences = torch.where(there, ids[:, :, :longest], model.options.pad_id)
+    sequences = torch.where(there, ids[:, :, :longest], options.pad_id)
     weights = None
-    if model.options.return_weights:
-        steps = torch.stack(model.weights)  # [P - 1 + steps, N, S]
+    if steps is not None:
         weights = torch.where(there[..., None], steps[places, trail[:, :, :longest]], 0)
     return GenerateOutput(sequences, lengths, scores, weights)
 

@@ -10,10 +10,11 @@ from ..backends.decoder_call import DecoderCall
 from ..checks import lengths_on_cpu, need_tensor
 from ..errors import InputError
 from ..functional import Lengths
-from ..generation import GenerateOutput, LogitsProcessor, Request, run_search
+from ..generation import GenerateOutput, LogitsProcessor, Request, refuses, run_native, run_search
 from ..losses import cross_entropy, linear_cross_entropy, need_smoothing
+from ..ops.decoder_search import Vocabulary
 from ..ops.linear import linear
-from ..spec import DecoderState, Memory, one_of
+from ..spec import DecoderState, Keys, Memory, one_of
 from .decoder import Decoder
 from .encoder import Encoder
 
@@ -315,15 +316,29 @@ class Seq2Seq(nn.Module):
         )  # fmt: skip
         request.check_vocabulary(self.vocab_size)
         memory = self._encode(src, src_lengths) if memory is None else memory
-        keys, state = self.decoder.prepare(memory), self.decoder.init_state(memory)
-        need_weights = request.options.needs_weights
+        keys, need_weights = self.decoder.prepare(memory), request.options.needs_weights
+        if refuses(request) is None and (found := self._generate_natively(memory, keys, request)) is not None:
+            return found
 
         def step(tokens: Tensor, state: DecoderState) -> Any:
             output, state, weights = self.decoder.step(self.embedding(tokens), keys, state, need_weights=need_weights)
             logits = self._logits(output)
             return (logits, state, weights) if need_weights else (logits, state)
 
-        return run_search(step, state, request)
+        return run_search(step, self.decoder.init_state(memory), request)
+
+    def _generate_natively(self, memory: Memory, keys: Keys, request: Request) -> GenerateOutput | None:
+        """All steps in one call, where nothing of this model is its user's own and the decoder's backend can."""
+        decoder, embedding, output = self.decoder, self.embedding, self.output
+        if not _is_plain(embedding, nn.Embedding) or embedding.max_norm is not None or not _is_plain(output, nn.Linear):
+            return None
+        if type(decoder).step is not Decoder.step:
+            return None
+        state = decoder.init_state(memory, request.options.copies)
+        weight: Tensor = embedding.weight
+        y = weight[:1].expand(state.layers[0][0].shape[0], -1)[:, None]  # of the right shape: tokens make the inputs
+        of = Vocabulary(weight, output.weight, output.bias)
+        return run_native(decoder.as_call(y, keys, state), of, request, decoder.backend)
 
     def _device(self) -> torch.device:
         return next(self.decoder.parameters()).device

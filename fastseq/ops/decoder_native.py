@@ -23,7 +23,16 @@ from .decoder_products import (
 from .decoder_types import COLUMNS, KEPT, LoopSpec, LoopTensors, masked, parts
 from .linear import product
 
-__all__ = ["complete", "empty_results", "run_backward", "run_forward"]
+__all__ = [
+    "complete",
+    "empty_results",
+    "memory_gates_of",
+    "native_cells",
+    "native_sizes",
+    "native_tensors",
+    "run_backward",
+    "run_forward",
+]
 
 _ATTEND = {"none": 0, "before": 1, "after": 2, "between": 3}
 _FEED = {"none": 0, "context": 1, "output": 2}
@@ -84,31 +93,32 @@ def run_forward(loop: LoopSpec, x: LoopTensors, need_weights: bool, save: bool) 
         assert x.w_read is not None
         at, end = parts(loop, x)["input"]
         read_input = product(masked(x.y, x.read_mask, at, end), x.w_read[:, at:end])
-    memory_gates = _memory_gates(loop, x)
-    tensors = _tensors(loop, x, kept)
+    memory_gates = memory_gates_of(loop, x, x.y.shape[1])
+    tensors = native_tensors(loop, x, kept)
     tensors |= {
         "projected": address(projected), "read_input": address(read_input), "feed_n": address(feed_n),
         "memory_gates": address(memory_gates),
     }  # fmt: skip
-    cells = [_cell(loop, x, i) for i in range(loop.cells)]
+    cells = native_cells(loop, x)
     for i in range(loop.layers):  # of attend="between" the second cell's state is the layer's
         cells[i - loop.layers].update(h_n=address(h_n[i]), c_n=address(c_n[i]) if c_n else 0)
-    _native.C.decoder_forward(_sizes(loop, x, save), tensors, cells)
+    _native.C.decoder_forward(native_sizes(loop, x, save), tensors, cells)
     return results
 
 
-def _memory_gates(loop: LoopSpec, x: LoopTensors) -> Tensor | None:
+def memory_gates_of(loop: LoopSpec, x: LoopTensors, steps: int) -> Tensor | None:
     """The memory through the context's weights [B, S, G*H], where adding these up is less to read than the weights."""
     if x.memory is None or loop.attend == "after" or sum(loop.contexts) != 1 or x.y.dtype is not torch.float32:
         return None
-    (rows, steps, _), (_, source, features) = x.y.shape, x.memory.shape
+    rows, (_, source, features) = x.y.shape[0], x.memory.shape
     if steps < _FEW_STEPS or source == 0 or 2 * rows * source > features:
         return None
     w_ih = x.weights[4 * loop.contexts.index(True)]
     return product(x.memory, w_ih[:, w_ih.shape[1] - features :])
 
 
-def _sizes(loop: LoopSpec, x: LoopTensors, keep: bool) -> dict[str, int]:
+def native_sizes(loop: LoopSpec, x: LoopTensors, keep: bool) -> dict[str, int]:
+    """The numbers of a call."""
     rows, steps, _ = x.y.shape
     batch, source, units = (rows, 0, 0) if x.keys is None else x.keys.shape
     read = 0 if x.w_read is None else x.w_read.shape[0]
@@ -122,7 +132,7 @@ def _sizes(loop: LoopSpec, x: LoopTensors, keep: bool) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _tensors(loop: LoopSpec, x: LoopTensors, kept: Sequence[Tensor | None]) -> dict[str, int]:
+def native_tensors(loop: LoopSpec, x: LoopTensors, kept: Sequence[Tensor | None]) -> dict[str, int]:
     """What forward and backward both read."""
     columns = parts(loop, x)
 
@@ -137,6 +147,11 @@ def _tensors(loop: LoopSpec, x: LoopTensors, kept: Sequence[Tensor | None]) -> d
         "read_mask": address(x.read_mask), "out_mask": address(x.out_mask),
         **dict(zip(KEPT, map(address, kept), strict=True)),
     }  # fmt: skip
+
+
+def native_cells(loop: LoopSpec, x: LoopTensors) -> list[dict[str, int]]:
+    """Each cell's weights and first state."""
+    return [_cell(loop, x, i) for i in range(loop.cells)]
 
 
 def _cell(loop: LoopSpec, x: LoopTensors, i: int) -> dict[str, int]:
@@ -210,13 +225,13 @@ def _run_native(
     dense = [None if g is None else g.contiguous() for g in (*rest, *d_h_n, *d_c_n)]  # alive until the call has ended
     d_contexts, d_outs, d_weights, d_feed_n = map(address, dense[:4])
     d_h_n, d_c_n = dense[4 : 4 + loop.layers], dense[4 + loop.layers :]
-    tensors = _tensors(loop, x, kept)
+    tensors = native_tensors(loop, x, kept)
     tensors |= {
         "d_contexts": d_contexts, "d_outs": d_outs, "d_weights": d_weights, "d_feed_n": d_feed_n,
         "d_queries": address(found.d_queries), "d_read": address(found.d_read), "d_keys": address(found.d_keys),
         "d_memory": address(found.d_memory), "d_v": address(found.d_v), "d_feed0": address(found.d_feed0),
     }  # fmt: skip
-    cells = [_cell(loop, x, i) for i in range(loop.cells)]
+    cells = native_cells(loop, x)
     for cell, gates in zip(cells, found.d_gates, strict=True):
         cell |= {"d_hs": 0, "d_hs_row": 0, "d_hs_step": 0, "d_h_n": 0, "d_c_n": 0, "d_h0": 0, "d_c0": 0}
         cell["d_gates"] = gates.data_ptr()
@@ -226,4 +241,4 @@ def _run_native(
     if d_hs is not None:
         d_hs = d_hs if d_hs.stride(-1) == 1 else d_hs.contiguous()
         cells[-1].update(d_hs=d_hs.data_ptr(), d_hs_row=d_hs.stride(0), d_hs_step=d_hs.stride(1))
-    _native.C.decoder_backward(_sizes(loop, x, True), tensors, cells)
+    _native.C.decoder_backward(native_sizes(loop, x, True), tensors, cells)

@@ -1,0 +1,55 @@
+"""Searches that a backend runs whole, tokens chosen inside its loop over steps; the same answers as `search`'s."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.decoder_call import DecoderCall
+from ..decoding import as_asked
+from ..dispatch import choose
+from ..engine import prefer
+from ..ops.decoder_search import Search, Vocabulary
+from .request import Request
+from .search import GenerateOutput, assembled, refuse_nan
+
+__all__ = ["refuses", "run_native"]
+
+
+def refuses(request: Request) -> str | None:
+    """What of this request needs a step at a time; None if nothing does."""
+    options = request.options
+    asked = {
+        "do_sample": options.do_sample, "logits_processor": request.processors, "streamer": request.streamer,
+        "coverage_penalty": options.coverage_penalty, "no_repeat_ngram_size": options.no_repeat_ngram_size,
+    }  # fmt: skip
+    return next((f"{name} looks at every step" for name, value in asked.items() if value), None)
+
+
+def run_native(call: DecoderCall, of: Vocabulary, request: Request, backend: str) -> GenerateOutput | None:
+    """What is found from a call of one step, of N rows; None where the call's backend has no search for it."""
+    if torch.compiler.is_compiling() or as_asked(call) is not call:  # under autocast
+        return None
+    chosen: Any = choose(call, prefer(backend))
+    if not hasattr(chosen, "search") or chosen.refuses_search(call) is not None:
+        return None
+    if any(t is not None and (t.dtype, t.device) != (call.y.dtype, call.y.device) for t in of):
+        return None
+    options = request.options
+    lengths = range(options.max_new_tokens + 1)
+    found = chosen.search(
+        call,
+        Vocabulary(*(None if t is None else t.contiguous() for t in of)),  # type: ignore[arg-type]
+        Search(
+            request.prefix.contiguous(), [options.norm(max(n, 1)) for n in lengths], options.copies,
+            options.num_return_sequences, options.min_new_tokens, options.eos_id, options.pad_id,
+            options.early_stopping, options.length_penalty > 0, options.return_weights,
+        ),
+    )  # fmt: skip
+    if found.wrong:
+        refuse_nan()
+    weights: Tensor | None = None
+    if options.return_weights:
+        weights = torch.zeros(0) if found.weights is None else found.weights.float().transpose(0, 1)
+    rows = torch.arange(options.batch_size)[:, None, None] * options.copies
+    return assembled(options, found.scores, found.tokens, found.lengths, rows + found.trail, weights)
