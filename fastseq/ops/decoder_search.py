@@ -97,14 +97,19 @@ def decoder_search(
     return Found(tokens, lengths, scores, trail, weights, wrong)
 
 
+def makes_tables(tokens: int, most: int) -> bool:
+    """Whether to make beforehand what every token's input comes to: less work than of each of the `most` that may come,
+    since a search may end sooner.
+    """
+    return 2 * tokens <= most
+
+
 def _tables(
     loop: LoopSpec, x: LoopTensors, of: Vocabulary, most: int, columns: dict[str, tuple[int, int]]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What the first cell [V, G*H] and the readout [V, R'] make of every token, where that is less work than to make it
-    of each token that comes: `most` of them, and a search may end sooner.
-    """
+    """What the first cell [V, G*H] and the readout [V, R'] make of every token, or None: of each as it comes."""
     embedding = of.embedding[: len(of.weight)]
-    if 2 * len(embedding) > most:
+    if not makes_tables(len(embedding), most):
         return None, None
     projected = product(embedding, x.weights[0][:, : embedding.shape[1]])
     if "input" not in columns or x.w_read is None:
