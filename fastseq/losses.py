@@ -52,6 +52,7 @@ def linear_cross_entropy(
     real = target != ignore_index
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the host would wait for the number
         rows = real.nonzero()[:, 0]
+        _check_classes(target[rows], len(weight))
         if len(rows) < len(real):
             losses = _losses(x.index_select(0, rows), weight, bias, target[rows], None, label_smoothing, reduction)
             if reduction != "none":
@@ -92,6 +93,16 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> No
         raise InputError(f"target has shape {tuple(target.shape)}; expected {tuple(x.shape[:-1])}, as x but for D")
     if target.dtype != torch.int64:
         raise TypeError(f"target must be int64, got {target.dtype}; convert with .long()")
+
+
+def _check_classes(target: Tensor, classes: int) -> None:
+    if not len(target):
+        return
+    least, most = (int(t) for t in target.aminmax())
+    if least < 0 or most >= classes:
+        raise InputError(
+            f"target holds {least if least < 0 else most}; classes are 0 to {classes - 1}, or ignore_index"
+        )
 
 
 def _losses(

@@ -229,6 +229,8 @@ class Seq2Seq(nn.Module):
         self._check_ids_of("tgt_in", tgt_in)
         if not 0 <= teacher_forcing <= 1:
             raise InputError(f"teacher_forcing={teacher_forcing}; it is a probability, 0 to 1")
+        if isinstance(src, Tensor) and src.dim() and src.shape[0] not in (0, tgt_in.shape[0]):
+            raise InputError(f"tgt_in has B={tgt_in.shape[0]} rows, src {src.shape[0]}; pass a target for each source")
         memory = self._encode(src, src_lengths)
         if teacher_forcing == 1:
             output, _, weights = self.decoder(self.embedding(tgt_in), memory, need_weights=need_weights)

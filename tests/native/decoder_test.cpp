@@ -254,6 +254,78 @@ struct Run {
   }
 };
 
+// The same decoder, choosing its tokens itself: greedily, or by two beams.
+struct Searching : Run {
+  Search s{};
+  int wrong = 0;
+  Tensor embedding, w_out, b_out, context, table, read_table;
+  std::vector<int64_t> prefix, tokens, trail, lengths;
+  std::vector<float> norms, scores;
+
+  explicit Searching(unsigned seed) : Run(seed) {
+    auto pick = [&](int n) { return static_cast<int>(draw() % n); };
+    const int64_t even = bf16 ? 2 : 1, B = d.memory_rows(), most = 2 + pick(6);
+    d.keep = false, d.layer_masks = d.read_mask = d.out_mask = d.read_input = d.memory_gates = nullptr;
+    s.forced = 1 + pick(3), s.vocabulary = 3 + pick(60), s.inputs = even * (1 + pick(9)), s.returned = 1 + pick(static_cast<int>(d.copies));
+    s.fewest = pick(3), s.eos = pick(3), s.stopping = static_cast<Stopping>(pick(3)), s.rewards_length = true, s.wrong = &wrong;
+    d.steps = s.forced - 1 + most;
+    if (d.attend == Attend::none) d.features = even * (1 + pick(20)), s.context = (context = random(B * d.features)).data();
+    if (d.attend == Attend::none) d.of[0].context = pick(2);
+    read(pick(2), pick(2));
+    weights_of_input(pick(2));
+    for (int64_t i = 0; i < B * s.forced; ++i) prefix.push_back(pick(static_cast<int>(s.vocabulary)));
+    for (int64_t i = 0; i <= most; ++i) norms.push_back(static_cast<float>(i));
+    s.prefix = prefix.data(), s.norms = norms.data(), d.search = &s;
+    results_of_search(B);
+  }
+
+  // Where nothing fed is read out, with or without a product; parts anew in any case, for the input may be one.
+  void read(bool reads, bool input) {
+    const int64_t even = bf16 ? 2 : 1;
+    if (!d.output && reads) d.output = even * (1 + static_cast<int64_t>(draw() % 20));
+    d.r_state = 0, d.r_previous = draw() % 2 ? d.hidden : -1, d.r_pitch = d.hidden * (d.r_previous < 0 ? 1 : 2);
+    d.r_context = d.r_pitch, d.r_pitch += d.features;
+    s.r_input = input ? d.r_pitch : -1, d.r_pitch += input ? s.inputs : 0;
+    if (d.output) d.w_r = (w_r = random(d.read_rows() * d.r_pitch, 1.f)).data(), d.b_r = (b_r = random(d.read_rows())).data();
+    s.w_out = (w_out = random(s.vocabulary * (d.output ? d.output : d.r_pitch), 2.f)).data(), s.b_out = (b_out = random(s.vocabulary)).data();
+  }
+
+  void weights_of_input(bool tables) {
+    const int64_t GH = d.gate_count() * d.hidden, V = s.vocabulary;
+    DecoderCell& cell = d.of[0];
+    const int64_t width = s.inputs + (cell.feed ? d.fed() : 0) + (cell.context ? d.features : 0);
+    w_ih[0] = random(GH * width), cell.pitch_ih = width;
+    cell.w_ih = bf16 ? static_cast<void*>(w_ih[0].h.data() + s.inputs) : w_ih[0].f.data() + s.inputs;
+    if (d.feed == Feed::output) d.feed0 = (feed0 = random(d.rows * d.fed())).data();
+    s.embedding = (embedding = random(V * s.inputs, 1.f)).data();
+    d.projected = tables ? (table = random(V * GH)).data() : nullptr;
+    d.read_input = tables && d.output && s.r_input >= 0 ? (read_table = random(V * d.read_rows())).data() : nullptr;
+  }
+
+  void results_of_search(int64_t B) {
+    const int64_t N = d.rows, T = d.steps, R = s.returned;
+    d.hs = (hs = empty(d.cells * N * 2 * d.hidden)).data(), d.contexts = (contexts = empty(N * 2 * d.features)).data();
+    d.outs = (outs = empty(N * 2 * d.output)).data(), d.weights = (weights = empty(N * T * d.source)).data();
+    d.feed_n = nullptr;
+    tokens.assign(B * R * T, -1), trail.assign(B * R * T, -1), lengths.assign(B * R, -1), scores.assign(B * R, std::nanf(""));
+    s.tokens = tokens.data(), s.trail = trail.data(), s.lengths = lengths.data(), s.scores = scores.data();
+  }
+
+  // Scores and lengths, and the tokens within these.
+  std::vector<float> found() const {
+    std::vector<float> all(scores);
+    for (size_t i = 0; i < lengths.size(); ++i) {
+      all.push_back(static_cast<float>(lengths[i]));
+      for (int64_t t = 0; t < lengths[i]; ++t) {
+        all.push_back(static_cast<float>(tokens[i * d.steps + t]));
+        const int64_t row = trail[i * d.steps + t], token = tokens[i * d.steps + t];
+        expect(row >= 0 && row < d.copies && token >= 0 && token < s.vocabulary, "a search's token or row is none");
+      }
+    }
+    return all;
+  }
+};
+
 void compare(const std::vector<float>& wanted, const std::vector<float>& got, float budget, const std::string& context) {
   expect(wanted.size() == got.size(), context + ": another number of results");
   for (size_t i = 0; i < wanted.size(); ++i)
@@ -282,6 +354,27 @@ void check_decoder() {
     }
     choose_isa("base");
     if (!first.bf16) first.check_slopes(context);
+  }
+}
+
+void check_search() {
+  for (unsigned seed = 0; seed < 60; ++seed) {
+    choose_isa("base");
+    Searching first(seed);
+    first.forward();
+    expect(first.wrong == 0, first.name(seed) + ": a search met NaN");
+    const std::vector<float> wanted = first.found();
+    for (const char* isa : available_isas()) {
+      choose_isa(isa);
+      for (int threads : kTeams) {
+        Searching other(seed);
+        other.threads = threads;
+        other.forward(), poison_scratch();
+        const std::string context = "search, " + first.name(seed) + " on " + isa + ", " + std::to_string(threads) + " threads";
+        if (!first.bf16) compare(wanted, other.found(), 1e-4f, context);  // in bf16 a rounding may tip a choice
+        expect(other.found().size() >= other.scores.size(), context);
+      }
+    }
   }
 }
 

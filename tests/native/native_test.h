@@ -21,5 +21,6 @@ void check_attention_of_sequences();
 void check_cells();
 void check_decoder();
 void check_products();
+void check_search();
 
 }  // namespace fastseq
