@@ -34,6 +34,7 @@ struct ForwardBuffers {
   char* moved;                                  // [N][moved_width] rows of any kind on their way from beam to beam
   const uint32_t** operands;     // [kMaxParts][N]
   const T** starts;              // [N]
+  int64_t* running;              // [N]
   int64_t width, gate_width, query_width, context_width, weight_width, read_width, moved_width;
 
   ForwardBuffers(Carver& carve, const Decoder& d, int threads)
@@ -86,9 +87,9 @@ struct ForwardBuffers {
     }
     v = carve.take<float>(d.additive ? query_width : 0);
     exp_query = carve.take<float>(takes_exponentials(d) ? threads * query_width : 0);
-    const int64_t running = d.attend == Attend::between ? 1 : d.cells;
-    h = carve.take<float>(running * N * width);
-    c = carve.take<float>(d.cell == CellKind::lstm ? running * N * width : 0);
+    const int64_t states = d.attend == Attend::between ? 1 : d.cells;
+    h = carve.take<float>(states * N * width);
+    c = carve.take<float>(d.cell == CellKind::lstm ? states * N * width : 0);
     pre = carve.take<float>(N * gate_width);
     pre_hidden = carve.take<float>(d.cell == CellKind::lstm ? 0 : N * gate_width);
     queries = carve.take<float>(d.w_q ? N * query_width : 0);
@@ -104,6 +105,7 @@ struct ForwardBuffers {
     reset = carve.take<T>(d.cell == CellKind::gru_reset_before ? N * H : 0);
     operands = carve.take<const uint32_t*>(kMaxParts * N);
     starts = carve.take<const T*>(N);
+    running = carve.take<int64_t>(N);
   }
 
   void add_read_parts(const Decoder& d, const void* w, StepProduct<T>& to) const {
@@ -142,7 +144,7 @@ template <class T>
 class ForwardLoop {
  public:
   ForwardLoop(const Decoder& decoder, const ForwardBuffers<T>& buffers, const Team& team)
-      : d(decoder), at_(decoder), buf_(buffers), rows_(own_rows(decoder, team)), lstm_(decoder.cell == CellKind::lstm),
+      : d(decoder), at_(decoder), buf_(buffers), rows_(own_rows(decoder, team)), running_(buffers.running + rows_.begin), lstm_(decoder.cell == CellKind::lstm),
         exponentials_(takes_exponentials(decoder)), exp_query_(buffers.exp_query + team.rank * buffers.query_width) {}
 
   void run() {
@@ -162,11 +164,11 @@ class ForwardLoop {
     if (d.output) read(t);
   }
 
-  // Steps until all own rows have ended, each fed what the one before it chose.
-  void search() const {
+  // Steps until all own rows have ended, each fed what the one before it chose. Rows that have ended are left out.
+  void search() {
     const Searcher searcher(d, buf_.search, {rows_.begin / d.copies, rows_.end / d.copies});
     searcher.begin();
-    for (int64_t t = 0; t < d.steps; ++t) {
+    for (int64_t t = 0; t < d.steps && count_; ++t) {
       step(t);
       if (!searcher.wants_logits(t)) {
         searcher.read_forced(t);
@@ -175,7 +177,7 @@ class ForwardLoop {
       d.output ? set_operand(0, [&](int64_t n) { return at_.out(n, t); }) : set_read_operands(t);
       multiply_rows(buf_.vocabulary, buf_.search.logits, buf_.search.pitch, t, nullptr);
       const auto move = [&](int64_t first, const int32_t* parents) { rearrange(first, parents, t); };
-      if (!searcher.advance(t, move)) return;
+      count_ = searcher.advance(t, running_, count_, move);
     }
   }
 
@@ -199,23 +201,24 @@ class ForwardLoop {
     for (int64_t j = 0; j < d.copies; ++j) std::memcpy(aside(j), row(first + parents[j]), bytes);
     for (int64_t j = 0; j < d.copies; ++j) std::memcpy(row(first + j), aside(j), bytes);
   }
-  int64_t count() const { return rows_.end - rows_.begin; }
+  int64_t count() const { return count_; }
   float* h_of(int c, int64_t n) const { return buf_.h + (at_.running(c) * at_.N + n) * buf_.width; }
   float* c_of(int c, int64_t n) const { return buf_.c + (at_.running(c) * at_.N + n) * buf_.width; }
   const uint32_t** operand(int part) const { return buf_.operands + part * at_.N + rows_.begin; }
 
+  // f(row, slot) of the rows that still run: what a step leaves for its own use lies by slot, without gaps.
   template <class F>
   FS_INLINE void for_rows(F&& f) const {
-    for (int64_t n = rows_.begin; n < rows_.end; ++n) f(n);
+    for (int64_t i = 0; i < count_; ++i) f(running_[i], rows_.begin + i);
   }
 
   template <class Row>
   FS_INLINE void set_operand(int part, Row&& row) const {
     const uint32_t** to = operand(part);
-    for (int64_t n = rows_.begin; n < rows_.end; ++n) to[n - rows_.begin] = reinterpret_cast<const uint32_t*>(row(n));
+    for (int64_t i = 0; i < count_; ++i) to[i] = reinterpret_cast<const uint32_t*>(row(running_[i]));
   }
 
-  // `out`: [N][pitch] scratch. rows(n): T values that row n starts from.
+  // `out`: [N][pitch] scratch by slot. starts: T values that each running row starts from, or null.
   void multiply_rows(const StepProduct<T>& product, float* out, int64_t pitch, int64_t t, const T* const* starts) const {
     product.run(count(), operand(0), at_.N, {starts, false}, out + rows_.begin * pitch, pitch, t & 1);
   }
@@ -223,14 +226,15 @@ class ForwardLoop {
   template <class Row>
   FS_INLINE const T* const* starts(Row&& row) const {
     const T** to = buf_.starts + rows_.begin;
-    for_rows([&](int64_t n) { to[n - rows_.begin] = row(n); });
+    for (int64_t i = 0; i < count_; ++i) to[i] = row(running_[i]);
     return to;
   }
 
-  void prepare() const {
+  void prepare() {
+    for (int64_t n = rows_.begin; n < rows_.end; ++n) running_[count_++] = n;
     for (int c = 0; c < at_.cells; ++c) {
       const DecoderCell& cell = d.of[at_.between ? 0 : c];
-      for_rows([&](int64_t n) {
+      for_rows([&](int64_t n, int64_t) {
         for (int64_t u = 0; u < buf_.width; u += W) store(h_of(c, n) + u, vf{}, W);
         for_vectors(at_.H, [&](int64_t u, int lanes) FS_LAMBDA {
           const vf h = at_.load_carried(cell.h0, n * at_.H + u, lanes);
@@ -241,11 +245,11 @@ class ForwardLoop {
       });
     }
     const int64_t F = d.fed();
-    for_rows([&](int64_t n) {
+    for_rows([&](int64_t n, int64_t) {
       for_vectors(F, [&](int64_t u, int lanes) FS_LAMBDA { store(buf_.feed + n * F + u, at_.load_carried(d.feed0, n * F + u, lanes), lanes); });
     });
     if (d.search && d.search->context)
-      for_rows([&](int64_t n) {
+      for_rows([&](int64_t n, int64_t) {
         const T* from = static_cast<const T*>(d.search->context) + n / d.copies * d.features;
         for (int slot = 0; slot < 2; ++slot) std::memcpy(at_.context(n, slot), from, d.features * sizeof(T));
       });
@@ -269,12 +273,12 @@ class ForwardLoop {
       set_operand(0, [&](int64_t n) { return at_.state(d.query_cell, n, asked(t)); });
       multiply_rows(buf_.query, buf_.queries, buf_.query_width, t, nullptr);
     }
-    for_rows([&](int64_t n) { attend_row(n, t); });
+    for_rows([&](int64_t n, int64_t slot) { attend_row(n, slot, t); });
   }
 
-  void attend_row(int64_t n, int64_t t) const {
-    const float* query = d.w_q ? buf_.queries + n * buf_.query_width : h_of(d.query_cell, n);
-    float *context = buf_.contexts + n * buf_.context_width, *weights = buf_.weights + n * buf_.weight_width;
+  void attend_row(int64_t n, int64_t slot, int64_t t) const {
+    const float* query = d.w_q ? buf_.queries + slot * buf_.query_width : h_of(d.query_cell, n);
+    float *context = buf_.contexts + slot * buf_.context_width, *weights = buf_.weights + slot * buf_.weight_width;
     const int64_t token = at_.token(n, t), S = d.source;
     MemoryRow<T> row{nullptr, nullptr, d.units, d.features, nullptr, 0};
     if (S) row = at_.memory_row(n / d.copies, buf_.positions);
@@ -313,16 +317,16 @@ class ForwardLoop {
     const bool projects = c == 0 && d.projected;
     multiply_rows(products.input, buf_.pre, buf_.gate_width, t,
                   projects ? starts([&](int64_t n) { return static_cast<const T*>(d.projected) + input_row(n, t) * GH; }) : nullptr);
-    if (cell.context && d.memory_gates) for_rows([&](int64_t n) { add_memory_gates(n); });
+    if (cell.context && d.memory_gates) for_rows([&](int64_t n, int64_t slot) { add_memory_gates(n, slot); });
     if (lstm_) return finish_rows<Lstm<SimdMath>>(c, t);
     set_operand(0, [&](int64_t n) { return at_.before(c, n, t); });
     multiply_rows(products.hidden, buf_.pre_hidden, buf_.gate_width, t,
                   c == 0 && d.beside ? starts([&](int64_t n) { return static_cast<const T*>(d.beside) + n * GH; }) : nullptr);
     if (d.cell == CellKind::gru) return finish_rows<Gru<SimdMath>>(c, t);
-    for_rows([&](int64_t n) { reset(c, n, t); });
+    for_rows([&](int64_t n, int64_t slot) { reset(c, n, slot, t); });
     set_operand(0, [&](int64_t n) { return buf_.reset + n * at_.H; });
     multiply_rows(products.candidate, buf_.pre_hidden, buf_.gate_width, t, nullptr);
-    for_rows([&](int64_t n) { finish_candidate(c, n, t); });
+    for_rows([&](int64_t n, int64_t slot) { finish_candidate(c, n, slot, t); });
   }
 
   // Which row of what was made of the inputs beforehand: by step, or in a search by token.
@@ -332,12 +336,12 @@ class ForwardLoop {
     return static_cast<const T*>(d.search->embedding) + buf_.search.tokens[n] * d.search->inputs;
   }
 
-  void add_memory_gates(int64_t n) const {
+  void add_memory_gates(int64_t n, int64_t slot) const {
     if (!d.source) return;
     MemoryRow<T> row = at_.memory_row(n / d.copies, buf_.positions);
     row.features = d.gate_count() * at_.H;
     row.memory = static_cast<const T*>(d.memory_gates) + n / d.copies * d.source * row.features;
-    context_row(row, buf_.weights + n * buf_.weight_width, buf_.pre + n * buf_.gate_width, true);
+    context_row(row, buf_.weights + slot * buf_.weight_width, buf_.pre + slot * buf_.gate_width, true);
   }
 
   const T* below(int c, int64_t n, int64_t t) const {
@@ -358,8 +362,8 @@ class ForwardLoop {
   void finish_rows(int c, int64_t t) const {
     constexpr bool kLstm = Cell::kCellState;
     const int64_t H = at_.H;
-    for_rows([&](int64_t n) {
-      const float *pre = buf_.pre + n * buf_.gate_width, *hidden = kLstm ? pre : buf_.pre_hidden + n * buf_.gate_width;
+    for_rows([&](int64_t n, int64_t slot) {
+      const float *pre = buf_.pre + slot * buf_.gate_width, *hidden = kLstm ? pre : buf_.pre_hidden + slot * buf_.gate_width;
       for_vectors(H, [&](int64_t u, int lanes) FS_LAMBDA {
         vf columns[Cell::kColumns], saved[Cell::kColumns], h = load_vector<vf>(h_of(c, n) + u), cell = {};
         for (int j = 0; j < Cell::kColumns; ++j) {
@@ -379,11 +383,11 @@ class ForwardLoop {
   }
 
   // The gates r and z, and r h, which the candidate's product reads. z stays in `pre`, where r was added up.
-  void reset(int c, int64_t n, int64_t t) const {
+  void reset(int c, int64_t n, int64_t slot, int64_t t) const {
     using Cell = GruResetBefore<SimdMath>;
     const int64_t H = at_.H;
-    float* pre = buf_.pre + n * buf_.gate_width;
-    const float* hidden = buf_.pre_hidden + n * buf_.gate_width;
+    float* pre = buf_.pre + slot * buf_.gate_width;
+    const float* hidden = buf_.pre_hidden + slot * buf_.gate_width;
     for_vectors(H, [&](int64_t u, int lanes) FS_LAMBDA {
       vf columns[Cell::kColumns], saved[Cell::kSaved];
       for (int j = 0; j < 2; ++j) columns[j] = load_vector<vf>(pre + j * H + u) + load_vector<vf>(hidden + j * H + u);
@@ -395,10 +399,10 @@ class ForwardLoop {
     });
   }
 
-  void finish_candidate(int c, int64_t n, int64_t t) const {
+  void finish_candidate(int c, int64_t n, int64_t slot, int64_t t) const {
     using Cell = GruResetBefore<SimdMath>;
     const int64_t H = at_.H;
-    const float *pre = buf_.pre + n * buf_.gate_width, *hidden = buf_.pre_hidden + n * buf_.gate_width;
+    const float *pre = buf_.pre + slot * buf_.gate_width, *hidden = buf_.pre_hidden + slot * buf_.gate_width;
     for_vectors(H, [&](int64_t u, int lanes) FS_LAMBDA {
       vf columns[Cell::kColumns], saved[Cell::kSaved], h = load_vector<vf>(h_of(c, n) + u);
       saved[1] = load_vector<vf>(pre + u);
@@ -434,11 +438,11 @@ class ForwardLoop {
     const int64_t width = d.read_rows();
     multiply_rows(buf_.read, buf_.reads, buf_.read_width, t,
                   d.read_input ? starts([&](int64_t n) { return static_cast<const T*>(d.read_input) + input_row(n, t) * width; }) : nullptr);
-    for_rows([&](int64_t n) { finish_read(n, t); });
+    for_rows([&](int64_t n, int64_t slot) { finish_read(n, slot, t); });
   }
 
-  void finish_read(int64_t n, int64_t t) const {
-    float* sums = buf_.reads + n * buf_.read_width;
+  void finish_read(int64_t n, int64_t slot, int64_t t) const {
+    float* sums = buf_.reads + slot * buf_.read_width;
     const int64_t token = at_.token(n, t), width = d.read_rows();
     if (d.combine == Combine::tanh) {
       for_vectors(width, [&](int64_t u, int) FS_LAMBDA { store(sums + u, SimdMath::tanh(load_vector<vf>(sums + u)), W); });
@@ -456,7 +460,7 @@ class ForwardLoop {
   void finish() const {
     for (int c = 0; c < at_.cells; ++c) {
       const DecoderCell& cell = d.of[c];
-      for_rows([&](int64_t n) {
+      for_rows([&](int64_t n, int64_t) {
         for_vectors(at_.H, [&](int64_t u, int lanes) FS_LAMBDA {
           if (cell.h_n) at_.store_carried(cell.h_n, n * at_.H + u, load_vector<vf>(h_of(c, n) + u), lanes);
           if (cell.c_n) at_.store_carried(cell.c_n, n * at_.H + u, load_vector<vf>(c_of(c, n) + u), lanes);
@@ -465,7 +469,7 @@ class ForwardLoop {
     }
     const int64_t F = d.fed();
     if (d.feed_n)
-      for_rows([&](int64_t n) {
+      for_rows([&](int64_t n, int64_t) {
         for_vectors(F, [&](int64_t u, int lanes) FS_LAMBDA { at_.store_carried(d.feed_n, n * F + u, load(fed(n, d.steps) + u, lanes), lanes); });
       });
   }
@@ -474,6 +478,7 @@ class ForwardLoop {
   const Places<T> at_;
   const ForwardBuffers<T>& buf_;
   Range rows_;
+  int64_t count_ = 0, *running_;  // of the own rows, those that run
   bool lstm_, exponentials_;
   float* exp_query_;  // this thread's
 };

@@ -82,7 +82,7 @@ class Best {
 
 // The state of a search, of all rows; each thread touches those of its own memory rows.
 struct SearchBuffers {
-  float *logits, *total;                 // [N][pitch]; [N] log-probability of each row's tokens
+  float *logits, *total;                 // [N][pitch] by slot; [N] log-probability of each row's tokens
   int64_t* tokens;                       // [N] what each row reads next
   int32_t *chosen, *parent, *parents;    // [N][T] the token of each step and the row that it was chosen from; beams only; [N]
   Candidate *whole, *candidates, *next;  // [B][k] finished hypotheses, the best first; [B][2 k]; [B][k]
@@ -122,24 +122,23 @@ class Searcher {
     for (int64_t n = own_.begin * k_; n < own_.end * k_; ++n) buf_.tokens[n] = s.prefix[n / k_ * s.forced + t + 1];
   }
 
-  // Takes step t's logits; moves(n, parent rows [k]) rearranges the rows of a memory row, the first of which is n. False: all done.
+  // Takes step t's logits of `count` running rows. move(n, parent rows [k]) rearranges those of a memory row, the first of which is
+  // n. How many go on: they come first in `running` then.
   template <class Move>
-  bool advance(int64_t t, Move&& move) const {
-    bool runs = false;
-    for (int64_t b = own_.begin; b < own_.end; ++b) {
-      if (buf_.done[b]) continue;
-      k_ == 1 ? follow(b, t) : advance_beams(b, t, move);
-      runs |= !buf_.done[b];
+  int64_t advance(int64_t t, int64_t* running, int64_t count, Move&& move) const {
+    int64_t left = 0;
+    for (int64_t i = 0; i < count; i += k_) {
+      const int64_t first = running[i], b = first / k_;
+      float* logits = buf_.logits + (own_.begin * k_ + i) * buf_.pitch;
+      k_ == 1 ? follow(b, t, logits) : advance_beams(b, t, logits, move);
+      for (int64_t j = 0; j < k_ && !buf_.done[b]; ++j) running[left++] = first + j;
     }
-    return runs;
+    return left;
   }
 
  private:
-  float* logits_of(int64_t n) const { return buf_.logits + n * buf_.pitch; }
-
-  // The likelihood of row n; eos may not come before the fewest tokens are there.
-  Likelihood look(int64_t n, int64_t made) const {
-    float* logits = logits_of(n);
+  // eos may not come before the fewest tokens are there.
+  Likelihood look(float* logits, int64_t made) const {
     Likelihood found = likelihood(logits, s.vocabulary);
     if (found.norm != found.norm) __atomic_store_n(s.wrong, 1, __ATOMIC_RELAXED);
     if (made < s.fewest && found.most > -INFINITY) {
@@ -149,12 +148,11 @@ class Searcher {
     return found;
   }
 
-  void follow(int64_t b, int64_t t) const {
+  void follow(int64_t b, int64_t t, float* logits) const {
     const int64_t made = t - past_;
-    const Likelihood found = look(b, made);
+    const Likelihood found = look(logits, made);
     int64_t length = t;
     if (found.most > -INFINITY) {
-      const float* logits = logits_of(b);
       int64_t token = 0;  // the first of equals
       while (token + W < s.vocabulary && !any_reaches(load_vector<vf>(logits + token), found.most)) token += W;
       while (token + 1 < s.vocabulary && !(logits[token] >= found.most)) ++token;
@@ -175,11 +173,11 @@ class Searcher {
   }
 
   template <class Move>
-  void advance_beams(int64_t b, int64_t t, Move&& move) const {
+  void advance_beams(int64_t b, int64_t t, float* logits, Move&& move) const {
     const int64_t made = t - past_ + 1;
     Best best(buf_.candidates + 2 * b * k_, 2 * k_), whole(buf_.whole + b * k_, k_);
     whole.count = buf_.whole_count[b];
-    for (int64_t i = 0; i < k_; ++i) add_continuations(b, i, t, best);
+    for (int64_t i = 0; i < k_; ++i) add_continuations(b, i, t, logits + i * buf_.pitch, best);
     Candidate* next = buf_.next + b * k_;
     int64_t going = 0;
     for (int64_t rank = 0; rank < best.count; ++rank) {
@@ -202,12 +200,11 @@ class Searcher {
   }
 
   // Of row i, those of its tokens that are among the best so far.
-  void add_continuations(int64_t b, int64_t i, int64_t t, Best& best) const {
+  void add_continuations(int64_t b, int64_t i, int64_t t, float* logits, Best& best) const {
     const int64_t n = b * k_ + i;
     if (buf_.total[n] == -INFINITY) return;
-    const Likelihood found = look(n, t - past_);
+    const Likelihood found = look(logits, t - past_);
     if (found.most == -INFINITY) return;
-    const float* logits = logits_of(n);
     const float shift = buf_.total[n] - found.norm;
     for (int64_t v = 0; v < s.vocabulary; v += W) {
       const vf scores = load_vector<vf>(logits + v) + shift;
