@@ -1,4 +1,4 @@
-"""The README's examples run as they stand."""
+"""The examples of README and recipes run as they stand."""
 
 import re
 from pathlib import Path
@@ -6,16 +6,29 @@ from typing import Any
 
 import torch
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 
-def test_the_examples_run() -> None:
-    """Every Python block, in order, in one namespace; `fastseq.explain` has a transcript of its own."""
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    ran = [block for block in blocks if ">>>" not in block]
-    assert len(ran) >= 7
-    names: dict[str, Any] = {}
+def run(page: str) -> dict[str, Any]:
+    """The names that a page's Python blocks leave, in order and in one namespace; transcripts (>>>) are left out."""
+    text = (ROOT / page).read_text()
+    names: dict[str, Any] = {"__name__": page}
     torch.set_num_threads(2)
-    for block in ran:
-        exec(compile(block, str(README), "exec"), names)
+    for match in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        if ">>>" not in match[1]:
+            line = text[: match.start(1)].count("\n")
+            exec(compile("\n" * line + match[1], page, "exec"), names)
+    return names
+
+
+def test_the_readme() -> None:
+    names = run("README.md")
     assert names["weights"].shape == (8, 9, 11)
+
+
+def test_the_recipes() -> None:
+    """Each asserts something of its own; what was learned is seen here."""
+    names = run("docs/recipes.md")
+    assert names["coverage_loss"].item() > 0
+    assert names["copied"].tolist() == [40, 41, 40]
+    assert names["together"].sequences.shape[:2] == (3, 1)
