@@ -13,6 +13,7 @@ from .explain import explain
 from .generation import GenerateOutput, generate
 from .modules import GRU, LSTM, Attention, Bridge, Decoder, Encoder, GRUCell, LocalP, LSTMCell, Seq2Seq, Seq2SeqOutput
 from .patch import patch
+from .saving import load, save
 from .spec import DecoderOutput, DecoderSpec, DecoderState, Keys, Memory
 
 __all__ = [
@@ -40,7 +41,9 @@ __all__ = [
     "explain",
     "functional",
     "generate",
+    "load",
     "patch",
+    "save",
     "use_backend",
 ]
 

@@ -4,13 +4,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_examples_run() -> None:
-    """Every Python block, in order, in one namespace; `fastseq.explain` has a transcript of its own."""
+def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Python block, in order, in one namespace and folder; `fastseq.explain` has a transcript of its own."""
+    pytest.importorskip("safetensors")
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
     ran = [block for block in blocks if ">>>" not in block]
     assert len(ran) >= 7
