@@ -52,7 +52,7 @@ def config_of(name: str, value: Any) -> dict[str, Any]:
     cls: Any = type(value)
     kind = cls.__name__
     if KINDS.get(kind) is not cls:
-        raise TypeError(f"{name} is a {kind}, which plain data cannot describe; {REMEDY}")
+        raise TypeError(f"{name} is of class {kind}, which plain data cannot describe; {REMEDY}")
     if isinstance(value, nn.Linear):
         return {"kind": kind, **described(value, bias=value.bias is not None)}
     return {"kind": kind, **(described(value) if isinstance(value, nn.Embedding) else value.config())}
@@ -82,7 +82,7 @@ def build(config: Any, name: str = "config") -> Any:
     for field in {**hints, **config}:
         if field != "kind" and (field not in hints or field not in config):
             fault = "missing" if field in hints else "unknown"
-            raise InputError(f"{name}.{field} is {fault}; a {kind} has {', '.join(hints)}")
+            raise InputError(f"{name}.{field} is {fault}; {kind} has {', '.join(hints)}")
     values = {}
     for field, hint in hints.items():
         value, where = config[field], f"{name}.{field}"
@@ -95,7 +95,7 @@ def build(config: Any, name: str = "config") -> Any:
             warnings.simplefilter("ignore")  # its user has seen what the constructor warns of
             return KINDS[kind](**values)
     except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
-        raise InputError(f"{name}: a {kind} cannot be built of it: {error}") from None
+        raise InputError(f"{name}: {kind} cannot be built of it: {error}") from None
 
 
 def _fits(value: Any, hint: Any) -> bool:

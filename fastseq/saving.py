@@ -195,7 +195,7 @@ def _need_described(module: nn.Module, twin: nn.Module, shapes: Shapes, shared: 
 
 
 def _class(cls: type | None) -> str:
-    return "nothing" if cls is None else f"a {cls.__name__} of {cls.__module__.partition('.')[0]}"
+    return "nothing" if cls is None else f"{cls.__name__} of {cls.__module__.partition('.')[0]}"
 
 
 def _need_fitting(twin: nn.Module, shapes: Shapes, shared: dict[str, str]) -> None:

@@ -373,7 +373,9 @@ class Seq2Seq(nn.Module):
         """The model of a file that `save` wrote, in eval mode; as `fastseq.load`."""
         model = load(path, device=device)
         if not isinstance(model, cls):
-            raise InputError(f"{os.fspath(path)} holds a {type(model).__name__}, no {cls.__name__}; use fastseq.load")
+            raise InputError(
+                f"{os.fspath(path)} holds one {type(model).__name__}, not a {cls.__name__}; use fastseq.load"
+            )
         return model
 
     def extra_repr(self) -> str:
