@@ -12,7 +12,8 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every Python block, in order, in one namespace and folder; `fastseq.explain` has a transcript of its own."""
-    pytest.importorskip("safetensors")
+    for needed in ("safetensors", "matplotlib"):
+        pytest.importorskip(needed)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
     ran = [block for block in blocks if ">>>" not in block]
@@ -21,4 +22,5 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     torch.set_num_threads(2)
     for block in ran:
         exec(compile(block, str(README), "exec"), names)
+    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "alignment.png"}
     assert names["weights"].shape == (8, 9, 11)
