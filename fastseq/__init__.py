@@ -4,7 +4,7 @@ import importlib.metadata
 import warnings
 
 from . import backends as _backends  # noqa: F401  (before the function of that name hides the package)
-from . import dynamo, functional
+from . import dynamo, functional, pictures
 from ._version import __version__
 from .accelerate import accelerate
 from .dispatch import backends, use_backend
@@ -13,6 +13,7 @@ from .explain import explain
 from .generation import GenerateOutput, generate
 from .modules import GRU, LSTM, Attention, Bridge, Decoder, Encoder, GRUCell, LocalP, LSTMCell, Seq2Seq, Seq2SeqOutput
 from .patch import patch
+from .saving import load, save
 from .spec import DecoderOutput, DecoderSpec, DecoderState, Keys, Memory
 
 __all__ = [
@@ -40,7 +41,10 @@ __all__ = [
     "explain",
     "functional",
     "generate",
+    "load",
     "patch",
+    "pictures",
+    "save",
     "use_backend",
 ]
 

@@ -48,7 +48,7 @@ def test_import_pulls_in_nothing_heavy() -> None:
 
 
 def test_import_works_without_anything_optional() -> None:
-    optional = ("fastseq._C", "numpy", "triton", "onnx", "onnxruntime")
+    optional = ("fastseq._C", "numpy", "triton", "onnx", "onnxruntime", "safetensors", "matplotlib")
     code = "import torch, fastseq; fastseq.LSTM(3, 4)(torch.zeros(2, 1, 3)); print(fastseq.backends()['cpu'])"
     said = python(without(*optional) + code)
     assert "not built" in said

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -21,8 +22,13 @@ def run(page: str) -> dict[str, Any]:
     return names
 
 
-def test_the_readme() -> None:
+def test_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for needed in ("safetensors", "matplotlib"):
+        pytest.importorskip(needed)
+    monkeypatch.chdir(tmp_path)
     names = run("README.md")
+    assert {p.name for p in tmp_path.iterdir()} == {"translate.safetensors", "alignment.png"}
+    assert names["translation"] == "a bird sleeps"  # a pair that it never saw
     assert names["weights"].shape == (8, 9, 11)
 
 

@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 
 from ..backends.decoder_call import AttentionCall
 from ..checks import need_tensor
+from ..config import described, part
 from ..decoder_checks import check_mask
 from ..decoding import run_attention
 from ..dispatch import check_name
@@ -29,6 +30,7 @@ __all__ = ["Attention", "AttentionMaker", "LocalP", "check_memory", "need_dtype"
 SCORES = ("additive", "dot", "general", "concat")
 
 
+@part
 @dataclass(frozen=True)
 class LocalP:
     """The window of Luong et al. 2015, section 3.2 (local-p): D positions on either side of a predicted one."""
@@ -39,7 +41,12 @@ class LocalP:
         if not isinstance(self.D, int) or isinstance(self.D, bool) or self.D < 1:
             raise InputError(f"D={self.D!r} of LocalP; it is an int of at least 1")
 
+    def config(self) -> dict[str, Any]:
+        """The arguments that build it again, as plain data."""
+        return described(self)
 
+
+@part
 class Attention(nn.Module):
     """One score, of those above, between queries of `query_size` features and a memory of `memory_size`.
 
@@ -178,11 +185,18 @@ class Attention(nn.Module):
         window = None if self.window is None else self.window.D
         return AttentionCall(many, keys, self.params(), window, need_weights)
 
+    def config(self) -> dict[str, Any]:
+        """The arguments that build it again, as plain data; a part is such data with its `kind`."""
+        return described(self, query_bias=self.bias is not None, scale=self._scale)
+
+    @property
+    def _scale(self) -> float | str | None:
+        return self.factor if self.scale is None else "learned"
+
     def extra_repr(self) -> str:
         text = f"{self.query_size}, {self.memory_size}"
         text += f", attn_size={self.attn_size}" if self.additive else ""
-        scale = "learned" if self.scale is not None else self.factor
-        options = {"query_bias": self.bias is not None, "normalize": self.normalize, "scale": scale,
+        options = {"query_bias": self.bias is not None, "normalize": self.normalize, "scale": self._scale,
                    "window": self.window}  # fmt: skip
         text += "".join(f", {name}={value!r}" for name, value in options.items() if value)
         return f"{text}, score={self.score!r}{backend_repr(self)}"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import described, part
 from ..errors import InputError
 from ..spec import LayerState, Memory, one_of
 from .attention import need_dtype, parameter
@@ -28,6 +29,7 @@ MAPS = ("copy", "per_layer", "shared", "joint")
 ACTS: dict[str | None, Callable[[Tensor], Tensor]] = {None: lambda x: x, "tanh": torch.tanh, "relu": torch.relu}
 
 
+@part
 @dataclass(frozen=True, repr=False)
 class Bridge:
     """What a decoder's layers start from. A decoder takes one of these, or any function Memory -> layer states.
@@ -82,6 +84,10 @@ class Bridge:
     def __repr__(self) -> str:
         given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)[1:] if getattr(self, f.name) != f.default]
         return f"Bridge({', '.join([repr(self.source), *given])})"
+
+    def config(self) -> dict[str, Any]:
+        """The arguments that build it again, as plain data."""
+        return described(self)
 
     @property
     def half(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..backends.call import GATES
 from ..backends.decoder_call import DecoderCall, mapped
 from ..checks import need_tensor
+from ..config import described, part
 from ..decoding import run_decoder
 from ..dispatch import check_name
 from ..errors import InputError
@@ -39,6 +40,7 @@ NO_MASKS = DropoutMasks()
 DROPOUTS = ("dropout", "input_dropout", "readout_dropout", "output_dropout")
 
 
+@part
 class Decoder(Presets):
     """A recurrent decoder that reads a `Memory`: what `DecoderSpec` describes, with its parameters.
 
@@ -324,6 +326,20 @@ class Decoder(Presets):
             factors(self.readout_dropout, *lead, self.parts_size),
             factors(self.output_dropout, *lead, self.output_size),
         )
+
+    def config(self) -> dict[str, Any]:
+        """The arguments that build it again, whichever preset did, as plain data; a part is such data with its `kind`.
+
+        Raises TypeError where a part, a bridge of the user's own say, is no such data.
+        """
+        own = {
+            "attention": self.attention,
+            "combine_size": None if self.readout is None else self.output_size,
+            "combine_bias": self.readout is not None and self.readout.bias is not None,
+            "bridge": self.bridge.bridge if isinstance(self.bridge, BridgeMap) else self.bridge,
+            "summary_size": None if self.summary is None else self.summary.out_features,
+        }
+        return described(self, **(vars(self.spec) | own))
 
     def extra_repr(self) -> str:
         spec, text = self.spec, f"{self.input_size}, {self.hidden_size}"

@@ -8,6 +8,7 @@ from torch.nn.functional import dropout
 
 from ..backends.call import RnnCall
 from ..checks import lengths_on_cpu, need_tensor
+from ..config import described, part
 from ..engine import run
 from ..errors import InputError
 from ..functional import Lengths
@@ -17,6 +18,7 @@ from .rnn import GRU, LSTM, gru_call, lstm_call
 __all__ = ["Encoder"]
 
 
+@part
 class Encoder(nn.Module):
     """LSTM or GRU layers, batch first: forward(x, lengths) -> Memory.
 
@@ -107,6 +109,11 @@ class Encoder(nn.Module):
         if isinstance(layer, ResetBefore):
             return layer.as_call(out)
         return lstm_call(layer, out, None) if isinstance(layer, LSTM) else gru_call(layer, out, None)  # type: ignore[arg-type]
+
+    def config(self) -> dict[str, Any]:
+        """The arguments that build it again, as plain data; a part is such data with its `kind`."""
+        layer = self.layers[0]  # which may have been exchanged for torch's: that is for `save` to refuse
+        return described(self, backend=getattr(layer, "backend", "auto"))
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, cell={self.cell!r}"

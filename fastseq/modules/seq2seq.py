@@ -1,5 +1,6 @@
 """fastseq.Seq2Seq: an encoder, a decoder and a vocabulary: its loss, its searches, its file."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,12 +9,14 @@ from torch import Tensor, nn
 
 from ..backends.decoder_call import DecoderCall
 from ..checks import lengths_on_cpu, need_tensor
+from ..config import described, part
 from ..errors import InputError
 from ..functional import Lengths
 from ..generation import GenerateOutput, LogitsProcessor, Request, refuses, run_native, run_search
 from ..losses import cross_entropy, linear_cross_entropy, need_smoothing
 from ..ops.decoder_search import Vocabulary
 from ..ops.linear import linear
+from ..saving import load, save
 from ..spec import DecoderState, Keys, Memory, one_of
 from .decoder import Decoder
 from .encoder import Encoder
@@ -28,6 +31,7 @@ class Seq2SeqOutput(NamedTuple):
     weights: Tensor | None  # [B, T, S]
 
 
+@part
 class Seq2Seq(nn.Module):
     """A sequence-to-sequence model over tokens: forward, loss and generate.
 
@@ -353,6 +357,28 @@ class Seq2Seq(nn.Module):
     def as_call(self, src: Any, tgt_in: Tensor) -> DecoderCall:
         """The call of the decoder that `forward` makes, for `explain`."""
         return self.decoder.as_call(self.embedding(tgt_in), self._encode(src, None))
+
+    def config(self) -> dict[str, Any]:
+        """The arguments that build it again, as plain data; a part is such data with its `kind`.
+
+        Raises TypeError where a part, an encoder of the user's own say, is no such data.
+        """
+        bias = getattr(self.output, "bias", None) is not None
+        return described(self, embedding=None if self.tie == "all" else self.embedding, output_bias=bias)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write config, parameters and `extra` to one file; as `fastseq.save`."""
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> "Seq2Seq":
+        """The model of a file that `save` wrote, in eval mode; as `fastseq.load`."""
+        model = load(path, device=device)
+        if not isinstance(model, cls):
+            raise InputError(
+                f"{os.fspath(path)} holds one {type(model).__name__}, not a {cls.__name__}; use fastseq.load"
+            )
+        return model
 
     def extra_repr(self) -> str:
         text = f"vocab_size={self.vocab_size}, bos_id={self.bos_id}, eos_id={self.eos_id}, pad_id={self.pad_id}"
