@@ -1,5 +1,6 @@
 """Searches within the native loop, against the search that steps from Python, in float64."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def test_every_decoder(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Inputs of all tokens made beforehand, or each at its step."""
-    monkeypatch.setattr(ops, "makes_tables", lambda tokens, most: table)
+    monkeypatch.setattr(ops, "makes_tables", lambda tokens, rows, steps: table)
     for seed in range(3):
         of = model(name, seed=seed, **options)
         attends = of.decoder.attention is not None
@@ -240,3 +241,26 @@ def test_an_embedding_with_rows_to_spare(searches: list[int]) -> None:
     for most in (2, 40):
         same(other.generate(ALL, max_new_tokens=most), in_float64(other, ALL, max_new_tokens=most))
     assert len(searches) == 2
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("name", ["luong", "bahdanau"])
+def test_a_wide_beam_finds_what_trying_everything_finds(name: str, penalty: float) -> None:
+    """Every sequence over four tokens, up to four long, scored by teacher forcing in float64."""
+    of = model(name, V=4, sharpness=1.5)
+    every = [list(t) for length in range(1, 5) for t in itertools.product(range(4), repeat=length)]
+    every = [t for t in every if EOS not in t[:-1] and (t[-1] == EOS or len(t) == 4)]
+    ids = torch.tensor([t + [PAD] * (4 - len(t)) for t in every])
+    lengths = torch.tensor([len(t) for t in every])
+    sequences = fastseq.GenerateOutput(ids.expand(B, -1, -1), lengths.expand(B, -1), torch.zeros(B, len(every)), None)
+    scores = log_likelihood(of, ALL, sequences)[0] / lengths**penalty
+    best = scores.topk(8, 1)
+    found = of.generate(ALL, max_new_tokens=4, num_beams=150, num_return_sequences=7, length_penalty=penalty)
+    torch.testing.assert_close(found.scores.double(), best.values[:, :7], rtol=1e-5, atol=1e-5)
+    gaps = best.values[:, :-1] - best.values[:, 1:]
+    clear = 0
+    for b, r in itertools.product(range(B), range(7)):
+        if gaps[b, r] > 1e-4 and (r == 0 or gaps[b, r - 1] > 1e-4):
+            clear += 1
+            assert found.sequences[b, r, : int(found.lengths[b, r])].tolist() == every[int(best.indices[b, r])]
+    assert clear > 20

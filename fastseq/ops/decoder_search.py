@@ -72,7 +72,7 @@ def decoder_search(
     lengths, scores = torch.empty(shape[:2], dtype=torch.int64), torch.empty(shape[:2])
     norms = torch.tensor(search.norms, dtype=torch.float32)
     columns = parts(loop, x)
-    table, read_table = _tables(loop, x, of, rows * steps, columns)
+    table, read_table = _tables(loop, x, of, steps, columns)
     gates = memory_gates_of(loop, x, steps) if x.keys is not None else None
     hs = x.y.new_empty(loop.cells, rows, 2, x.hidden)
     contexts = None if x.memory is None else x.y.new_empty(rows, 2, x.memory.shape[2])
@@ -97,19 +97,20 @@ def decoder_search(
     return Found(tokens, lengths, scores, trail, weights, wrong)
 
 
-def makes_tables(tokens: int, most: int) -> bool:
-    """Whether to make beforehand what every token's input comes to: less work than of each of the `most` that may come,
-    since a search may end sooner.
+def makes_tables(tokens: int, rows: int, steps: int) -> bool:
+    """Whether to make beforehand what every token's input comes to: less work than of each token that comes.
+
+    The most steps are a bound that is rarely met; a row is taken for at most 32 long, however high that is.
     """
-    return 2 * tokens <= most
+    return tokens <= rows * min(steps // 2, 32)
 
 
 def _tables(
-    loop: LoopSpec, x: LoopTensors, of: Vocabulary, most: int, columns: dict[str, tuple[int, int]]
+    loop: LoopSpec, x: LoopTensors, of: Vocabulary, steps: int, columns: dict[str, tuple[int, int]]
 ) -> tuple[Tensor | None, Tensor | None]:
     """What the first cell [V, G*H] and the readout [V, R'] make of every token, or None: of each as it comes."""
     embedding = of.embedding[: len(of.weight)]
-    if not makes_tables(len(embedding), most):
+    if not makes_tables(len(embedding), x.y.shape[0], steps):
         return None, None
     projected = product(embedding, x.weights[0][:, : embedding.shape[1]])
     if "input" not in columns or x.w_read is None:
