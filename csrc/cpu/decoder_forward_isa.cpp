@@ -25,7 +25,7 @@ struct ForwardBuffers {
   float *h, *c;                  // [running][N][width] the states, fp32
   float *pre, *pre_hidden;       // [N][gate_width]
   float *queries, *contexts, *weights, *reads;  // [N][padded]
-  T *feed, *below, *parts, *reset;              // operands that are no tensor's rows: [N][F], [N][H], [N][r_pitch], [N][H]
+  T *below, *parts, *reset;      // operands that are no tensor's rows: [N][H], [N][r_pitch], [N][H]
   const uint32_t** operands;     // [kMaxParts][N]
   const T** starts;              // [N]
   int64_t width, gate_width, query_width, context_width, weight_width, read_width;
@@ -80,7 +80,6 @@ struct ForwardBuffers {
     contexts = carve.take<float>(d.units ? N * context_width : 0);
     weights = carve.take<float>(d.units ? N * weight_width : 0);
     reads = carve.take<float>(d.output ? N * read_width : 0);
-    feed = carve.take<T>(N * d.fed());
     below = carve.take<T>(d.layer_masks ? N * H : 0);
     parts = carve.take<T>(d.read_mask ? N * d.r_pitch : 0);
     reset = carve.take<T>(d.cell == CellKind::gru_reset_before ? N * H : 0);
@@ -178,18 +177,13 @@ class ForwardLoop {
     }
     const int64_t F = d.fed();
     for_rows([&](int64_t n) {
-      for_vectors(F, [&](int64_t u, int lanes) FS_LAMBDA { store(buf_.feed + n * F + u, at_.load_carried(d.feed0, n * F + u, lanes), lanes); });
+      for_vectors(F, [&](int64_t u, int lanes) FS_LAMBDA { store(at_.fed(n, 0) + u, at_.load_carried(d.feed0, n * F + u, lanes), lanes); });
     });
     if (!d.units || !d.source) return;
     for (int64_t b = rows_.begin / d.copies; b < rows_.end / d.copies; ++b) {
       buf_.positions.fill(d.mask, b);
       if (exponentials_) buf_.exponentials.fill(b, at_.memory_row(b, buf_.positions));
     }
-  }
-
-  const T* fed(int64_t n, int64_t t) const {
-    if (t == 0) return buf_.feed + n * d.fed();
-    return d.feed == Feed::context ? at_.context(n, t - 1) : at_.out(n, t - 1);
   }
 
   // The state that is asked: of this step after its cell, of the last one before it.
@@ -235,14 +229,14 @@ class ForwardLoop {
     const DecoderCell& cell = d.of[c];
     const CellProducts<T>& products = buf_.cells[c];
     int part = 0;
-    if (cell.feed) set_operand(part++, [&](int64_t n) { return fed(n, t); });
+    if (cell.feed) set_operand(part++, [&](int64_t n) { return at_.fed(n, t); });
     if (cell.below) set_operand(part++, [&](int64_t n) { return below(c, n, t); });
     if (cell.context && !d.memory_gates) set_operand(part++, [&](int64_t n) { return at_.context(n, t); });
     if (lstm_) set_operand(part, [&](int64_t n) { return at_.before(c, n, t); });
     const int64_t GH = d.gate_count() * at_.H;
     const bool projects = c == 0 && d.projected;
     multiply_rows(products.input, buf_.pre, buf_.gate_width, t,
-                  projects ? starts([&](int64_t n) { return static_cast<const T*>(d.projected) + at_.token(n, t) * GH; }) : nullptr);
+                  projects ? starts([&](int64_t n) { return static_cast<const T*>(d.projected) + at_.token(n, t) * d.projected_pitch; }) : nullptr);
     if (cell.context && d.memory_gates) for_rows([&](int64_t n) { add_memory_gates(n); });
     if (lstm_) return finish_rows<Lstm<SimdMath>>(c, t);
     set_operand(0, [&](int64_t n) { return at_.before(c, n, t); });
@@ -383,7 +377,7 @@ class ForwardLoop {
     const int64_t F = d.fed();
     if (d.feed_n)
       for_rows([&](int64_t n) {
-        for_vectors(F, [&](int64_t u, int lanes) FS_LAMBDA { at_.store_carried(d.feed_n, n * F + u, load(fed(n, d.steps) + u, lanes), lanes); });
+        for_vectors(F, [&](int64_t u, int lanes) FS_LAMBDA { at_.store_carried(d.feed_n, n * F + u, load(at_.fed(n, d.steps) + u, lanes), lanes); });
       });
   }
 

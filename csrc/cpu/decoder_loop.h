@@ -37,8 +37,15 @@ struct Places {
     return tensor ? tensor + token * width : nullptr;
   }
 
-  FS_INLINE T* context(int64_t n, int64_t t) const { return static_cast<T*>(d.contexts) + token(n, t) * d.features; }
-  FS_INLINE T* out(int64_t n, int64_t t) const { return static_cast<T*>(d.outs) + token(n, t) * d.output; }
+  // What step t is fed. Step T: what would be fed next.
+  FS_INLINE T* fed(int64_t n, int64_t t) const {
+    return static_cast<T*>(d.feed == Feed::context ? d.contexts : d.outs) + (n * (T_ + 1) + t) * d.fed();
+  }
+
+  FS_INLINE T* context(int64_t n, int64_t t) const {
+    return d.feed == Feed::context ? fed(n, t + 1) : static_cast<T*>(d.contexts) + token(n, t) * d.features;
+  }
+  FS_INLINE T* out(int64_t n, int64_t t) const { return fed(n, t + 1); }
   FS_INLINE T* saved(int c, int64_t n, int64_t t) const { return static_cast<T*>(d.gates) + ((c * N + n) * T_ + t) * 4 * H; }
   FS_INLINE float* cell_state(int c, int64_t n, int64_t t) const { return d.cs + ((c * N + n) * T_ + t) * H; }
 
