@@ -192,7 +192,7 @@ Decoder decoder_of(const py::dict& sizes, const py::dict& tensors, const py::lis
   d.queries = tensor.address("queries"), d.read_saved = tensor.address("read_saved");
   if (!backward) {
     d.memory_gates = tensor.address("memory_gates"), d.projected = tensor.address("projected");
-    d.read_input = tensor.address("read_input"), d.feed_n = tensor.address("feed_n");
+    d.projected_pitch = tensor.number("projected_pitch"), d.read_input = tensor.address("read_input"), d.feed_n = tensor.address("feed_n");
     return d;
   }
   d.d_contexts = tensor.address("d_contexts"), d.d_outs = tensor.address("d_outs"), d.d_weights = tensor.address("d_weights");

@@ -241,7 +241,8 @@ def test_what_is_saved() -> None:
     """States, contexts, outputs, weights, gates, an LSTM's cell states, queries: nothing of T * S * A."""
     case = preset("luong", "lstm", dropout=False)
     N, T, H = case.N, case.T, case.H
-    contexts, outs, weights, queries = ((N, T, size) for size in (case.D, case.R, case.S, case.A))
+    contexts, weights, queries = ((N, T, size) for size in (case.D, case.S, case.A))
+    outs = (N, T + 1, case.R)
     expected = [(1, N, T + 1, H), contexts, outs, weights, queries, (1, N, T, 4, H), (1, N, T, H)]
     assert saved_shapes(decoder_call(case)) == sorted(expected)
     gru = replace(case, spec=replace(case.spec, cell="gru"))
@@ -349,6 +350,11 @@ LOOPS = [
 loops = pytest.mark.parametrize("case", LOOPS, ids=str)
 
 
+def steps_of(loop: ops.LoopSpec, what: str, t: Tensor) -> Tensor:
+    """Without the initial value that precedes what is fed back."""
+    return t[:, 1:] if t.numel() and loop.feed == what else t
+
+
 @no_alias
 @loops
 @pytest.mark.parametrize("save", [False, True])
@@ -366,7 +372,8 @@ def test_opcheck_backward(case: Case, all_needed: bool) -> None:
     made = torch.ops.fastseq.decoder_loop(*loop, *x, True, True)
     kept, states = made[: len(ops.KEPT)], made[len(ops.KEPT) + 1 :]
     hs, contexts, outs, weights, *_ = kept
-    shown = [t if t.numel() else None for t in (contexts, outs, weights)]
+    shown = [steps_of(loop, "context", contexts), steps_of(loop, "output", outs), weights]
+    shown = [t if t.numel() else None for t in shown]
     grads = (torch.ones_like(hs[-1, :, 1:]), *shown, None, states[: loop.layers], states[loop.layers :])
     constant = [id(t) for t in (x.mask, x.layer_masks, x.read_mask, x.out_mask)]
     needs = [id(t) not in constant and (all_needed or t is x.weights[0]) for t in x.flat()]
@@ -383,7 +390,8 @@ def test_the_operator_is_the_kernel(case: Case) -> None:
         hs, contexts, outs, weights, gates, cs, queries, read_saved, feed_n, *states = torch.ops.fastseq.decoder_loop(
             *loop, *x, True, save
         )
-        through = (hs[-1, :, 1:], outs if loop.feed == "output" else contexts, weights, feed_n, *states)
+        seen = steps_of(loop, "output", outs) if loop.feed == "output" else steps_of(loop, "context", contexts)
+        through = (hs[-1, :, 1:], seen, weights, feed_n, *states)
         for a, b in zip((*direct[:4], *direct.h_n, *direct.c_n), through, strict=True):
             assert b.numel() == 0 if a is None else torch.equal(a, b)
         assert any(t.numel() for t in (gates, cs, queries, read_saved)) == save
@@ -445,3 +453,70 @@ def test_compiled_by_inductor(compiled: Callable[..., Any]) -> None:
     got = flat_results(call, compiled(lambda c: decode(c, "cpu")))
     for a, b in zip(got, flat_results(call, lambda c: decode(c, "cpu")), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def consumed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each backward pass wrote over what forward had kept."""
+    seen: list[bool] = []
+    run_backward = ops.run_backward
+
+    def noting(*args: Any) -> Any:
+        seen.append(args[-1])
+        return run_backward(*args)
+
+    monkeypatch.setattr(ops, "run_backward", noting)
+    return seen
+
+
+def differentiated(case: Case) -> tuple[list[Tensor], list[Tensor]]:
+    """All results of a loop, and what they are differentiated with respect to."""
+    loop, x = arguments(case)
+    masks = [id(t) for t in (x.mask, x.layer_masks, x.read_mask, x.out_mask)]
+    flat = [t if t is None or id(t) in masks else t.detach().requires_grad_() for t in x.flat()]
+    results = ops.decoder_loop(loop, ops.LoopTensors.of(loop, flat), True)
+    shown = [t for t in (*results[:4], *results.h_n, *results.c_n) if t is not None]
+    return shown, [t for t in flat if t is not None and t.requires_grad]
+
+
+def gradients(of: list[Tensor], inputs: list[Tensor], retain_graph: bool) -> tuple[Tensor | None, ...]:
+    sent = [torch.linspace(-1, 1, t.numel()).view_as(t).to(t.dtype) for t in of]
+    return torch.autograd.grad(of, inputs, sent, retain_graph=retain_graph, allow_unused=True)
+
+
+def assert_same_bits(a: tuple[Tensor | None, ...], b: tuple[Tensor | None, ...]) -> None:
+    for one, other in zip(a, b, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or other is None or torch.equal(one, other)
+
+
+@loops
+def test_backward_leaves_a_retained_graph_as_it_is(case: Case, consumed: list[bool]) -> None:
+    """Only the last pass may write over what forward kept, and it finds the same bits."""
+    shown, inputs = differentiated(case)
+    values = [t.detach().clone() for t in shown]
+    passes = [gradients(shown, inputs, retain) for retain in (True, True, False)]
+    assert consumed[:2] == [False, False]
+    assert consumed[2] == (getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None) is not None)
+    for again in passes[1:]:
+        assert_same_bits(passes[0], again)
+    assert_same_bits(tuple(values), tuple(shown))  # a later pass may not reach what the caller holds
+    with pytest.raises(RuntimeError, match="second time"):
+        gradients(shown, inputs, False)
+
+
+@loops
+def test_backward_leaves_what_hooks_have_packed(case: Case, consumed: list[bool]) -> None:
+    packed: list[tuple[Tensor, Tensor]] = []
+
+    def pack(t: Tensor) -> Tensor:
+        packed.append((t, t.detach().clone()))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        shown, inputs = differentiated(case)
+    hooked = gradients(shown, inputs, False)
+    assert consumed == [False]
+    assert packed
+    assert all(torch.equal(t, before) for t, before in packed)
+    assert_same_bits(gradients(*differentiated(case), False), hooked)

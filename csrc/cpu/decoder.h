@@ -28,7 +28,7 @@ struct DecoderCell {
   const void* d_hs;
   int64_t d_hs_row, d_hs_step;
   const void *d_h_n, *d_c_n;  // or null
-  void* d_gates;              // [N, T, columns, H]
+  void* d_gates;              // [N, T, columns, H]; of as many columns as `gates` perhaps there
   void *d_h0, *d_c0;          // null: not wanted
 };
 
@@ -74,14 +74,17 @@ struct Decoder {
   // their weights instead of multiplying the context, which for few rows with short sources is much less to read.
   const void* memory_gates;
   const void* beside;         // [N, G * H] joins the first cell's recurrent product, or null
-  const void* projected;      // [N, T, G * H] what the first cell reads of y, without bias; of a search [V, G * H], or null
+  // [N, T, G * H] what the first cell reads of y, without bias, perhaps where its `gates` go; of a search [V, G * H], or null.
+  const void* projected;
+  int64_t projected_pitch;    // elements between its tokens
   const void* feed0;          // [N, F] in the state's dtype
   const void *w_r, *b_r;      // readout: rows of R, or 2 R of maxout
   int64_t r_pitch, r_state, r_previous, r_context;  // where each part's columns start, or -1; both states are the last cell's
   const void* read_input;     // [N, T, R'] the input's part of the readout, or null; of a search [V, R']
   const void *layer_masks, *read_mask, *out_mask;  // [C - 1, N, T, H], [N, T, r_pitch], [N, T, R], or null
 
-  // [C, N, T + 1, H] from the initial state on, [N, T, D], [N, T, R]. A search keeps the last two steps of each: T + 1 and T are 2.
+  // [C, N, T + 1, H], [N, T, D], [N, T, R]; hs, outs and contexts that are fed back, [N, T + 1, .], from the initial value on. A
+  // search keeps of each the last two.
   void *hs, *contexts, *outs;
   void* weights;               // [N, T, S] or null
   void *gates, *queries, *read_saved;  // [C, N, T, 4, H], [N, T, A], [N, T, R'] (tanh before out_mask; maxout's pre-activations)
@@ -89,7 +92,7 @@ struct Decoder {
   void* feed_n;                // [N, F] in the state's dtype, or null
 
   const void *d_contexts, *d_outs, *d_weights, *d_feed_n;  // contiguous, or null
-  void *d_queries, *d_read, *d_feed0;  // [N, T, A], [N, T, R'], [N, F] in the state's dtype or null
+  void *d_queries, *d_read, *d_feed0;  // [N, T, A] and [N, T, R'], perhaps at `queries` and `read_saved`; [N, F] in the state's dtype or null
   float *d_keys, *d_memory, *d_v;      // [B, S, A], [B, S, D], [A]
 
   const Search* search;  // or null

@@ -452,6 +452,7 @@ void run(const Decoder& decoder, int threads) {
 
 void decoder_backward(const Decoder& decoder, int threads) {
   dispatch(decoder.dtype, [&](auto element) { run<typename decltype(element)::type>(decoder, threads); });
+  release_scratch();  // packed weights for the most part; their gradients, as large, come next
 }
 
 }  // namespace FS_ISA

@@ -30,8 +30,8 @@ struct ForwardBuffers {
   float *h, *c;                  // [running][N][width] the states, fp32
   float *pre, *pre_hidden;       // [N][gate_width]
   float *queries, *contexts, *weights, *reads;  // [N][padded]
-  T *feed, *below, *parts, *reset;              // operands that are no tensor's rows: [N][F], [N][H], [N][r_pitch], [N][H]
-  char* moved;                                  // [N][moved_width] rows of any kind on their way from beam to beam
+  T *below, *parts, *reset;      // operands that are no tensor's rows: [N][H], [N][r_pitch], [N][H]
+  char* moved;                   // [N][moved_width] rows of any kind on their way from beam to beam
   const uint32_t** operands;     // [kMaxParts][N]
   const T** starts;              // [N]
   int64_t* running;              // [N]
@@ -99,7 +99,6 @@ struct ForwardBuffers {
     moved = carve.take<char>(d.search ? N * moved_width : 0);
     weights = carve.take<float>(d.units ? N * weight_width : 0);
     reads = carve.take<float>(d.output ? N * read_width : 0);
-    feed = carve.take<T>(N * d.fed());
     below = carve.take<T>(d.layer_masks ? N * H : 0);
     parts = carve.take<T>(d.read_mask ? N * d.r_pitch : 0);
     reset = carve.take<T>(d.cell == CellKind::gru_reset_before ? N * H : 0);
@@ -191,8 +190,7 @@ class ForwardLoop {
       if (lstm_) move_rows(first, parents, running, [&](int64_t n) { return c_of(c, n); });
     }
     const int64_t fed = d.fed() * static_cast<int64_t>(sizeof(T));
-    if (d.feed == Feed::context) move_rows(first, parents, fed, [&](int64_t n) { return at_.context(n, t); });
-    if (d.feed == Feed::output) move_rows(first, parents, fed, [&](int64_t n) { return at_.out(n, t); });
+    if (fed) move_rows(first, parents, fed, [&](int64_t n) { return at_.fed(n, t + 1); });
   }
 
   template <class Row>
@@ -246,7 +244,7 @@ class ForwardLoop {
     }
     const int64_t F = d.fed();
     for_rows([&](int64_t n, int64_t) {
-      for_vectors(F, [&](int64_t u, int lanes) FS_LAMBDA { store(buf_.feed + n * F + u, at_.load_carried(d.feed0, n * F + u, lanes), lanes); });
+      for_vectors(F, [&](int64_t u, int lanes) FS_LAMBDA { store(at_.fed(n, 0) + u, at_.load_carried(d.feed0, n * F + u, lanes), lanes); });
     });
     if (d.search && d.search->context)
       for_rows([&](int64_t n, int64_t) {
@@ -258,11 +256,6 @@ class ForwardLoop {
       buf_.positions.fill(d.mask, b);
       if (exponentials_) buf_.exponentials.fill(b, at_.memory_row(b, buf_.positions));
     }
-  }
-
-  const T* fed(int64_t n, int64_t t) const {
-    if (t == 0) return buf_.feed + n * d.fed();
-    return d.feed == Feed::context ? at_.context(n, t - 1) : at_.out(n, t - 1);
   }
 
   // The state that is asked: of this step after its cell, of the last one before it.
@@ -309,14 +302,14 @@ class ForwardLoop {
     const CellProducts<T>& products = buf_.cells[c];
     int part = 0;
     if (c == 0 && reads_tokens(d)) set_operand(part++, [&](int64_t n) { return embedded(n); });
-    if (cell.feed) set_operand(part++, [&](int64_t n) { return fed(n, t); });
+    if (cell.feed) set_operand(part++, [&](int64_t n) { return at_.fed(n, t); });
     if (cell.below) set_operand(part++, [&](int64_t n) { return below(c, n, t); });
     if (cell.context && !d.memory_gates) set_operand(part++, [&](int64_t n) { return at_.context(n, t); });
     if (lstm_) set_operand(part, [&](int64_t n) { return at_.before(c, n, t); });
     const int64_t GH = d.gate_count() * at_.H;
     const bool projects = c == 0 && d.projected;
     multiply_rows(products.input, buf_.pre, buf_.gate_width, t,
-                  projects ? starts([&](int64_t n) { return static_cast<const T*>(d.projected) + input_row(n, t) * GH; }) : nullptr);
+                  projects ? starts([&](int64_t n) { return static_cast<const T*>(d.projected) + input_row(n, t) * d.projected_pitch; }) : nullptr);
     if (cell.context && d.memory_gates) for_rows([&](int64_t n, int64_t slot) { add_memory_gates(n, slot); });
     if (lstm_) return finish_rows<Lstm<SimdMath>>(c, t);
     set_operand(0, [&](int64_t n) { return at_.before(c, n, t); });
@@ -470,7 +463,7 @@ class ForwardLoop {
     const int64_t F = d.fed();
     if (d.feed_n)
       for_rows([&](int64_t n, int64_t) {
-        for_vectors(F, [&](int64_t u, int lanes) FS_LAMBDA { at_.store_carried(d.feed_n, n * F + u, load(fed(n, d.steps) + u, lanes), lanes); });
+        for_vectors(F, [&](int64_t u, int lanes) FS_LAMBDA { at_.store_carried(d.feed_n, n * F + u, load(at_.fed(n, d.steps) + u, lanes), lanes); });
       });
   }
 

@@ -21,9 +21,7 @@ struct Places {
         rings(decoder.search) {}
 
   // The state of cell c after `step` steps; step 0 is the initial one.
-  FS_INLINE T* state(int c, int64_t n, int64_t step) const {
-    return static_cast<T*>(d.hs) + (rings ? (c * N + n) * 2 + (step & 1) : (c * N + n) * (T_ + 1) + step) * H;
-  }
+  FS_INLINE T* state(int c, int64_t n, int64_t step) const { return static_cast<T*>(d.hs) + place(c * N + n, step, T_ + 1) * H; }
 
   // What cell c starts from at step t. Of two cells around an attention the first goes on from the second, the second from the first.
   FS_INLINE const T* before(int c, int64_t n, int64_t t) const {
@@ -40,9 +38,18 @@ struct Places {
     return tensor ? tensor + token * width : nullptr;
   }
 
-  FS_INLINE int64_t kept(int64_t n, int64_t t) const { return rings ? n * 2 + (t & 1) : token(n, t); }
-  FS_INLINE T* context(int64_t n, int64_t t) const { return static_cast<T*>(d.contexts) + kept(n, t) * d.features; }
-  FS_INLINE T* out(int64_t n, int64_t t) const { return static_cast<T*>(d.outs) + kept(n, t) * d.output; }
+  // Step t's place among `steps` of a row.
+  FS_INLINE int64_t place(int64_t row, int64_t t, int64_t steps) const { return rings ? row * 2 + (t & 1) : row * steps + t; }
+
+  // What step t is fed. Step T: what would be fed next.
+  FS_INLINE T* fed(int64_t n, int64_t t) const {
+    return static_cast<T*>(d.feed == Feed::context ? d.contexts : d.outs) + place(n, t, T_ + 1) * d.fed();
+  }
+
+  FS_INLINE T* context(int64_t n, int64_t t) const {
+    return d.feed == Feed::context ? fed(n, t + 1) : static_cast<T*>(d.contexts) + place(n, t, T_) * d.features;
+  }
+  FS_INLINE T* out(int64_t n, int64_t t) const { return static_cast<T*>(d.outs) + place(n, t + 1, T_ + 1) * d.output; }
   FS_INLINE T* saved(int c, int64_t n, int64_t t) const { return static_cast<T*>(d.gates) + ((c * N + n) * T_ + t) * 4 * H; }
   FS_INLINE float* cell_state(int c, int64_t n, int64_t t) const { return d.cs + ((c * N + n) * T_ + t) * H; }
 

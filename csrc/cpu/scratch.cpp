@@ -8,6 +8,7 @@ namespace fastseq {
 namespace {
 
 constexpr int64_t kKeptBytes = int64_t{64} << 20;
+constexpr int64_t kLargeBytes = int64_t{4} << 20;
 
 void* allocate(int64_t bytes) {
   void* memory = nullptr;
@@ -46,6 +47,13 @@ void free_scratch(void* memory) {
   } else {
     std::free(memory);
   }
+}
+
+void release_scratch() {
+  if (kept.taken || kept.bytes < kLargeBytes) return;
+  std::free(kept.memory);
+  kept.memory = nullptr;
+  kept.bytes = 0;
 }
 
 void poison_scratch() {

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CELLS", "address", "is_direct", "through_reference"]
+__all__ = ["CELLS", "address", "is_direct", "runs_once", "saves_unseen", "through_reference"]
 
 CELLS = {"lstm": 0, "gru": 1, "gru_reset_before": 2}
 _PLAIN = {Tensor, torch.nn.Parameter}
@@ -23,6 +23,17 @@ def is_direct(tensors: Sequence[Tensor]) -> bool:
 
 def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
+
+
+def saves_unseen() -> bool:
+    """Whether a Function alone holds what it saves now: no hooks pack it, who might keep and read it later."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # absent before torch 2.8
+    return top is not None and top(True) is None
+
+
+def runs_once() -> bool:
+    """Whether the backward pass that now runs frees its graph (no retain_graph), so that none can follow."""
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def through_reference(

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backends.decoder_reference import Decoder, Source, steps
 from ..backends.reference import Weights, wide
 from ..spec import AttentionParams, DecoderSpec, DecoderState, DropoutMasks, Keys
-from .common import is_direct, through_reference
+from .common import is_direct, runs_once, saves_unseen, through_reference
 from .decoder_native import complete, empty_results, run_backward, run_forward
 from .decoder_types import GRADIENTS, KEPT, LoopSpec, LoopTensors
 
@@ -116,7 +116,7 @@ def _split_backward(args: Sequence[Any]) -> tuple[LoopSpec, Sequence[Any], LoopT
 def _backward_operator(*args):  # type: ignore[no-untyped-def]
     _, _, x, _, _ = split = _split_backward(args)
     with torch.no_grad():
-        return complete(x.y, run_backward(*split))
+        return complete(x.y, run_backward(*split, consume=False))
 
 
 def _fake_backward(*args):  # type: ignore[no-untyped-def]
@@ -141,6 +141,8 @@ def _run(loop: LoopSpec, x: LoopTensors, need_weights: bool, save: bool) -> tupl
     feed_n, *states = made[len(KEPT) :]
     assert hs is not None
     seen = outs if loop.feed == "output" else contexts if loop.attend != "none" else None
+    if loop.feed != "none" and seen is not None:  # from the initial value on
+        seen = seen[:, 1:]
     results = LoopResults(
         hs[-1, :, 1:], seen, weights if need_weights and loop.attend != "none" else None,
         None if loop.feed == "none" else feed_n, tuple(states[: loop.layers]), tuple(states[loop.layers :]),  # type: ignore[arg-type]
@@ -160,6 +162,7 @@ class _DecoderLoop(torch.autograd.Function):
         results, kept = _run(loop, LoopTensors.of(loop, flat), need_weights, True)
         ctx.save_for_backward(*flat, *kept)
         ctx.loop, ctx.need_weights, ctx.needs = loop, need_weights, ctx.needs_input_grad[2:]
+        ctx.unseen = not torch.compiler.is_compiling() and saves_unseen()
         ctx.set_materialize_grads(False)
         return _flatten(results)
 
@@ -181,7 +184,7 @@ def _backward_of(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | 
     gradients = (d_hs, d_contexts, d_outs, d_weights, d_feed, d_states[: loop.layers], d_states[loop.layers :])
     x = LoopTensors.of(loop, flat)
     if is_direct([t for t in flat if t is not None]):
-        return run_backward(loop, gradients, x, kept, needs)
+        return run_backward(loop, gradients, x, kept, needs, ctx.unseen and runs_once())
     found = torch.ops.fastseq.decoder_loop_backward.default(*loop, *gradients, *x, complete(x.y, kept), needs)
     return [d if need else None for d, need in zip(found, needs, strict=True)]
 

@@ -51,14 +51,14 @@ def empty_results(loop: LoopSpec, x: LoopTensors, need_weights: bool, save: bool
     hs = y.new_empty(loop.cells, rows, steps + 1, hidden)  # sizes one by one: a tuple takes twice as long to read
     contexts = outs = weights = gates = cs = queries = read_saved = None
     if x.keys is not None and x.memory is not None:
-        contexts = y.new_empty(rows, steps, x.memory.shape[2])
+        contexts = y.new_empty(rows, steps + (loop.feed == "context"), x.memory.shape[2])
         if need_weights or save:
             weights = y.new_empty(rows, steps, x.keys.shape[1])
         if save and x.w_query is not None:
             queries = y.new_empty(rows, steps, x.keys.shape[2])
     if x.w_read is not None:
         read = x.w_read.shape[0]
-        outs = y.new_empty(rows, steps, read // 2 if loop.combine == "maxout" else read)
+        outs = y.new_empty(rows, steps + 1, read // 2 if loop.combine == "maxout" else read)
         if save and (loop.combine == "maxout" or (loop.combine == "tanh" and x.out_mask is not None)):
             read_saved = y.new_empty(rows, steps, read)
     if save:
@@ -84,7 +84,8 @@ def run_forward(loop: LoopSpec, x: LoopTensors, need_weights: bool, save: bool) 
     x = x.dense(loop)
     kept, feed_n, states = results[: len(KEPT)], results[len(KEPT)], results[len(KEPT) + 1 :]
     h_n, c_n = states[: loop.layers], states[loop.layers :]
-    projected = product(x.y, x.weights[0][:, :inputs])
+    gates = kept[KEPT.index("gates")]
+    projected = product(x.y, x.weights[0][:, :inputs], out=None if gates is None else _first_columns(loop, x, gates))
     if loop.cell == "lstm" and x.beside is not None:  # its two products meet in the same pre-activations
         projected += x.beside[:, None]
         x = x._replace(beside=None)
@@ -97,13 +98,18 @@ def run_forward(loop: LoopSpec, x: LoopTensors, need_weights: bool, save: bool) 
     tensors = native_tensors(loop, x, kept)
     tensors |= {
         "projected": address(projected), "read_input": address(read_input), "feed_n": address(feed_n),
-        "memory_gates": address(memory_gates),
+        "memory_gates": address(memory_gates), "projected_pitch": projected.stride(1),
     }  # fmt: skip
     cells = native_cells(loop, x)
     for i in range(loop.layers):  # of attend="between" the second cell's state is the layer's
         cells[i - loop.layers].update(h_n=address(h_n[i]), c_n=address(c_n[i]) if c_n else 0)
     _native.C.decoder_forward(native_sizes(loop, x, save), tensors, cells)
     return results
+
+
+def _first_columns(loop: LoopSpec, x: LoopTensors, gates: Tensor) -> Tensor:
+    """[N, T, G*H] of where the first cell's gates will be saved, once a step has read what is there."""
+    return gates[0].flatten(2)[..., : x.weights[0].shape[0]]
 
 
 def memory_gates_of(loop: LoopSpec, x: LoopTensors, steps: int) -> Tensor | None:
@@ -173,23 +179,35 @@ def run_backward(
     x: LoopTensors,
     kept: Sequence[Tensor | None],
     needs: Sequence[bool],  # of LoopTensors, flattened
+    consume: bool,
 ) -> list[Tensor | None]:
-    """The gradients of LoopTensors, flattened, None for those not needed."""
+    """The gradients of LoopTensors, flattened, None for those not needed.
+
+    `consume`: what forward kept for backward alone is written over, by the gradients that are made from it, and freed.
+    """
     if x.y.shape[0] == 0:
         pairs = zip(x.flat(), needs, strict=True)
         return [torch.zeros_like(t) if t is not None and need else None for t, need in pairs]
     x, need = x.dense(loop), LoopTensors.of(loop, needs)
-    found = _empty_gradients(loop, x, need)
+    found = _empty_gradients(loop, x, kept, need, consume)
     _run_native(loop, grads, x, kept, found)
-    dtype = x.y.dtype
+    contexts, cs = kept[KEPT.index("contexts")], kept[KEPT.index("cs")]
+    if consume:
+        _free(cs)
+    # All that is read of what the loop made is freed before the next, larger gradients are allocated.
     d_w_read, d_b_read = readout_gradients(loop, x, kept, found, need)
+    if consume and loop.feed == "output" and not any(loop.contexts):  # seen neither outside nor by a cell
+        _free(contexts)
+    d_w_query = query_gradient(loop, x, kept, found) if need.w_query else None
+    _free(found.d_queries)
+    d_y = input_gradients(loop, x, found) if need.y else None
+    _free(found.d_read)
+    d_weights = [d for i in range(loop.cells) for d in cell_gradients(loop, x, kept, found, need, i)]
+    dtype = x.y.dtype
     return [
-        input_gradients(loop, x, found) if need.y else None, _needed(found.d_keys, need.keys, dtype),
-        _needed(found.d_memory, need.memory, dtype), None, found.d_feed0,
-        beside_gradient(loop, x, found) if need.beside else None,
-        query_gradient(loop, x, kept, found) if need.w_query else None, _needed(found.d_v, need.v, dtype), d_w_read,
-        d_b_read, None, None, None, *found.d_h0, *found.d_c0,
-        *(d for i in range(loop.cells) for d in cell_gradients(loop, x, kept, found, need, i)),
+        d_y, _needed(found.d_keys, need.keys, dtype), _needed(found.d_memory, need.memory, dtype), None, found.d_feed0,
+        beside_gradient(loop, x, found) if need.beside else None, d_w_query, _needed(found.d_v, need.v, dtype),
+        d_w_read, d_b_read, None, None, None, *found.d_h0, *found.d_c0, *d_weights,
     ]  # fmt: skip
 
 
@@ -197,8 +215,17 @@ def _needed(gradient: Tensor | None, need: Any, dtype: torch.dtype) -> Tensor | 
     return gradient.to(dtype) if need and gradient is not None else None
 
 
-def _empty_gradients(loop: LoopSpec, x: LoopTensors, need: LoopTensors) -> LoopGradients:
+def _free(t: Tensor | None) -> None:
+    """At once, whoever refers to it: autograd does so until backward has ended."""
+    if t is not None:
+        t.untyped_storage().resize_(0)
+
+
+def _empty_gradients(
+    loop: LoopSpec, x: LoopTensors, kept: Sequence[Tensor | None], need: LoopTensors, consume: bool
+) -> LoopGradients:
     (rows, steps, _), new = x.y.shape, x.y.new_empty
+    *_, gates, _, queries, read_saved = kept if consume else [None] * len(KEPT)
 
     def fp32(t: Tensor | None) -> Tensor | None:
         return None if t is None else torch.empty_like(t, dtype=torch.float32)
@@ -206,12 +233,17 @@ def _empty_gradients(loop: LoopSpec, x: LoopTensors, need: LoopTensors) -> LoopG
     def state(s: Tensor | None, needed: Any) -> Tensor | None:
         return torch.empty_like(s) if s is not None and needed else None
 
+    def width_of(w: Tensor | None, there: Tensor | None) -> Tensor | None:
+        return None if w is None else new(rows, steps, w.shape[0]) if there is None else there
+
+    columns = COLUMNS[loop.cell]
+    if gates is None or gates.shape[3] != columns:
+        d_gates = [new(rows, steps, columns * x.hidden) for _ in range(loop.cells)]
+    else:
+        d_gates = [of_cell.flatten(2) for of_cell in gates]
     return LoopGradients(
-        [new(rows, steps, COLUMNS[loop.cell] * x.hidden) for _ in range(loop.cells)],
-        None if x.w_query is None else new(rows, steps, x.w_query.shape[0]),
-        None if x.w_read is None else new(rows, steps, x.w_read.shape[0]),
-        fp32(x.keys), fp32(x.memory), fp32(x.v), state(x.feed0, need.feed0),
-        [state(s, n) for s, n in zip(x.h0, need.h0, strict=True)],
+        d_gates, width_of(x.w_query, queries), width_of(x.w_read, read_saved), fp32(x.keys), fp32(x.memory), fp32(x.v),
+        state(x.feed0, need.feed0), [state(s, n) for s, n in zip(x.h0, need.h0, strict=True)],
         [state(s, n) for s, n in zip(x.c0, need.c0, strict=True)],
     )  # fmt: skip
 

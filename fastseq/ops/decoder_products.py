@@ -95,15 +95,21 @@ def _reads(loop: LoopSpec, x: LoopTensors, kept: Kept, i: int) -> list[Tensor]:
     if i == 0:
         found.append(x.y)
         fed = contexts if loop.feed == "context" else kept[_OUTS]
-        if x.feed0 is not None and fed is not None:
-            found.append(torch.cat((x.feed0.to(fed.dtype)[:, None], fed[:, :-1]), 1))
+        if loop.feed != "none" and fed is not None:
+            found.append(fed[:, :-1])
     elif loop.attend != "between":
         below = _states(kept, i - 1)[:, 1:]
         found.append(below if x.layer_masks is None else below * x.layer_masks[i - 1])
     if loop.contexts[i]:
-        assert contexts is not None
-        found.append(contexts)
+        found.append(_contexts(loop, kept))
     return found
+
+
+def _contexts(loop: LoopSpec, kept: Kept) -> Tensor:
+    """Of every step [N, T, D]."""
+    contexts = kept[_CONTEXTS]
+    assert contexts is not None
+    return contexts[:, 1:] if loop.feed == "context" else contexts
 
 
 def input_gradients(loop: LoopSpec, x: LoopTensors, found: LoopGradients) -> Tensor:
@@ -145,18 +151,16 @@ def readout_gradients(
         return None, None
     d_w, d_b = torch.empty_like(x.w_read), None if x.b_read is None else torch.empty_like(x.b_read)
     columns = parts(loop, x)
-    reads = [masked(_part(part, x, kept), x.read_mask, *columns[part]) for part in loop.readout]
+    reads = [masked(_part(loop, part, x, kept), x.read_mask, *columns[part]) for part in loop.readout]
     _weight_gradients(found.d_read, reads, d_w, d_b)
     return d_w if need.w_read else None, d_b if need.b_read else None
 
 
-def _part(part: str, x: LoopTensors, kept: Kept) -> Tensor:
+def _part(loop: LoopSpec, part: str, x: LoopTensors, kept: Kept) -> Tensor:
     """A part [N, T, ·] of a fed readout."""
     if part == "input":
         return x.y
     if part == "context":
-        contexts = kept[_CONTEXTS]
-        assert contexts is not None
-        return contexts
+        return _contexts(loop, kept)
     hs = _states(kept, -1)
     return hs[:, 1:] if part == "state" else hs[:, :-1]

@@ -81,6 +81,7 @@ def decoder_search(
     outs = x.y.new_empty(rows, 2, sizes["output"]) if x.w_read is not None else None
     tensors = native_tensors(loop, x, (hs, contexts, outs, weights, None, None, None, None)) | {
         "projected": address(table), "read_input": address(read_table), "memory_gates": address(gates), "feed_n": 0,
+        "projected_pitch": 0 if table is None else table.stride(0),
         "w_r_pitch": max((end for _, end in columns.values()), default=0),
     }  # fmt: skip
     found = {

@@ -8,10 +8,10 @@ from torch import Tensor
 __all__ = ["COLUMNS", "GRADIENTS", "KEPT", "LoopSpec", "LoopTensors", "masked", "parts"]
 
 # What the loop makes beside its final state, and backward reads: states of each cell from the initial one on
-# [C, N, T + 1, H]; contexts [N, T, D]; outputs [N, T, R]; weights [N, T, S]; saved gates [C, N, T, 4, H] (lstm i, f, g,
-# o; gru r, z, U_n h + b, n; gru_reset_before r, z, r h, n); an LSTM's cell states [C, N, T, H] in fp32; queries
-# [N, T, A] where there is a W_q; what the readout keeps, [N, T, R] (tanh, before an output mask) or [N, T, 2 R]
-# (maxout).
+# [C, N, T + 1, H]; contexts [N, T, D]; outputs [N, T, R]; of these two the one that is fed back begins with the initial
+# value too, T + 1; weights [N, T, S]; saved gates [C, N, T, 4, H] (lstm i, f, g, o; gru r, z, U_n h + b, n;
+# gru_reset_before r, z, r h, n); an LSTM's cell states [C, N, T, H] in fp32; queries [N, T, A] where there is a W_q;
+# what the readout keeps, [N, T, R] (tanh, before an output mask) or [N, T, 2 R] (maxout).
 KEPT = ("hs", "contexts", "outs", "weights", "gates", "cs", "queries", "read_saved")
 GRADIENTS = 7  # that backward takes: of hs, contexts, outs, weights, the fed value, h_n, c_n
 COLUMNS = {"lstm": 4, "gru": 4, "gru_reset_before": 3}  # pre-activations of a unit

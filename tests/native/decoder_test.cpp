@@ -46,6 +46,7 @@ struct Run {
   std::mt19937 draw;
   bool bf16;
   int threads = 1;
+  bool shared = false;
   std::vector<uint8_t> mask;
   Tensor keys, memory, w_q, v, beside, memory_gates, projected, feed0, w_r, b_r, read_input, layer_masks, read_mask, out_mask;
   Tensor w_ih[3], w_hh[3], b_ih[3], b_hh[3], h0[3], c0[3], h_n[3], c_n[3];
@@ -116,7 +117,7 @@ struct Run {
       cell.b_ih = (b_ih[c] = random(GH)).data(), cell.b_hh = (b_hh[c] = random(GH)).data();
       if (c == 0 || d.attend != Attend::between) cell.h0 = (h0[c] = random(N * H)).data(), cell.c0 = (c0[c] = random(N * H)).data();
     }
-    d.projected = (projected = random(N * T * GH)).data();
+    d.projected = (projected = random(N * T * GH)).data(), d.projected_pitch = GH;
     if (!attends && d.cell == CellKind::gru) d.beside = (beside = random(N * GH)).data();
     if (d.feed != Feed::none) d.feed0 = (feed0 = random(N * F)).data();
     if (drops && d.cells > 1 && d.attend != Attend::between) d.layer_masks = (layer_masks = factors(last * N * T * H)).data();
@@ -137,7 +138,8 @@ struct Run {
     const int64_t N = d.rows, B = d.memory_rows(), T = d.steps, S = d.source, A = d.units, D = d.features, H = d.hidden, R = d.output;
     const int64_t C = d.cells, F = d.fed(), rows = d.read_rows();
     const bool lstm = d.cell == CellKind::lstm, between = d.attend == Attend::between;
-    d.hs = (hs = empty(C * N * (T + 1) * H)).data(), d.contexts = (contexts = empty(N * T * D)).data(), d.outs = (outs = empty(N * T * R)).data();
+    d.hs = (hs = empty(C * N * (T + 1) * H)).data(), d.outs = (outs = empty(N * (T + 1) * R)).data();
+    d.contexts = (contexts = empty(N * (T + (d.feed == Feed::context ? 1 : 0)) * D)).data();
     d.weights = (weights = empty(N * T * S)).data(), d.gates = (gates = empty(C * N * T * 4 * H)).data();
     if (d.w_q) d.queries = (queries = empty(N * T * A)).data();
     if (R && (d.out_mask || d.combine == Combine::maxout)) d.read_saved = (read_saved = empty(N * T * rows)).data();
@@ -181,8 +183,30 @@ struct Run {
       }
   }
 
-  void forward() { kernels(d.dtype).decoder_forward(d, threads); }
-  void backward() { kernels(d.dtype).decoder_backward(d, threads); }
+  // What backward makes lies where forward kept what it is made from, and the projection where gates will be saved.
+  void share() {
+    shared = true;
+    d.projected = d.gates, d.projected_pitch = 4 * d.hidden;
+    if (d.w_q) d.d_queries = d.queries;
+    if (d.read_saved) d.d_read = d.read_saved;
+    for (int c = 0; c < d.cells && d.columns() == 4; ++c)
+      d.of[c].d_gates = static_cast<char*>(d.gates) + c * d.rows * d.steps * 4 * d.hidden * (bf16 ? 2 : 4);
+  }
+
+  void forward() {
+    const int64_t GH = d.gate_count() * d.hidden;
+    for (int64_t i = 0; shared && i < d.rows * d.steps * GH; ++i) gates.set(i / GH * 4 * d.hidden + i % GH, projected.at(i));
+    kernels(d.dtype).decoder_forward(d, threads);
+  }
+
+  void backward() {
+    kernels(d.dtype).decoder_backward(d, threads);
+    if (!shared) return;
+    if (d.w_q) d_queries = queries;
+    if (d.read_saved) d_read = read_saved;
+    for (int c = 0; c < d.cells && d.columns() == 4; ++c)
+      for (size_t i = 0; i < d_gates[c].size(); ++i) d_gates[c].set(i, gates.at(c * d_gates[c].size() + i));
+  }
 
   std::string name(unsigned seed) const {
     return "decoder " + std::to_string(seed) + ": cell " + std::to_string(static_cast<int>(d.cell)) + (bf16 ? " bf16" : " fp32") + ", attend " +
@@ -205,11 +229,14 @@ struct Run {
   double loss() {
     forward();
     double sum = 0;
-    auto add = [&](const Tensor& t, const Tensor& g) {
-      for (size_t i = 0; i < g.size(); ++i) sum += static_cast<double>(t.at(i)) * g.at(i);
-    };
-    add(contexts, d_contexts), add(outs, d_outs), add(weights, d_weights), add(feed_n, d_feed_n);
     const int64_t T = d.steps, H = d.hidden;
+    // Rows of T * width, of which `before` more elements precede each of t's.
+    auto add = [&](const Tensor& t, const Tensor& g, int64_t before = 0, int64_t width = 1) {
+      for (int64_t i = 0; i < static_cast<int64_t>(g.size()); ++i)
+        sum += static_cast<double>(t.at(i + (i / (T * width) + 1) * before)) * g.at(i);
+    };
+    add(contexts, d_contexts, d.feed == Feed::context ? d.features : 0, d.features), add(outs, d_outs, d.output, d.output);
+    add(weights, d_weights), add(feed_n, d_feed_n);
     for (int c = 0; c < d.cells; ++c) {
       if (h_n[c].size()) add(h_n[c], d_h_n[c]);
       if (c_n[c].size()) add(c_n[c], d_c_n[c]);
@@ -298,7 +325,7 @@ struct Searching : Run {
     cell.w_ih = bf16 ? static_cast<void*>(w_ih[0].h.data() + s.inputs) : w_ih[0].f.data() + s.inputs;
     if (d.feed == Feed::output) d.feed0 = (feed0 = random(d.rows * d.fed())).data();
     s.embedding = (embedding = random(V * s.inputs, 1.f)).data();
-    d.projected = tables ? (table = random(V * GH)).data() : nullptr;
+    d.projected = tables ? (table = random(V * GH)).data() : nullptr, d.projected_pitch = GH;
     d.read_input = tables && d.output && s.r_input >= 0 ? (read_table = random(V * d.read_rows())).data() : nullptr;
   }
 
@@ -347,6 +374,7 @@ void check_decoder() {
       for (int threads : kTeams) {
         Run other(seed);
         other.threads = threads;
+        if (seed % 3) other.share();
         other.forward(), poison_scratch(), other.backward(), poison_scratch();
         if (other.reader() >= 0 && seed % 2) other.fill_memory_gates(), other.forward(), poison_scratch();
         compare(wanted, other.results(), other.bf16 ? 5e-2f : 1e-4f, context + " on " + isa + ", " + std::to_string(threads) + " threads");
