@@ -97,7 +97,7 @@ OPT_IN = {"torch.compile", "loop.compile"}  # minutes of compilation: run only w
 OPS, MODES = ("lstm", "gru"), ("forward", "train")
 DECODER_SHAPES = ((1, 256, 20), (32, 128, 20), (32, 256, 30), (64, 512, 30))  # B, H, and S = T
 SEARCH_SHAPES, BEAMS, NEW_TOKENS = DECODER_SHAPES[:3], (1, 5), 30  # of B, H and S
-VOCABULARIES = {1000: OPS, 64: ("lstm",), 8000: ("lstm",)}  # words; characters; subwords
+VOCABULARIES = {1000: OPS, 64: ("lstm",), 8000: ("lstm",)}  # words, whose rows have promises; characters; subwords
 
 
 def _against(*peers: str) -> Pairs:
