@@ -44,9 +44,11 @@ class GenerateCase(Case):
 
     @property
     def forward_flops(self) -> int:
-        """The keys, once for each position; for each step of a beam the decoder's products, attention and logits."""
-        steps = self.beams * self.tokens
-        squares = self.B * self.S + steps * (3 * GATES[self.cell] + WIDTHS[self.attention])
+        """The keys, once for each position; for each step of a beam the decoder's products, attention and logits; but
+        of the cell's input that is a token, no more products than there are tokens.
+        """
+        steps, gates = self.beams * self.tokens, GATES[self.cell]
+        squares = self.B * self.S + steps * (2 * gates + WIDTHS[self.attention]) + min(steps, self.V) * gates
         return 2 * self.H**2 * squares + steps * (4 * self.H * self.S + 2 * self.H * self.V)
 
     def small(self) -> "GenerateCase":

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import equality, registry, results, summary, targets
+from benchmarks.cases import GATES
 from benchmarks.decoder_cases import WIDTHS
 from benchmarks.generate_cases import GenerateCase
 from benchmarks.generate_loop import EOS
@@ -64,11 +65,14 @@ def test_another_token_is_unequal_however_large_its_number() -> None:
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("attention", WIDTHS)
 def test_flops_are_those_that_torch_counts(attention: str, cell: str, beams: int) -> None:
-    case = GenerateCase(attention, cell, beams, 7, 9, 3, 8, 11)
+    case = GenerateCase(attention, cell, beams, 7, 9, 3, 8, 100)
     program = PEERS["loop"].build(draw(case))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         program.step()
     assert counter.get_total_flops() == case.flops
+    few, steps = replace(case, V=11), 3 * 9 * beams  # what each of 11 tokens is to the cell may be made beforehand
+    fewer = (100 - 11) * steps * 2 * 8 + (steps - 11) * GATES[cell] * 2 * 8**2
+    assert few.flops == case.flops - fewer
 
 
 def test_every_promised_search_is_a_row() -> None:
