@@ -4,14 +4,16 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import Any, NamedTuple
 
-from . import attention_programs, decoder_programs, programs
+from . import attention_programs, decoder_programs, generate_programs, programs
 from .cases import Case, LayerCase
 from .decoder_cases import AttentionCase, CorpusCase, DecoderCase
 from .decoder_problem import AttentionProblem, DecoderProblem
+from .generate_cases import GenerateCase
+from .generate_problem import GenerateProblem
 from .problem import LayerProblem, Problem
 from .programs import Program
 
-__all__ = ["KINDS", "Kind", "case_from_dict", "case_to_dict", "draw", "fastseq_program"]
+__all__ = ["KINDS", "Kind", "case_from_dict", "case_to_dict", "draw", "exact_program", "fastseq_program"]
 
 
 class Kind(NamedTuple):
@@ -31,12 +33,20 @@ KINDS = {
     "attention": Kind(
         AttentionCase, AttentionProblem.draw, attention_programs.plain_program, attention_programs.fastseq_program
     ),
+    "generate": Kind(
+        GenerateCase, GenerateProblem.draw, generate_programs.loop_program, generate_programs.fastseq_program
+    ),
 }  # fmt: skip
 
 
 def draw(case: Case) -> Problem:
     """Its tensors."""
     return KINDS[case.kind].draw(case)
+
+
+def exact_program(problem: Problem) -> Program:
+    """What is the truth in float64: of decoders and searches, the loop."""
+    return KINDS[problem.case.kind].exact(problem)
 
 
 def fastseq_program(backend: str) -> Callable[[Problem], Program]:

@@ -5,10 +5,12 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from . import attention_programs, decoder_programs, onnx_program, programs
+from . import attention_programs, decoder_programs, generate_programs, onnx_program, programs
 from .cases import Case, LayerCase
 from .decoder_cases import WIDTHS, AttentionCase, CorpusCase, DecoderCase
-from .kinds import KINDS, fastseq_program
+from .generate_cases import GenerateCase
+from .kinds import KINDS, exact_program, fastseq_program
+from .problem import Problem
 from .programs import Program
 
 __all__ = ["OPT_IN", "OURS", "PEERS", "SETS", "Entry", "Peer"]
@@ -57,7 +59,13 @@ def _real_share(case: LayerCase) -> float:
     return case.tokens / (case.T * case.B)
 
 
-DECODERS = ("decoder", "corpus")
+def _compiled_loop(problem: Problem) -> Program:
+    """All steps of a teacher-forced decoder in one graph; of a search, one step."""
+    of = generate_programs if problem.case.kind == "generate" else decoder_programs
+    return of.compiled_loop_program(problem)
+
+
+LOOPS = ("decoder", "corpus", "generate")
 OURS = ("auto", "cpu")  # the choice that users get, and the fused kernels whatever the choice would be
 PEERS = {
     "torch.nn": Peer(programs.torch_program, "torch.nn"),
@@ -67,10 +75,9 @@ PEERS = {
     "onnxruntime": Peer(
         onnx_program.onnx_program, "ONNX Runtime", unavailable=onnx_program.unavailable, refuses=onnx_program.refuses
     ),
-    "loop": Peer(decoder_programs.loop_program, "torch loop", DECODERS),
+    "loop": Peer(exact_program, "torch loop", LOOPS),
     "loop.compile": Peer(
-        decoder_programs.compiled_loop_program, "torch.compile of the loop", DECODERS,
-        refuses=decoder_programs.compile_refuses,
+        _compiled_loop, "torch.compile of the loop", LOOPS, refuses=decoder_programs.compile_refuses
     ),
     "plain": Peer(attention_programs.plain_program, "plain PyTorch", ("attention",)),
     "sdpa": Peer(
@@ -89,6 +96,8 @@ OPT_IN = {"torch.compile", "loop.compile"}  # minutes of compilation: run only w
 
 OPS, MODES = ("lstm", "gru"), ("forward", "train")
 DECODER_SHAPES = ((1, 256, 20), (32, 128, 20), (32, 256, 30), (64, 512, 30))  # B, H, and S = T
+SEARCH_SHAPES, BEAMS, NEW_TOKENS = DECODER_SHAPES[:3], (1, 5), 30  # of B, H and S
+VOCABULARIES = {1000: OPS, 64: ("lstm",), 8000: ("lstm",)}  # words, whose rows have promises; characters; subwords
 
 
 def _against(*peers: str) -> Pairs:
@@ -185,6 +194,17 @@ def _attention() -> tuple[Entry, ...]:
     )
 
 
+def _generate() -> tuple[Entry, ...]:
+    """The promised shapes, and with fewer and with more tokens to choose from."""
+    kinds = [(v, attention, cell) for v, cells in VOCABULARIES.items() for attention, cell in product(WIDTHS, cells)]
+    return tuple(
+        Entry(
+            "generate", GenerateCase(attention, cell, beams, s, NEW_TOKENS, b, h, v), _against("loop", "loop.compile")
+        )
+        for (v, attention, cell), beams, (b, h, s) in product(kinds, BEAMS, SEARCH_SHAPES)
+    )
+
+
 SETS: dict[str, tuple[Entry, ...]] = {
     "quick": _grid((1, 32), (64, 256)),
     "readme": _grid((1, 8, 32, 64), (64, 128, 256, 512)),
@@ -196,6 +216,7 @@ SETS: dict[str, tuple[Entry, ...]] = {
     "decoder": _decoder(),
     "corpus": _corpus(),
     "attention": _attention(),
+    "generate": _generate(),
     "import": (),  # no call: the runner times a process
 }
 SETS["full"] = tuple(entry for name, entries in SETS.items() if name != "quick" for entry in entries)

@@ -3,8 +3,11 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
+from .cases import Case
 from .decoder_cases import DecoderCase
+from .generate_cases import GenerateCase
 from .registry import OURS, PEERS
 from .results import Ratio, Report, Row
 from .stats import geometric_mean
@@ -20,7 +23,7 @@ ABOUT = {"bahdanau": "Bahdanau", "luong": "Luong, input feeding"}
 def summaries(report: Report) -> list[Table]:
     """All that have lines, under `auto` and with the kernels forced; once where these are the same."""
     found: list[Table] = []
-    for make in (group_table, decoder_table, corpus_table):
+    for make in (group_table, decoder_table, generate_table, corpus_table):
         merged: list[tuple[Table, list[str]]] = []
         for ours in OURS:
             table = make(report, ours)
@@ -61,20 +64,26 @@ def group_table(report: Report, ours: str) -> Table:
 
 
 def decoder_table(report: Report, ours: str) -> Table:
-    """A line for each decoder, a column for each shape: the ratio beside what is promised of that shape."""
-    cells: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
-    for row in report.rows:
-        case = row.case
-        if _own_table(row) == "decoder" and isinstance(case, DecoderCase):
-            for ratio in ratios_of(row, ours):
-                masks = "full" if case.rows == "full" else case.rows
-                name = f"{ABOUT[case.attention]}, {case.cell.upper()}, {MODES[case.mode]}"
-                line = name, PEERS[ratio.peer].label, masks, str(row.threads)
-                shape = f"B={case.B} H={case.H} S=T={case.T}" if case.S == case.T else f"B={case.B} H={case.H}"
-                cells[line][shape] = f"{ratio.median:.2f}{_in_brackets(promise(report, row, ratio))}"
-    shapes = list(dict.fromkeys(shape for line in cells.values() for shape in line))
-    lines = [[*line, *(of.get(shape, "") for shape in shapes)] for line, of in cells.items()]
-    return Table("decoders: the peer's time over ours", ("decoder", "over", "sources", "threads", *shapes), lines)
+    """A line for each decoder, a column for each shape."""
+
+    def place(case: Case) -> Place:
+        assert isinstance(case, DecoderCase)
+        shape = f"B={case.B} H={case.H} S=T={case.T}" if case.S == case.T else f"B={case.B} H={case.H}"
+        return Place(f"{ABOUT[case.attention]}, {case.cell.upper()}, {MODES[case.mode]}", case.rows, shape)
+
+    return _shapes_table(report, ours, "decoder", place, "decoders: the peer's time over ours", ("decoder", "sources"))
+
+
+def generate_table(report: Report, ours: str) -> Table:
+    """A line for each search, a column for each shape."""
+
+    def place(case: Case) -> Place:
+        assert isinstance(case, GenerateCase)
+        search = "greedy" if case.beams == 1 else f"beam {case.beams}"
+        name = f"{ABOUT[case.attention]}, {case.cell.upper()}, {search}"
+        return Place(name, str(case.V), f"B={case.B} H={case.H} S={case.S} T={case.T}")
+
+    return _shapes_table(report, ours, "generate", place, "generate: the peer's time over ours", ("search", "V"))
 
 
 def corpus_table(report: Report, ours: str) -> Table:
@@ -86,6 +95,30 @@ def corpus_table(report: Report, ours: str) -> Table:
             lines.append([str(row.case), str(row.threads), *speeds, PEERS[ratio.peer].label, f"{ratio.median:.2f}"])
     head = ("decoder", "threads", "fastseq", "peer", "which is", "ratio")
     return Table("Multi30k: target tokens/s of training steps", head, lines)
+
+
+class Place(NamedTuple):
+    """Where a case's ratios stand."""
+
+    name: str
+    about: str
+    shape: str
+
+
+def _shapes_table(
+    report: Report, ours: str, of: str, place: Callable[[Case], Place], title: str, heads: tuple[str, str]
+) -> Table:
+    """The rows of set `of` by shape: each ratio beside what is promised of it. heads: of `Place`'s name and about."""
+    cells: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
+    for row in report.rows:
+        if _own_table(row) == of:
+            at = place(row.case)
+            for ratio in ratios_of(row, ours):
+                line = at.name, PEERS[ratio.peer].label, at.about, str(row.threads)
+                cells[line][at.shape] = f"{ratio.median:.2f}{_in_brackets(promise(report, row, ratio))}"
+    shapes = list(dict.fromkeys(shape for line in cells.values() for shape in line))
+    lines = [[*line, *(found.get(shape, "") for shape in shapes)] for line, found in cells.items()]
+    return Table(title, (heads[0], "over", heads[1], "threads", *shapes), lines)
 
 
 def ratios_of(row: Row, ours: str) -> list[Ratio]:
@@ -112,7 +145,7 @@ def promise(report: Report, row: Row, ratio: Ratio) -> str:
 
 def _own_table(row: Row) -> str | None:
     """The set, where its rows have a table of their own."""
-    return row.set if row.set in ("decoder", "corpus") else None
+    return row.set if row.set in ("decoder", "corpus", "generate") else None
 
 
 def _threads(n: int) -> str:

@@ -1,10 +1,11 @@
-"""What the project promises: of groups of rows the geometric mean and minimum of the ratios; of decoders each ratio."""
+"""What the project promises: of groups of rows the mean and minimum of the ratios; of decoders and searches each."""
 
 from typing import NamedTuple
 
 from .cases import LayerCase
 from .decoder_cases import AttentionCase, DecoderCase
-from .registry import DECODER_SHAPES, PEERS
+from .generate_cases import GenerateCase
+from .registry import DECODER_SHAPES, NEW_TOKENS, PEERS, SEARCH_SHAPES
 from .results import Ratio, Row
 
 __all__ = ["IMPORT_S", "MODES", "TARGETS", "Target", "group", "promised"]
@@ -38,11 +39,19 @@ def group(row: Row, ratio: Ratio) -> str:
 
 def promised(row: Row, ratio: Ratio) -> float | None:
     """The least ratio, where one is promised of this very row."""
+    targets: tuple[float, ...] | None
+    shapes: tuple[tuple[int, int, int], ...]
     case = row.case
-    if row.set != "decoder" or not isinstance(case, DecoderCase) or ratio.peer != "loop" or row.threads != 1:
+    if ratio.peer != "loop" or row.threads != 1:
         return None
-    targets = DECODER_TARGETS.get((case.attention, case.mode))
-    return None if targets is None else dict(zip(DECODER_SHAPES, targets, strict=True)).get((case.B, case.H, case.T))
+    if row.set == "decoder" and isinstance(case, DecoderCase):
+        targets = DECODER_TARGETS.get((case.attention, case.mode))
+        shapes, shape = DECODER_SHAPES, (case.B, case.H, case.T)
+    elif isinstance(case, GenerateCase) and (case.T, case.V) == (NEW_TOKENS, SEARCH_VOCABULARY):
+        targets, shapes, shape = SEARCH_TARGETS.get(case.beams), SEARCH_SHAPES, (case.B, case.H, case.S)
+    else:
+        return None
+    return None if targets is None else dict(zip(shapes, targets, strict=True)).get(shape)
 
 
 TARGETS = {
@@ -65,4 +74,9 @@ DECODER_TARGETS = {  # over the loop, on one thread, at each of DECODER_SHAPES; 
     ("bahdanau", "forward"): (5.0, 3.0, 2.2, 1.8),
     ("bahdanau", "train"): (6.0, 2.5, 2.0, 1.55),
     ("luong", "train"): (6.0, 2.5, 2.0, 1.55),
+}
+SEARCH_VOCABULARY = 1000  # no promise says of how many tokens: it is held to this
+SEARCH_TARGETS = {  # by beams; over the loop, on one thread, at each of SEARCH_SHAPES; all decoders alike
+    1: (6.0, 3.0, 2.0),
+    5: (4.0, 2.5, 2.0),
 }
