@@ -11,9 +11,10 @@ from .backends.decoder_call import AttentionCall, DecoderCall, mapped
 from .decoder_checks import check_attention, check_decoder, check_types
 from .dispatch import choose
 from .engine import Plan, autocast_dtype, plan, prefer
+from .ops.decoder_search import Found, Search, Vocabulary
 from .spec import DecoderOutput
 
-__all__ = ["as_asked", "run_attention", "run_decoder"]
+__all__ = ["as_asked", "run_attention", "run_decoder", "run_search"]
 
 
 def run_decoder(call: DecoderCall, backend: str) -> DecoderOutput:
@@ -27,6 +28,13 @@ def run_attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | N
     """Context [N, T, D] and, if asked for, weights [N, T, S]."""
     check_types(call)
     result: tuple[Tensor, Tensor | None] = plan(call, backend, _plan)(call)
+    return result
+
+
+def run_search(call: DecoderCall, of: Vocabulary, search: Search, backend: str) -> Found | None:
+    """A search from a call of one step; None where the backend that would run the step has none for it."""
+    check_types(call)
+    result: Found | None = plan(call, backend, _plan_search)(call, of, search)
     return result
 
 
@@ -46,6 +54,18 @@ def _plan(call: Any, backend: str) -> Plan:
     asked = as_asked(call)
     run: Plan = getattr(choose(asked, prefer(backend)), call.OPERATOR)
     return run if asked is call else partial(_run_cast, run)
+
+
+def _plan_search(call: Any, backend: str) -> Plan:
+    if as_asked(call) is not call:  # under autocast
+        return _without_search
+    chosen: Any = choose(call, prefer(backend))
+    has_one = hasattr(chosen, "search") and chosen.refuses_search(call) is None
+    return chosen.search if has_one else _without_search
+
+
+def _without_search(*_: Any) -> None:
+    return None
 
 
 def _run_cast(run: Plan, call: Any) -> Any:

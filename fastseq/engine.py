@@ -33,7 +33,7 @@ __all__ = [
 
 
 Check = Callable[[RnnCall, torch.dtype | None], None]  # check_call or check_cell
-Plan = Callable[[Any], Any]  # takes a call, gives its results
+Plan = Callable[..., Any]  # takes a call, gives its results
 
 
 def run(call: RnnCall, backend: str, lengths: Any = None) -> tuple[Any, tuple[Tensor, ...]]:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 import fastseq
 from fastseq import Decoder, GenerateOutput, Memory, Seq2Seq
+from fastseq.backends import decoder_cpu
 
-__all__ = ["BOS", "EOS", "PAD", "PRESETS", "Recall", "in_float64", "log_likelihood", "model", "same"]
+__all__ = ["BOS", "EOS", "PAD", "PRESETS", "Recall", "in_float64", "log_likelihood", "model", "native_searches", "same"]
 
 PAD, BOS, EOS = 0, 1, 2
 B, S, H, WIDTH = 4, 5, 12, 6
@@ -107,14 +108,11 @@ def log_likelihood(of: Seq2Seq, src: Tensor, found: GenerateOutput, forced: int 
 def native_searches(monkeypatch: Any) -> list[int]:
     """A list that grows by one with each search that runs natively."""
     calls: list[int] = []
-    native = fastseq.backends  # noqa: F841  (imported, so that the module below is)
-    from fastseq.backends import decoder_cpu
-
-    search = decoder_cpu.search
+    search = decoder_cpu.decoder_search
 
     def counted(*args: Any) -> Any:
         calls.append(1)
         return search(*args)
 
-    monkeypatch.setattr(decoder_cpu, "search", counted)
+    monkeypatch.setattr(decoder_cpu, "decoder_search", counted)
     return calls

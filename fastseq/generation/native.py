@@ -1,14 +1,10 @@
 """Searches that a backend runs whole, tokens chosen inside its loop over steps; the same answers as `search`'s."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..backends.decoder_call import DecoderCall
-from ..decoding import as_asked
-from ..dispatch import choose
-from ..engine import prefer
+from ..decoding import run_search
 from ..ops.decoder_search import Search, Vocabulary
 from .request import Request
 from .search import GenerateOutput, assembled, refuse_nan
@@ -28,16 +24,13 @@ def refuses(request: Request) -> str | None:
 
 def run_native(call: DecoderCall, of: Vocabulary, request: Request, backend: str) -> GenerateOutput | None:
     """What is found from a call of one step, of N rows; None where the call's backend has no search for it."""
-    if torch.compiler.is_compiling() or as_asked(call) is not call:  # under autocast
-        return None
-    chosen: Any = choose(call, prefer(backend))
-    if not hasattr(chosen, "search") or chosen.refuses_search(call) is not None:
+    if torch.compiler.is_compiling():
         return None
     if any(t is not None and (t.dtype, t.device) != (call.y.dtype, call.y.device) for t in of):
         return None
     options = request.options
     lengths = range(options.max_new_tokens + 1)
-    found = chosen.search(
+    found = run_search(
         call,
         Vocabulary(*(None if t is None else t.contiguous() for t in of)),  # type: ignore[arg-type]
         Search(
@@ -45,7 +38,10 @@ def run_native(call: DecoderCall, of: Vocabulary, request: Request, backend: str
             options.num_return_sequences, options.min_new_tokens, options.eos_id, options.pad_id,
             options.early_stopping, options.length_penalty > 0, options.return_weights,
         ),
+        backend,
     )  # fmt: skip
+    if found is None:
+        return None
     if found.wrong:
         refuse_nan()
     weights: Tensor | None = None
