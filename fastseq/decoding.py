@@ -14,7 +14,7 @@ from .engine import Plan, autocast_dtype, plan, prefer
 from .ops.decoder_search import Found, Search, Vocabulary
 from .spec import DecoderOutput
 
-__all__ = ["as_asked", "run_attention", "run_decoder", "run_search"]
+__all__ = ["as_asked", "refuses_search", "run_attention", "run_decoder", "run_search"]
 
 
 def run_decoder(call: DecoderCall, backend: str) -> DecoderOutput:
@@ -56,12 +56,21 @@ def _plan(call: Any, backend: str) -> Plan:
     return run if asked is call else partial(_run_cast, run)
 
 
-def _plan_search(call: Any, backend: str) -> Plan:
-    if as_asked(call) is not call:  # under autocast
-        return _without_search
+def refuses_search(call: DecoderCall, backend: str) -> str | None:
+    """Why the backend that would run this call of one step has no search for it; None if it has."""
+    if as_asked(call) is not call:
+        return "autocast"
     chosen: Any = choose(call, prefer(backend))
-    has_one = hasattr(chosen, "search") and chosen.refuses_search(call) is None
-    return chosen.search if has_one else _without_search
+    if not hasattr(chosen, "search"):
+        return f"the backend {chosen.NAME} has none"
+    return chosen.refuses_search(call)
+
+
+def _plan_search(call: Any, backend: str) -> Plan:
+    if refuses_search(call, backend) is not None:
+        return _without_search
+    search: Plan = choose(call, prefer(backend)).search
+    return search
 
 
 def _without_search(*_: Any) -> None:

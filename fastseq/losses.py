@@ -50,7 +50,8 @@ def linear_cross_entropy(
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     shape, x, target = target.shape, x.flatten(0, -2), target.flatten()
     real = target != ignore_index
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the host would wait for the number
+    eager = not torch.compiler.is_compiling() and not _transformed()
+    if x.device.type == "cpu" and eager:  # elsewhere the host would wait for the number
         rows = real.nonzero()[:, 0]
         _check_classes(target[rows], len(weight))
         if len(rows) < len(real):
@@ -80,6 +81,8 @@ def cross_entropy(
 
 def need_smoothing(value: float) -> None:
     """InputError unless `value` can be a label_smoothing."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"label_smoothing must be a number, got {type(value).__name__}")
     if not 0 <= value <= 1:
         raise InputError(f"label_smoothing={value}; it is a share, 0 to 1")
 
@@ -89,6 +92,10 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> No
         raise InputError(f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}; expected [..., D] and [V, D]")
     if bias is not None and need_tensor("bias", bias).shape != weight.shape[:1]:
         raise InputError(f"bias has shape {tuple(bias.shape)}; expected [V={weight.shape[0]}]")
+    cast = autocast_dtype(x.device.type) is not None
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != x.dtype and not cast:
+            raise InputError(f"{name} is {t.dtype}, x is {x.dtype}; convert one: .to({x.dtype}), or use torch.autocast")
     if need_tensor("target", target).shape != x.shape[:-1]:
         raise InputError(f"target has shape {tuple(target.shape)}; expected {tuple(x.shape[:-1])}, as x but for D")
     if target.dtype != torch.int64:
@@ -119,13 +126,19 @@ def _losses(
         pieces = [_piece(smoothing, *piece) for piece in _pieces(x, weight, bias, target, real)]
         return torch.cat(pieces) if pieces else _piece(smoothing, x, weight, bias, target, real)
     count: Tensor | int = len(x) if real is None else real.sum()
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
-        total = _total(smoothing, x, weight, bias, target, real)
-    else:
+    learned = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if learned and not _transformed():
         total = _Total.apply(smoothing, x, weight, bias, target, real)
+    else:
+        total = _total(smoothing, x, weight, bias, target, real)
     if reduction == "sum":
         return total
     return total / (max(count, 1) if isinstance(count, int) else count.clamp(min=1))
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode gradients see this call."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def _pieces(x: Tensor, weight: Tensor, bias: Any, target: Tensor, real: Tensor | None) -> Iterator[tuple[Any, ...]]:
@@ -140,7 +153,7 @@ def _pieces(x: Tensor, weight: Tensor, bias: Any, target: Tensor, real: Tensor |
 def _piece(smoothing: float, x: Tensor, weight: Tensor, bias: Any, target: Tensor, real: Tensor | None) -> Tensor:
     """Losses [M']; their logits are computed again in backward."""
     arguments = (smoothing, x, weight, bias, target, real)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or _transformed():  # torch.func knows no checkpoints
         return _plain(*arguments)
     losses: Tensor = checkpoint(_plain, *arguments, use_reentrant=False, preserve_rng_state=False)
     return losses
@@ -153,7 +166,9 @@ def _plain(smoothing: float, x: Tensor, weight: Tensor, bias: Any, target: Tenso
 
 
 def _total(smoothing: float, x: Tensor, weight: Tensor, bias: Any, target: Tensor, real: Tensor | None) -> Tensor:
-    return _plain(smoothing, x, weight, bias, target, real).sum()
+    """The sum of all losses, of a piece after another."""
+    losses = [_piece(smoothing, *piece).sum() for piece in _pieces(x, weight, bias, target, real)]
+    return torch.stack(losses).sum() if losses else _piece(smoothing, x, weight, bias, target, real).sum()
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -172,7 +187,7 @@ class _Total(torch.autograd.Function):
         for part in _pieces(x, weight, bias, target, real):
             total = total + found.add(smoothing, start, *part)
             start += len(part[0])
-        ctx.save_for_backward(x, weight, bias, target, real, *found.rounded())
+        ctx.save_for_backward(x, weight, bias, target, real, found.x, found.weight, found.bias)
         ctx.needs, ctx.smoothing = needs, smoothing
         return total
 
@@ -182,14 +197,15 @@ class _Total(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             again = through_reference(lambda x, w, b: (_total(ctx.smoothing, x, w, b, target, real),), inputs, (grad,))
             return None, *again, None, None
-        return None, *(None if d is None else d * grad.to(d.dtype) for d in (d_x, d_weight, d_bias)), None, None
+        # Rounded once: grad may be a mean's small share, or a scale that fp16 does not hold.
+        pairs = zip((d_x, d_weight, d_bias), inputs, strict=True)
+        return None, *(None if d is None else (_wide(d) * grad).to(t.dtype) for d, t in pairs), None, None
 
 
 class _Gradients:
-    """Of the sum of losses; those of weight and bias gather in fp32 (fp64 of fp64)."""
+    """Of the sum of losses: that of x in its dtype, those of weight and bias in fp32 (fp64 of fp64)."""
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]) -> None:
-        self.dtypes = [None if t is None else t.dtype for t in (x, weight, bias)]
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.x = torch.empty_like(x) if needs[0] else None
         self.weight = torch.zeros_like(weight, dtype=wide) if needs[1] else None
@@ -207,8 +223,6 @@ class _Gradients:
             losses = losses + smoothing * (norm - logits.mean(-1, keepdim=True))
         if real is not None:
             losses = torch.where(real[:, None], losses, 0)
-        if self.x is None and self.weight is None and self.bias is None:
-            return losses.sum()
         d = logits.sub_(norm).exp_()  # softmax, then its difference to the smoothed target
         d.scatter_add_(1, at, d.new_full(at.shape, smoothing - 1))
         if smoothing:
@@ -227,8 +241,3 @@ class _Gradients:
         else:
             self.weight += d.T @ x
         return losses.sum()
-
-    def rounded(self) -> list[Tensor | None]:
-        """In the inputs' dtypes."""
-        gradients = zip((self.x, self.weight, self.bias), self.dtypes, strict=True)
-        return [None if d is None else d.to(dtype) for d, dtype in gradients]

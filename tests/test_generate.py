@@ -106,10 +106,7 @@ def test_one_beam_is_greedy() -> None:
         toy = Toy(seed=seed)
         greedy = toy.run(return_weights=True)
         request = Request.of(
-            batch_size=3, bos_id=BOS, eos_id=EOS, pad_id=PAD, max_new_tokens=6, min_new_tokens=0, num_beams=1,
-            do_sample=False, temperature=1.0, top_k=0, top_p=1.0, length_penalty=1.0, length_norm="len",
-            coverage_penalty=0.0, early_stopping=False, no_repeat_ngram_size=0, num_return_sequences=1,
-            return_weights=True, decoder_input_ids=None, logits_processor=None, streamer=None, generator=None,
+            batch_size=3, bos_id=BOS, eos_id=EOS, pad_id=PAD, max_new_tokens=6, return_weights=True,
             device=torch.device("cpu"),
         )  # fmt: skip
         model = search.Model(toy.step, toy.state(), request, search.picked)

@@ -199,3 +199,55 @@ def test_faults(change: dict[str, Any], error: type[Exception], text: str) -> No
     arguments = {"x": x, "weight": weight, "bias": bias, "target": target} | change
     with pytest.raises(error, match=text):
         fastseq.functional.linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("off", ["no_grad", "frozen"])
+def test_without_gradients_no_product_is_made_for_them(off: str) -> None:
+    x, weight, bias, target = tensors()
+    weight.requires_grad_(off == "no_grad")
+
+    class Products(torch.utils._python_dispatch.TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += "mm" in str(func) or "linear" in str(func)
+            return func(*args, **(kwargs or {}))
+
+    with torch.set_grad_enabled(off != "no_grad"), Products() as products:
+        loss = linear_cross_entropy(x, weight, bias, target)
+    assert products.count == 1
+    torch.testing.assert_close(loss, plain(x, weight, bias, target))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_transforms_of_every_reduction(reduction: str) -> None:
+    x, weight, bias, target = tensors(torch.float64)
+
+    def ours(w: Tensor) -> Tensor:
+        return linear_cross_entropy(x, w, bias, target, reduction=reduction).square().sum()
+
+    def theirs(w: Tensor) -> Tensor:
+        return plain(x, w, bias, target, reduction=reduction).square().sum()
+
+    torch.testing.assert_close(torch.func.grad(ours)(weight), torch.func.grad(theirs)(weight))
+    torch.testing.assert_close(torch.func.hessian(ours)(weight), torch.func.hessian(theirs)(weight))
+    rows = torch.func.vmap(lambda a, t: linear_cross_entropy(a[None], weight, bias, t[None], reduction=reduction))
+    torch.testing.assert_close(
+        rows(x[:2], target[:2]).flatten(), plain(x[:2], weight, bias, target[:2], reduction="none")
+    )
+
+
+def test_the_incoming_gradient_is_not_rounded() -> None:
+    """bf16 knows no 1/257, fp16 no scale of 2^16: gradients are rounded once, at the end."""
+    given = [torch.randn(257, D).bfloat16(), torch.randn(V, D).bfloat16(), None, torch.randint(V, (257,))]
+    torch.manual_seed(0)
+    grads = {reduction: gradients(linear_cross_entropy, given, reduction=reduction)[1] for reduction in ("mean", "sum")}
+    for mean, total in zip(grads["mean"], grads["sum"], strict=True):
+        mean, wanted = mean.double(), total.double() / 257
+        assert (
+            abs(float((mean * wanted).sum() / wanted.square().sum()) - 1) < 2**-11
+        )  # a rounded 1/257 is off by 2^-9.6
+    x, weight, target = given[0].half().requires_grad_(), given[1].half(), given[3]
+    (2.0**16 * linear_cross_entropy(x, weight, None, target)).backward()
+    assert x.grad.isfinite().all()
+    assert x.grad.any()

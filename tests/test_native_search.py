@@ -1,5 +1,6 @@
 """Searches within the native loop, against the search that steps from Python, in float64."""
 
+import copy
 import itertools
 from typing import Any
 
@@ -144,10 +145,17 @@ def test_bf16(name: str, beams: int, searches: list[int]) -> None:
     with fastseq.use_backend("reference"), torch.no_grad():
         fed = torch.cat((torch.full((B, 1), BOS), found.sequences[:, 0, :-1]), 1)
         plain = of(ALL, fed).logits.float().log_softmax(-1).gather(2, found.sequences[:, 0, :, None])[:, :, 0]
+        best = in_float64(of, ALL, max_new_tokens=6, num_beams=beams)
     there = torch.arange(plain.shape[1]) < found.lengths
     off = (torch.where(there, plain, 0).sum(1, keepdim=True) - total).abs().max() / found.lengths.min()
     budget = float(2 * off + 2**-8 * total.abs().max())
     assert float((found.scores.double() - total / found.lengths).abs().max()) <= budget
+    if beams > 1:  # hardly worse than the best that float64 finds; a greedy search may leave its path for good
+        assert float((best.scores - total / found.lengths).max()) <= budget
+    else:
+        logits = copy.deepcopy(of).double()(ALL, fed).logits
+        chosen = logits.gather(2, found.sequences[:, 0, :, None])[:, :, 0]
+        assert float(torch.where(there, logits.amax(-1) - chosen, 0).max()) <= 2 * 2**-7 * float(logits.abs().max())
 
 
 def test_what_runs_step_by_step(searches: list[int]) -> None:

@@ -62,7 +62,7 @@ def test_lengths_of_the_target_overrule_its_padding() -> None:
     """A pad_id within the length is a token like others; what stands behind it is not looked at."""
     of = build()
     tgt, ends = TGT.clone(), [5, 3, 2]
-    tgt[0, 2], tgt[1, 3:] = PAD, 7
+    tgt[0, 2], tgt[1, 3:], tgt[2, 2:] = PAD, 7, -100
     each = of.loss(SRC, tgt, LENGTHS, ends, reduction="none")
     assert each[0].all()
     assert each[1, 2:].eq(0).all()
@@ -314,6 +314,11 @@ LOSSES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"label_smoothing": -0.1}, InputError, "label_smoothing=-0.1"),
     ({"reduction": "max"}, InputError, "reduction='max'"),
     ({"teacher_forcing": 1.5}, InputError, "teacher_forcing=1.5; it is a probability"),
+    ({"teacher_forcing": "0.5"}, TypeError, "teacher_forcing must be a number, got str"),
+    ({"label_smoothing": torch.tensor(0.1)}, TypeError, "label_smoothing must be a number, got Tensor"),
+    ({"src": "ein hund"}, TypeError, r"src must be a torch.Tensor, got str; pass token ids \[B, S\]"),
+    ({"src": SRC.float()}, TypeError, "src must hold token ids, int64 or int32, got torch.float32"),
+    ({"src": SRC[:, 0]}, InputError, r"src has shape \(3,\); expected token ids \[B, S\]"),
 ]
 
 
@@ -353,3 +358,96 @@ def test_wrong_searches_before_any_work(change: dict[str, Any], error: type[Exce
     with pytest.raises(error, match=text):
         of.generate(**({"src": SRC, "max_new_tokens": 3} | change))
     assert not ran
+
+
+class SequenceFirst(nn.Module):
+    """What many encoders are, and these are not."""
+
+    def forward(self, src: Tensor, lengths: Any = None) -> Memory:
+        rows = src.shape[1]
+        return Memory(out=torch.randn(rows, 5, E), state=((torch.randn(rows, E), torch.randn(rows, E)),))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True}])
+def test_an_encoder_of_another_batch_is_refused(options: dict[str, Any]) -> None:
+    of = Seq2Seq(SequenceFirst(), Decoder.luong(E, E, memory_size=E), V, bos_id=BOS, eos_id=EOS, pad_id=PAD).eval()
+    for source in (torch.ones(3, 7, dtype=torch.int64), torch.ones(6, 1, dtype=torch.int64)):
+        with pytest.raises(InputError, match=r"the encoder gave a memory of B=\d rows for src .*; it is batch first"):
+            of.generate(source, max_new_tokens=4, **options)
+        with pytest.raises(InputError, match="it is batch first"):
+            of.loss(source, torch.tensor([[BOS, 5, EOS]] * len(source)))
+
+
+@pytest.mark.parametrize("options", [{"return_weights": True}, {"num_beams": 2, "coverage_penalty": 0.1}])
+def test_weights_of_a_decoder_without_attention_are_refused(options: dict[str, Any]) -> None:
+    of = model("sutskever")
+    with pytest.raises(InputError, match="return_weights and coverage_penalty need a decoder with attention"):
+        of.generate(torch.arange(4)[:, None], max_new_tokens=3, **options)
+
+
+def test_what_was_put_over_a_method_is_called() -> None:
+    """An instance's own forward or step, and global hooks."""
+    of = build().eval()
+    linear = of.output.forward
+    of.output.forward = lambda x: 2 * linear(x)
+    features = of(SRC, TGT).logits
+    torch.testing.assert_close(features, 2 * linear(of.decoder(of.embedding(TGT), of.encoder(SRC)).output))
+    assert of.why_stepwise(SRC, max_new_tokens=3) == "the output is no plain torch.nn.Linear"
+    del of.output.forward
+    of.embedding.forward = lambda ids: of.embedding.weight[ids] * 3
+    same(of.generate(SRC, max_new_tokens=4), of.generate(SRC, max_new_tokens=4, streamer=lambda tokens: None))
+    del of.embedding.forward
+    calls: list[int] = []
+    step = of.decoder.step
+    of.decoder.step = lambda *args, **kwargs: (calls.append(1), step(*args, **kwargs))[1]
+    of.generate(SRC, max_new_tokens=4)
+    assert calls
+    del of.decoder.step
+    seen: list[str] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m).__name__))
+    of.generate(SRC, max_new_tokens=1)
+    handle.remove()
+    assert seen.count("Linear") == 1 + (of.decoder.readout is None)
+
+
+@pytest.mark.skipif(fastseq._native.C is None, reason=str(fastseq._native.reason))
+def test_why_a_search_steps_from_python() -> None:
+    of, rows = model(V=9), torch.arange(4)[:, None]
+    assert of.why_stepwise(rows, max_new_tokens=3) is None
+    assert of.why_stepwise(rows, max_new_tokens=3, num_beams=4) is None
+    assert of.why_stepwise(rows, max_new_tokens=3, do_sample=True) == "do_sample looks at every step"
+    assert model("gnmt", num_layers=3).why_stepwise(rows, max_new_tokens=3) == (
+        "residual=2 lies within the loop, which is all of the decoder"
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert of.why_stepwise(rows, max_new_tokens=3) == "autocast"
+    with fastseq.use_backend("reference"):
+        assert of.why_stepwise(rows, max_new_tokens=3) == "the backend reference has none"
+    with torch.autograd.forward_ad.dual_level():
+        assert of.why_stepwise(rows, max_new_tokens=3) == "forward-mode gradients"
+    assert of.train().why_stepwise(rows, max_new_tokens=3) is None
+    assert model(input_dropout=0.1).train().why_stepwise(rows, max_new_tokens=3) == "dropout, in training mode"
+    with pytest.raises(InputError, match="num_beams=0"):
+        of.why_stepwise(rows, max_new_tokens=3, num_beams=0)
+
+
+def test_a_bridge_is_asked_once() -> None:
+    """One that draws would otherwise draw twice."""
+    calls: list[int] = []
+
+    def bridge(memory: Memory) -> tuple[tuple[Tensor, Tensor], ...]:
+        calls.append(1)
+        return ((memory.out.mean(1), memory.out.mean(1)),)
+
+    for dtype in (torch.float32, torch.float64):
+        decoder = Decoder.luong(E, E, memory_size=E, bridge=bridge)
+        of = Seq2Seq(Encoder(E, E, embedding=nn.Embedding(V, E)), decoder, V, bos_id=BOS, eos_id=EOS, pad_id=PAD)
+        calls.clear()
+        of.eval().to(dtype).generate(SRC, LENGTHS, max_new_tokens=3, num_beams=2)
+        assert calls == [1]
+
+
+def test_numbers_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    of = build().eval()
+    same(of.generate(SRC, max_new_tokens=numpy.int64(3)), of.generate(SRC, max_new_tokens=3))

@@ -108,8 +108,8 @@ def _obstacles_of_search(call: DecoderCall) -> Iterator[str]:
         yield "context_side='hidden' of an LSTM"
     if any(mask is not None for mask in call.masks):
         yield "dropout, in training mode"
-    if _transformed():
-        yield "torch.func or forward-mode gradients"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        yield "torch.func"
 
 
 def unavailable() -> str | None:

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .native import refuses, run_native
 from .request import Request
 from .scores import LogitsProcessor
 from .search import GenerateOutput, Reorder, Step, run_search
 
-__all__ = ["GenerateOutput", "LogitsProcessor", "Request", "generate", "refuses", "run_native", "run_search"]
+__all__ = ["GenerateOutput", "LogitsProcessor", "generate"]
 
 
 @torch.no_grad()

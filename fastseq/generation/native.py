@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from ..backends.decoder_call import DecoderCall
-from ..decoding import run_search
+from ..decoding import refuses_search, run_search
 from ..ops.decoder_search import Search, Vocabulary
 from .request import Request
 from .search import GenerateOutput, assembled, refuse_nan
 
-__all__ = ["refuses", "run_native"]
+__all__ = ["refuses", "refuses_native", "run_native"]
 
 
 def refuses(request: Request) -> str | None:
@@ -22,11 +22,25 @@ def refuses(request: Request) -> str | None:
     return next((f"{name} looks at every step" for name, value in asked.items() if value), None)
 
 
+def refuses_native(call: DecoderCall, of: Vocabulary, backend: str) -> str | None:
+    """Why the steps of this call and the choice of their tokens are no search of a backend; None if they are."""
+    return _unfit(call, of) or refuses_search(call, backend)
+
+
+def _unfit(call: DecoderCall, of: Vocabulary) -> str | None:
+    """What is no matter of a kind of call."""
+    if torch.compiler.is_compiling():
+        return "torch.compile records single steps"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode gradients"
+    if any(t is not None and (t.dtype, t.device) != (call.y.dtype, call.y.device) for t in of):
+        return "embedding and output have several dtypes or devices"
+    return None
+
+
 def run_native(call: DecoderCall, of: Vocabulary, request: Request, backend: str) -> GenerateOutput | None:
     """What is found from a call of one step, of N rows; None where the call's backend has no search for it."""
-    if torch.compiler.is_compiling():
-        return None
-    if any(t is not None and (t.dtype, t.device) != (call.y.dtype, call.y.device) for t in of):
+    if _unfit(call, of) is not None:
         return None
     options = request.options
     lengths = range(options.max_new_tokens + 1)
@@ -44,8 +58,6 @@ def run_native(call: DecoderCall, of: Vocabulary, request: Request, backend: str
         return None
     if found.wrong:
         refuse_nan()
-    weights: Tensor | None = None
-    if options.return_weights:
-        weights = torch.zeros(0) if found.weights is None else found.weights.float().transpose(0, 1)
+    weights: Tensor | None = None if found.weights is None else found.weights.float().transpose(0, 1)
     rows = torch.arange(options.batch_size)[:, None, None] * options.copies
     return assembled(options, found.scores, found.tokens, found.lengths, rows + found.trail, weights)

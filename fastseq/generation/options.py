@@ -1,6 +1,7 @@
 """What a search is asked for, checked before any work."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,19 +24,19 @@ class Options:
     eos_id: int
     pad_id: int
     max_new_tokens: int
-    min_new_tokens: int
-    num_beams: int
-    do_sample: bool
-    temperature: float
-    top_k: int
-    top_p: float
-    length_penalty: float
-    length_norm: str
-    coverage_penalty: float
-    early_stopping: bool | str
-    no_repeat_ngram_size: int
-    num_return_sequences: int
-    return_weights: bool
+    min_new_tokens: int = 0
+    num_beams: int = 1
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    length_penalty: float = 1.0
+    length_norm: str = "len"
+    coverage_penalty: float = 0.0
+    early_stopping: bool | str = False
+    no_repeat_ngram_size: int = 0
+    num_return_sequences: int = 1
+    return_weights: bool = False
 
     def __post_init__(self) -> None:
         least = {
@@ -43,7 +44,7 @@ class Options:
             "num_beams": 1, "top_k": 0, "no_repeat_ngram_size": 0, "num_return_sequences": 1,
         }  # fmt: skip
         for name, limit in least.items():
-            _need_integer(name, getattr(self, name), limit)
+            object.__setattr__(self, name, _integer(name, getattr(self, name), limit))
         for name in ("temperature", "top_p", "length_penalty", "coverage_penalty"):
             _need_number(name, getattr(self, name))
         if self.min_new_tokens > self.max_new_tokens:
@@ -75,12 +76,12 @@ class Options:
 
     def _check_norm(self, length: int) -> None:
         try:
-            usable = 0 < self.norm(length) < math.inf
+            usable = 1e-30 < self.norm(length) < 1e30  # scores are fp32
         except OverflowError:
             usable = False
         if not usable:
             raise InputError(
-                f"length_penalty={self.length_penalty} makes the norm of {length} tokens 0 or infinite; 0 to 2 is usual"
+                f"length_penalty={self.length_penalty} makes the norm of {length} tokens too small or large; usual: 0 to 2"
             )
 
     def _refuse_contradictions(self) -> None:
@@ -149,11 +150,13 @@ def forced_prefix(ids: Any, options: Options, device: torch.device) -> Tensor:
     return ids if begin else torch.cat((bos, ids), 1)
 
 
-def _need_integer(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+def _integer(name: str, value: Any, least: int) -> int:
+    """NumPy's integers too."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < least:
         raise InputError(f"{name}={value}; it is at least {least}")
+    return int(value)
 
 
 def _need_number(name: str, value: Any) -> None:

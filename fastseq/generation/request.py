@@ -31,11 +31,11 @@ class Request:
     def of(
         cls,
         *,
-        decoder_input_ids: Any,
-        logits_processor: Any,
-        streamer: Any,
-        generator: torch.Generator | None,
         device: torch.device,
+        decoder_input_ids: Any = None,
+        logits_processor: Any = None,
+        streamer: Any = None,
+        generator: torch.Generator | None = None,
         **numbers: Any,
     ) -> "Request":
         """Of the arguments of `generate`; InputError or TypeError, naming the option."""

@@ -6,13 +6,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends.decoder_call import DecoderCall
 from ..checks import lengths_on_cpu, need_tensor
 from ..config import described, part
 from ..errors import InputError
 from ..functional import Lengths
-from ..generation import GenerateOutput, LogitsProcessor, Request, refuses, run_native, run_search
+from ..generation import GenerateOutput, LogitsProcessor
+from ..generation.native import refuses, refuses_native, run_native
+from ..generation.request import Request
+from ..generation.search import repeated, run_search
 from ..losses import cross_entropy, linear_cross_entropy, need_smoothing
 from ..ops.decoder_search import Vocabulary
 from ..ops.linear import linear
@@ -35,13 +39,16 @@ class Seq2SeqOutput(NamedTuple):
 class Seq2Seq(nn.Module):
     """A sequence-to-sequence model over tokens: forward, loss and generate.
 
-    encoder: an `Encoder` with an `embedding`, or any module (src, src_lengths) -> Memory, whatever src is.
+    encoder: an `Encoder` with an `embedding`, or any module (src, src_lengths) -> Memory, whatever src is; batch first.
+    Padded sources need src_lengths: an encoder knows no padding by its id.
     decoder: a `Decoder`. vocab_size: V target tokens, of which bos_id begins, eos_id ends and pad_id fills up.
     embedding: of the target, a module from ids [...] to [..., decoder.input_size]; None: nn.Embedding, whose row of the
     padding is 0 and stays so.
     output: a module from [..., decoder.output_size] to logits [..., V]; None: nn.Linear, with a bias if output_bias.
     tie: "target": the output's weight is the embedding's (Press and Wolf 2017); "all": that of the source as well, so
     that embedding is `encoder.embedding`.
+
+    Searches and scheduled sampling call decoder.step, which runs no hooks of the decoder.
 
     Parameters: encoder.*, decoder.*, embedding.*, output.*; a tied one has both names. `extra`: plain data of yours
     (a vocabulary, say) that `save` stores with it.
@@ -185,6 +192,7 @@ class Seq2Seq(nn.Module):
         """
         one_of("reduction", reduction, ("mean", "sum", "none"))
         need_smoothing(label_smoothing)
+        tgt = self._within("tgt", tgt, tgt_lengths)
         targets = self._targets(tgt, tgt_lengths)
         features, _ = self._features(src, tgt[:, :-1], src_lengths, teacher_forcing, False)
         output, options = self.output, {"label_smoothing": label_smoothing, "reduction": reduction}
@@ -192,9 +200,17 @@ class Seq2Seq(nn.Module):
             return linear_cross_entropy(features, output.weight, output.bias, targets, **options)  # type: ignore[arg-type]
         return cross_entropy(self._logits(features), targets, **options)  # type: ignore[arg-type]
 
+    def _within(self, name: str, ids: Any, lengths: Lengths) -> Tensor:
+        """Checked ids [B, T]; behind their lengths, which nobody looks at, pad_id."""
+        self._check_kind_of(name, ids)
+        if lengths is not None:
+            ends = lengths_on_cpu(lengths, *ids.shape).to(ids.device)
+            ids = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) >= ends[:, None], self.pad_id)
+        _check_range(name, ids, self.vocab_size, "vocab_size - 1")
+        return ids
+
     def _targets(self, tgt: Tensor, lengths: Lengths) -> Tensor:
         """[B, T] int64: tgt[:, 1:], and -100 for padding."""
-        self._check_ids_of("tgt", tgt)
         if tgt.shape[1] < 2:
             raise InputError(f"tgt has shape {tuple(tgt.shape)}; expected [B, T + 1], bos and at least one more token")
         checks = tgt.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -212,25 +228,20 @@ class Seq2Seq(nn.Module):
             padding = tgt[:, 1:] == self.pad_id
         return tgt[:, 1:].long().masked_fill(padding, -100)
 
-    def _check_ids_of(self, name: str, ids: Any) -> None:
-        """An integer tensor [B, T] of ids in the vocabulary; values are looked at on the CPU alone."""
+    def _check_kind_of(self, name: str, ids: Any) -> None:
+        """TypeError or InputError unless `ids` is an integer tensor [B, T]."""
         if need_tensor(name, ids).dim() != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
             raise InputError(f"{name} has shape {tuple(ids.shape)}; expected [B, T], both at least 1")
         if ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{name} must hold token ids, int64 or int32, got {ids.dtype}; convert with .long()")
-        if ids.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        least, most = (int(t) for t in ids.aminmax())
-        if least < 0 or most >= self.vocab_size:
-            raise InputError(
-                f"{name} holds {least if least < 0 else most}; ids are 0 to {self.vocab_size - 1}, vocab_size - 1"
-            )
 
     def _features(
         self, src: Any, tgt_in: Tensor, src_lengths: Lengths, teacher_forcing: float, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The decoder's outputs [B, T, R] and weights."""
-        self._check_ids_of("tgt_in", tgt_in)
+        tgt_in = self._within("tgt_in", tgt_in, None)
+        if isinstance(teacher_forcing, bool) or not isinstance(teacher_forcing, (int, float)):
+            raise TypeError(f"teacher_forcing must be a number, got {type(teacher_forcing).__name__}")
         if not 0 <= teacher_forcing <= 1:
             raise InputError(f"teacher_forcing={teacher_forcing}; it is a probability, 0 to 1")
         if isinstance(src, Tensor) and src.dim() and src.shape[0] not in (0, tgt_in.shape[0]):
@@ -261,12 +272,15 @@ class Seq2Seq(nn.Module):
         return torch.stack(outputs, 1), None if weights[0] is None else torch.stack(weights, 1)
 
     def _encode(self, src: Any, src_lengths: Lengths) -> Memory:
-        if isinstance(src, Tensor):
-            _check_source(src, getattr(self.encoder, "embedding", None))
+        _check_source(src, self.encoder)
         memory = self.encoder(src, src_lengths)
         if not isinstance(memory, Memory):
             raise TypeError(
                 f"the encoder gave a {type(memory).__name__}; expected a fastseq.Memory, see Memory.from_rnn"
+            )
+        if isinstance(src, Tensor) and _rows(memory) != src.shape[0]:
+            raise InputError(
+                f"the encoder gave a memory of B={_rows(memory)} rows for src {tuple(src.shape)}; it is batch first"
             )
         return memory
 
@@ -310,44 +324,66 @@ class Seq2Seq(nn.Module):
 
         As everywhere in PyTorch, a model in training mode drops out: call eval() first.
         """
-        memory = None if isinstance(src, Tensor) else self._encode(src, src_lengths)
-        request = Request.of(
-            batch_size=_rows(src if memory is None else memory), bos_id=self.bos_id, eos_id=self.eos_id,
-            pad_id=self.pad_id, num_beams=num_beams, do_sample=do_sample, temperature=temperature, top_k=top_k,
+        memory, request = self._asked(
+            src, src_lengths, num_beams=num_beams, do_sample=do_sample, temperature=temperature, top_k=top_k,
             top_p=top_p, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, length_penalty=length_penalty,
             length_norm=length_norm, coverage_penalty=coverage_penalty, early_stopping=early_stopping,
             no_repeat_ngram_size=no_repeat_ngram_size, num_return_sequences=num_return_sequences,
             decoder_input_ids=decoder_input_ids, logits_processor=logits_processor, streamer=streamer,
-            generator=generator, return_weights=return_weights, device=self._device(),
+            generator=generator, return_weights=return_weights,
         )  # fmt: skip
-        request.check_vocabulary(self.vocab_size)
-        memory = self._encode(src, src_lengths) if memory is None else memory
-        keys, need_weights = self.decoder.prepare(memory), request.options.needs_weights
-        if refuses(request) is None and (found := self._generate_natively(memory, keys, request)) is not None:
-            return found
+        keys, state = self.decoder.prepare(memory), self.decoder.init_state(memory)
+        need_weights = request.options.needs_weights
+        if self._stepwise_for(request) is None:
+            found = run_native(*self._native(keys, state, request), request, self.decoder.backend)
+            if found is not None:
+                return found
 
         def step(tokens: Tensor, state: DecoderState) -> Any:
             output, state, weights = self.decoder.step(self.embedding(tokens), keys, state, need_weights=need_weights)
             logits = self._logits(output)
             return (logits, state, weights) if need_weights else (logits, state)
 
-        return run_search(step, self.decoder.init_state(memory), request)
+        return run_search(step, state, request)
 
-    def _generate_natively(self, memory: Memory, keys: Keys, request: Request) -> GenerateOutput | None:
-        """All steps in one call, where nothing of this model is its user's own and the decoder's backend can."""
+    @torch.no_grad()
+    def why_stepwise(self, src: Any, src_lengths: Lengths = None, **options: Any) -> str | None:
+        """Why `generate(src, src_lengths, **options)` would step from Python; None: it runs in the kernels' loop."""
+        memory, request = self._asked(src, src_lengths, **options)
+        keys, state = self.decoder.prepare(memory), self.decoder.init_state(memory)
+        return self._stepwise_for(request) or refuses_native(*self._native(keys, state, request), self.decoder.backend)
+
+    def _asked(self, src: Any, src_lengths: Lengths, **options: Any) -> tuple[Memory, Request]:
+        """The memory, and what is asked for; that is checked first where the source tells how many rows there are."""
+        memory = None if isinstance(src, Tensor) else self._encode(src, src_lengths)
+        request = Request.of(
+            batch_size=_rows(src if memory is None else memory), bos_id=self.bos_id, eos_id=self.eos_id,
+            pad_id=self.pad_id, device=next(self.decoder.parameters()).device, **options,
+        )  # fmt: skip
+        request.check_vocabulary(self.vocab_size)
+        if request.options.needs_weights and self.decoder.attention is None:
+            raise InputError("return_weights and coverage_penalty need a decoder with attention; this one has none")
+        return self._encode(src, src_lengths) if memory is None else memory, request
+
+    def _stepwise_for(self, request: Request) -> str | None:
+        """What of the request, or of this model's own parts, the kernels' loop knows nothing of."""
         decoder, embedding, output = self.decoder, self.embedding, self.output
-        if not _is_plain(embedding, nn.Embedding) or embedding.max_norm is not None or not _is_plain(output, nn.Linear):
-            return None
-        if type(decoder).step is not Decoder.step:
-            return None
-        state = decoder.init_state(memory, request.options.copies)
-        weight: Tensor = embedding.weight
-        y = weight[:1].expand(state.layers[0][0].shape[0], -1)[:, None]  # of the right shape: tokens make the inputs
-        of = Vocabulary(weight, output.weight, output.bias)
-        return run_native(decoder.as_call(y, keys, state), of, request, decoder.backend)
+        if (why := refuses(request)) is not None:
+            return why
+        if not _is_plain(embedding, nn.Embedding) or embedding.max_norm is not None:
+            return "the embedding is no plain torch.nn.Embedding"
+        if not _is_plain(output, nn.Linear):
+            return "the output is no plain torch.nn.Linear"
+        own = type(decoder).step is not Decoder.step or "step" in vars(decoder)
+        return "the decoder has a step of its own" if own else None
 
-    def _device(self) -> torch.device:
-        return next(self.decoder.parameters()).device
+    def _native(self, keys: Keys, state: DecoderState, request: Request) -> tuple[DecoderCall, Vocabulary]:
+        """The call of one step of all rows, and what makes tokens of it."""
+        embedding, output, options = self.embedding, self.output, request.options
+        state = repeated(state, options.batch_size, options.copies)
+        weight: Tensor = embedding.weight  # type: ignore[assignment]
+        y = weight[:1].expand(options.batch_size * options.copies, -1)[:, None]  # its shape counts: tokens make inputs
+        return self.decoder.as_call(y, keys, state), Vocabulary(weight, output.weight, output.bias)  # type: ignore[arg-type]
 
     @property
     def backend(self) -> str:
@@ -385,19 +421,32 @@ class Seq2Seq(nn.Module):
         return text + (f", tie={self.tie!r}" if self.tie else "")
 
 
-def _check_source(src: Tensor, embedding: Any) -> None:
-    """Raise InputError for an empty batch and for ids that the encoder's nn.Embedding has not."""
+def _check_source(src: Any, encoder: nn.Module) -> None:
+    """Raise InputError or TypeError for an empty batch, and for what an encoder with nn.Embedding cannot look up."""
+    embedding = getattr(encoder, "embedding", None)
+    looks_up = isinstance(encoder, Encoder) and isinstance(embedding, nn.Embedding)
+    if looks_up:
+        need_tensor("src", src, "pass token ids [B, S]")
+    if not isinstance(src, Tensor):
+        return
     if src.dim() == 0 or src.shape[0] == 0:
         raise InputError(f"src has shape {tuple(src.shape)}; expected a batch of at least one row: [B, S]")
-    if not isinstance(embedding, nn.Embedding) or src.is_floating_point():
+    if not looks_up or not isinstance(embedding, nn.Embedding):
         return
-    if src.device.type == "cpu" and not torch.compiler.is_compiling() and src.numel():
-        least, most = (int(t) for t in src.aminmax())
-        if least < 0 or most >= embedding.num_embeddings:
-            raise InputError(
-                f"src holds {least if least < 0 else most}; ids are 0 to {embedding.num_embeddings - 1}, the rows of"
-                " the encoder's embedding"
-            )
+    if src.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"src must hold token ids, int64 or int32, got {src.dtype}; convert with .long()")
+    if src.dim() != 2:
+        raise InputError(f"src has shape {tuple(src.shape)}; expected token ids [B, S]")
+    _check_range("src", src, embedding.num_embeddings, "the rows of the encoder's embedding")
+
+
+def _check_range(name: str, ids: Tensor, size: int, what: str) -> None:
+    """InputError for ids that are none of `size`; on other devices than the CPU the host does not wait for them."""
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
+        return
+    least, most = (int(t) for t in ids.aminmax())
+    if least < 0 or most >= size:
+        raise InputError(f"{name} holds {least if least < 0 else most}; ids are 0 to {size - 1}, {what}")
 
 
 def _rows(of: Tensor | Memory) -> int:
@@ -423,10 +472,9 @@ def _source_embedding(encoder: nn.Module, embedding: nn.Module | None) -> nn.Mod
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the module is torch's own and nothing but it: no subclass, parametrization or hook."""
-    return type(module) is kind and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    """Whether the module is torch's own and nothing but it: no subclass, parametrization, hook or other forward."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) is kind and not hooks and "forward" not in vars(module) and not _has_any_global_hook()
 
 
 def _kinds(*values: Any) -> str:

@@ -66,6 +66,7 @@ def decoder_search(
     assert _native.C is not None
     x = x.dense(loop)
     (rows, _, inputs), batch = x.y.shape, len(search.prefix)
+    assert rows == batch * search.copies
     steps = search.prefix.shape[1] - 1 + len(search.norms) - 1
     shape = (batch, search.returned, steps)
     tokens, trail = torch.empty(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
