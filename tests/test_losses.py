@@ -238,15 +238,13 @@ def test_transforms_of_every_reduction(reduction: str) -> None:
 
 
 def test_the_incoming_gradient_is_not_rounded() -> None:
-    """bf16 knows no 1/257, fp16 no scale of 2^16: gradients are rounded once, at the end."""
-    given = [torch.randn(257, D).bfloat16(), torch.randn(V, D).bfloat16(), None, torch.randint(V, (257,))]
-    torch.manual_seed(0)
+    """bf16 knows no 1/240, fp16 no scale of 2^16: gradients are rounded once, at the end."""
+    given = [torch.randn(240, D).bfloat16(), torch.randn(V, D).bfloat16(), None, torch.randint(V, (240,))]
     grads = {reduction: gradients(linear_cross_entropy, given, reduction=reduction)[1] for reduction in ("mean", "sum")}
     for mean, total in zip(grads["mean"], grads["sum"], strict=True):
-        mean, wanted = mean.double(), total.double() / 257
-        assert (
-            abs(float((mean * wanted).sum() / wanted.square().sum()) - 1) < 2**-11
-        )  # a rounded 1/257 is off by 2^-9.6
+        mean, wanted = mean.double(), total.double() / 240
+        share = float((mean * wanted).sum() / wanted.square().sum())
+        assert abs(share - 1) < 2**-10  # a rounded 1/240 is off by 2^-8.2
     x, weight, target = given[0].half().requires_grad_(), given[1].half(), given[3]
     (2.0**16 * linear_cross_entropy(x, weight, None, target)).backward()
     assert x.grad.isfinite().all()

@@ -81,7 +81,7 @@ class Options:
             usable = False
         if not usable:
             raise InputError(
-                f"length_penalty={self.length_penalty} makes the norm of {length} tokens too small or large; usual: 0 to 2"
+                f"length_penalty={self.length_penalty} is too far from 0 for {length} tokens; 0 to 2 is usual"
             )
 
     def _refuse_contradictions(self) -> None:
