@@ -199,6 +199,7 @@ Decoder decoder_of(const py::dict& sizes, const py::dict& tensors, const py::lis
   d.d_feed_n = tensor.address("d_feed_n"), d.d_queries = tensor.address("d_queries"), d.d_read = tensor.address("d_read");
   d.d_feed0 = tensor.address("d_feed0"), d.d_keys = tensor.address<float>("d_keys");
   d.d_memory = tensor.address<float>("d_memory"), d.d_v = tensor.address<float>("d_v");
+  d.d_scores = tensor.address<float>("d_scores");
   return d;
 }
 
@@ -305,6 +306,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("rnn_backward", &backward);
   m.def("rnn_step", &step);
   m.def("rnn_step_backward", &step_backward);
+  m.def("discard", [](Address memory, int64_t bytes) { discard(at(memory), bytes); });
   m.def("decoder_forward", &run_decoder_forward);
   m.def("decoder_backward", &run_decoder_backward);
   m.def("decoder_search", &run_decoder_search);

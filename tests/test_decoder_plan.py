@@ -1,6 +1,7 @@
 """The fused CPU decoder: what loops and what does not, what is refused and why, and the loop's operator."""
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -520,3 +521,15 @@ def test_backward_leaves_what_hooks_have_packed(case: Case, consumed: list[bool]
     assert packed
     assert all(torch.equal(t, before) for t, before in packed)
     assert_same_bits(gradients(*differentiated(case), False), hooked)
+
+
+def test_discarded_pages_are_fresh() -> None:
+    """Large buffers read as zeros afterwards but for the pages that others share; small ones stay."""
+    large, small = torch.ones(3 << 18), torch.ones(1 << 10)
+    for t in (large, small):
+        assert _native.C is not None
+        _native.C.discard(t.data_ptr(), t.nbytes)
+    assert small.sum() == small.numel()
+    if sys.platform == "linux":
+        assert large[1 << 15 : -(1 << 15)].sum() == 0
+    assert large.fill_(2).sum() == 2 * large.numel()

@@ -134,9 +134,20 @@ FS_INLINE void score(const MemoryRow<T>& row, bool additive, const float* query,
   additive ? score_row<AdditiveScore<SimdMath>>(row, query, v, scores) : score_row<DotScore<SimdMath>>(row, query, v, scores);
 }
 
+// From the attended ones of `source` positions to all, 0 elsewhere.
+template <class T, class To>
+FS_INLINE void spread(const MemoryRow<T>& row, int64_t source, const float* from, To* to) {
+  if (row.count == source) {
+    for_vectors(source, [&](int64_t s, int lanes) FS_LAMBDA { store(to + s, load(from + s, lanes), lanes); });
+    return;
+  }
+  std::memset(to, 0, sizeof(To) * source);
+  for (int64_t i = 0; i < row.count; ++i) store(to + row.at[i], splat(from[i]), 1);
+}
+
 // Gradients that gather over steps: fp32, the memory row's own.
 struct MemoryGradients {
-  float *keys, *memory;  // [S][A], [S][D]
+  float *keys, *memory;  // [S][A], [S][D]; keys in the additive form only
   float* v;              // [A padded], the thread's; additive form only
 };
 
@@ -169,29 +180,30 @@ FS_INLINE void weights_backward(const MemoryRow<T>& row, const float* weights, c
   for_vectors(row.count, [&](int64_t i, int n) FS_LAMBDA { store(d_weights + i, load(weights + i, n) * (load(d_weights + i, n) - all), n); });
 }
 
-template <class Score, class T>
-FS_INLINE void scores_backward(const MemoryRow<T>& row, const float* query, const float* v, const float* d_scores, float* d_query,
+// Of the additive form. d_scores: gradients of the scores.
+template <class T>
+FS_INLINE void score_backward(const MemoryRow<T>& row, const float* query, const float* v, const float* d_scores, float* d_query,
                                const MemoryGradients& into) {
   for (int64_t u = 0; u < row.units; u += W) {
     const int n = lanes_left(u, row.units);
-    const vf q = load_vector<vf>(query + u), weight = Score::kHasV ? load_vector<vf>(v + u) : vf{};
+    const vf q = load_vector<vf>(query + u), weight = load_vector<vf>(v + u);
     vf dq = {}, dv = {};
     for (int64_t i = 0; i < row.count; ++i) {
       const int64_t at = row.at[i] * row.units + u;
       vf d_key;
-      Score::backward(load(row.keys + at, n), q, weight, splat(d_scores[i]), d_key, dq, dv);
+      AdditiveScore<SimdMath>::backward(load(row.keys + at, n), q, weight, splat(d_scores[i]), d_key, dq, dv);
       store(into.keys + at, load(into.keys + at, n) + d_key, n);
     }
     store(d_query + u, dq, W);
-    if (Score::kHasV) store(into.v + u, load_vector<vf>(into.v + u) + dv, W);
+    store(into.v + u, load_vector<vf>(into.v + u) + dv, W);
   }
 }
 
+// Of the dot form: the query meets keys as weights meet the memory. Keys get d_scores times the queries, of all steps at once.
 template <class T>
-FS_INLINE void score_backward(const MemoryRow<T>& row, bool additive, const float* query, const float* v, const float* d_scores,
-                              float* d_query, const MemoryGradients& into) {
-  additive ? scores_backward<AdditiveScore<SimdMath>>(row, query, v, d_scores, d_query, into)
-           : scores_backward<DotScore<SimdMath>>(row, query, v, d_scores, d_query, into);
+FS_INLINE void dot_backward(MemoryRow<T> row, const float* d_scores, float* d_query) {
+  row.memory = row.keys, row.features = row.units;
+  context_row(row, d_scores, d_query);
 }
 
 }  // namespace FS_ISA

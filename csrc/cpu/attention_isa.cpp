@@ -283,7 +283,7 @@ class AttentionBackwards : Attention<T> {
   void to_large(T* d_keys) const {
     std::memset(work_.d_keys, 0, sizeof(float) * S_ * A_);
     for (int64_t q = 0; q < Q_; ++q)
-      scores_backward<AdditiveScore<SimdMath>>(this->row_, work_.query + q * work_.pitch, work_.v, work_.d_scores + q * work_.score_pitch,
+      score_backward(this->row_, work_.query + q * work_.pitch, work_.v, work_.d_scores + q * work_.score_pitch,
                                                work_.d_query + q * work_.pitch, {work_.d_keys, nullptr, work_.d_v});
     for (int64_t i = 0; i < count_; ++i) copy(work_.d_keys + at_[i] * A_, d_keys + at_[i] * A_);
   }

@@ -92,8 +92,10 @@ struct Decoder {
   void* feed_n;                // [N, F] in the state's dtype, or null
 
   const void *d_contexts, *d_outs, *d_weights, *d_feed_n;  // contiguous, or null
-  void *d_queries, *d_read, *d_feed0;  // [N, T, A] and [N, T, R'], perhaps at `queries` and `read_saved`; [N, F] in the state's dtype or null
-  float *d_keys, *d_memory, *d_v;      // [B, S, A], [B, S, D], [A]
+  void *d_queries, *d_read;      // [N, T, A], [N, T, R']; perhaps at `queries` and `read_saved`
+  void* d_feed0;                 // [N, F] in the state's dtype or null
+  float *d_keys, *d_memory, *d_v;      // [B, S, A] of the additive form, [B, S, D], [A]
+  float* d_scores;                     // [N, T, S] of the dot form: with the queries they make d_keys, all steps at once
 
   const Search* search;  // or null
 

@@ -162,7 +162,7 @@ class BackwardLoop {
     if (!d.units || !d.source) return;
     for (int64_t b = rows_.begin / d.copies; b < rows_.end / d.copies; ++b) {
       buf_.positions.fill(d.mask, b);
-      std::memset(d.d_keys + b * d.source * d.units, 0, sizeof(float) * d.source * d.units);
+      if (d.additive) std::memset(d.d_keys + b * d.source * d.units, 0, sizeof(float) * d.source * d.units);
       std::memset(d.d_memory + b * d.source * d.features, 0, sizeof(float) * d.source * d.features);
       if (exponentials_) buf_.exponentials.fill(b, at_.memory_row(b, buf_.positions));
     }
@@ -382,15 +382,19 @@ class BackwardLoop {
     } else {
       for (int64_t i = 0; i < row.count; i += W) store(d_weights + i, vf{}, W);
     }
+    const MemoryGradients into{d.additive ? d.d_keys + b * S * A : nullptr, d.d_memory + b * S * d.features,
+                               d.additive ? buf_.d_v + team_.rank * buf_.query_width : nullptr};
+    weights_backward(row, weights, buf_.d_context + n * buf_.context_width, d_weights, into);
+    if (!d.additive) {
+      spread(row, S, d_weights, d.d_scores + token * S);
+      return dot_backward(row, d_weights, d_query);
+    }
     const T* asked = d.w_q ? static_cast<const T*>(d.queries) + token * A
                            : at_.state(d.query_cell, n, d.attend == Attend::before ? t : t + 1);
     for (int64_t u = 0; u < A; u += W) store(query + u, load(asked + u, lanes_left(u, A)), W);
-    const MemoryGradients into{d.d_keys + b * S * A, d.d_memory + b * S * d.features,
-                               d.additive ? buf_.d_v + team_.rank * buf_.query_width : nullptr};
-    weights_backward(row, weights, buf_.d_context + n * buf_.context_width, d_weights, into);
     float* exp_query = buf_.exp_asked + team_.rank * buf_.query_width;
     if (exponentials_ && buf_.exponentials.backward(b, row.count, query, exp_query, buf_.v, d_weights, d_query, into.v)) return;
-    score_backward(row, d.additive, query, buf_.v, d_weights, d_query, into);
+    score_backward(row, query, buf_.v, d_weights, d_query, into);
   }
 
   void finish() const {

@@ -284,17 +284,7 @@ class ForwardLoop {
       for_vectors(d.units, [&](int64_t u, int lanes) FS_LAMBDA {
         store(static_cast<T*>(d.queries) + token * d.units + u, load_vector<vf>(query + u), lanes);
       });
-    if (d.weights && S) spread_weights(row, weights, static_cast<T*>(d.weights) + token * S);
-  }
-
-  // From the attended positions to all, 0 elsewhere.
-  void spread_weights(const MemoryRow<T>& row, const float* weights, T* to) const {
-    if (row.count == d.source) {
-      for_vectors(d.source, [&](int64_t s, int lanes) FS_LAMBDA { store(to + s, load(weights + s, lanes), lanes); });
-      return;
-    }
-    std::memset(to, 0, sizeof(T) * d.source);
-    for (int64_t i = 0; i < row.count; ++i) store(to + row.at[i], splat(weights[i]), 1);
+    if (d.weights && S) spread(row, S, weights, static_cast<T*>(d.weights) + token * S);
   }
 
   void step_cell(int c, int64_t t) const {

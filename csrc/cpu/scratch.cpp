@@ -4,11 +4,16 @@
 #include <cstring>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 namespace fastseq {
 namespace {
 
 constexpr int64_t kKeptBytes = int64_t{64} << 20;
-constexpr int64_t kLargeBytes = int64_t{4} << 20;
+constexpr int64_t kLargeBytes = int64_t{1} << 20;  // of which fresh pages cost little beside the call
 
 void* allocate(int64_t bytes) {
   void* memory = nullptr;
@@ -47,6 +52,15 @@ void free_scratch(void* memory) {
   } else {
     std::free(memory);
   }
+}
+
+void discard([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  static const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  if (bytes < kLargeBytes) return;
+  const uintptr_t from = reinterpret_cast<uintptr_t>(memory), begin = (from + page - 1) / page * page, end = (from + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+#endif
 }
 
 void release_scratch() {

@@ -8,6 +8,7 @@ namespace fastseq {
 
 void* allocate_scratch(int64_t bytes);  // aligned to a cache line; throws std::bad_alloc
 void free_scratch(void* memory);
+void discard(void* memory, int64_t bytes);  // gives the pages of a large buffer back to the system: its contents are lost
 void release_scratch();  // gives back this thread's kept block where it is large
 void poison_scratch();  // fills this thread's kept block with NaN, so that tests see a read of what no call has written
 

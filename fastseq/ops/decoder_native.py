@@ -17,6 +17,7 @@ from .decoder_products import (
     beside_gradient,
     cell_gradients,
     input_gradients,
+    key_gradient,
     query_gradient,
     readout_gradients,
 )
@@ -198,6 +199,7 @@ def run_backward(
     d_w_read, d_b_read = readout_gradients(loop, x, kept, found, need)
     if consume and loop.feed == "output" and not any(loop.contexts):  # seen neither outside nor by a cell
         _free(contexts)
+    d_keys = key_gradient(loop, x, kept, found) if need.keys else None
     d_w_query = query_gradient(loop, x, kept, found) if need.w_query else None
     _free(found.d_queries)
     d_y = input_gradients(loop, x, found) if need.y else None
@@ -205,7 +207,7 @@ def run_backward(
     d_weights = [d for i in range(loop.cells) for d in cell_gradients(loop, x, kept, found, need, i)]
     dtype = x.y.dtype
     return [
-        d_y, _needed(found.d_keys, need.keys, dtype), _needed(found.d_memory, need.memory, dtype), None, found.d_feed0,
+        d_y, _needed(d_keys, need.keys, dtype), _needed(found.d_memory, need.memory, dtype), None, found.d_feed0,
         beside_gradient(loop, x, found) if need.beside else None, d_w_query, _needed(found.d_v, need.v, dtype),
         d_w_read, d_b_read, None, None, None, *found.d_h0, *found.d_c0, *d_weights,
     ]  # fmt: skip
@@ -216,9 +218,10 @@ def _needed(gradient: Tensor | None, need: Any, dtype: torch.dtype) -> Tensor | 
 
 
 def _free(t: Tensor | None) -> None:
-    """At once, whoever refers to it: autograd does so until backward has ended."""
+    """At once, whoever refers to it: autograd does so until backward has ended. Its values are lost."""
     if t is not None:
-        t.untyped_storage().resize_(0)
+        assert _native.C is not None
+        _native.C.discard(t.data_ptr(), t.nbytes)
 
 
 def _empty_gradients(
@@ -226,6 +229,8 @@ def _empty_gradients(
 ) -> LoopGradients:
     (rows, steps, _), new = x.y.shape, x.y.new_empty
     *_, gates, _, queries, read_saved = kept if consume else [None] * len(KEPT)
+    if x.v is None:  # d_keys is made from the queries, after d_queries
+        queries = None
 
     def fp32(t: Tensor | None) -> Tensor | None:
         return None if t is None else torch.empty_like(t, dtype=torch.float32)
@@ -242,8 +247,10 @@ def _empty_gradients(
     else:
         d_gates = [of_cell.flatten(2) for of_cell in gates]
     return LoopGradients(
-        d_gates, width_of(x.w_query, queries), width_of(x.w_read, read_saved), fp32(x.keys), fp32(x.memory), fp32(x.v),
-        state(x.feed0, need.feed0), [state(s, n) for s, n in zip(x.h0, need.h0, strict=True)],
+        d_gates, width_of(x.w_query, queries), width_of(x.w_read, read_saved), None if x.v is None else fp32(x.keys),
+        new(rows, steps, x.keys.shape[1], dtype=torch.float32) if x.keys is not None and x.v is None else None,
+        fp32(x.memory), fp32(x.v), state(x.feed0, need.feed0),
+        [state(s, n) for s, n in zip(x.h0, need.h0, strict=True)],
         [state(s, n) for s, n in zip(x.c0, need.c0, strict=True)],
     )  # fmt: skip
 
@@ -261,7 +268,8 @@ def _run_native(
     tensors |= {
         "d_contexts": d_contexts, "d_outs": d_outs, "d_weights": d_weights, "d_feed_n": d_feed_n,
         "d_queries": address(found.d_queries), "d_read": address(found.d_read), "d_keys": address(found.d_keys),
-        "d_memory": address(found.d_memory), "d_v": address(found.d_v), "d_feed0": address(found.d_feed0),
+        "d_scores": address(found.d_scores), "d_memory": address(found.d_memory), "d_v": address(found.d_v),
+        "d_feed0": address(found.d_feed0),
     }  # fmt: skip
     cells = native_cells(loop, x)
     for cell, gates in zip(cells, found.d_gates, strict=True):

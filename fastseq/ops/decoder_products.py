@@ -12,7 +12,8 @@ from .decoder_types import KEPT, LoopSpec, LoopTensors, masked, parts
 from .linear import input_gradient, weight_gradient
 
 __all__ = [
-    "LoopGradients", "beside_gradient", "cell_gradients", "input_gradients", "query_gradient", "readout_gradients"
+    "LoopGradients", "beside_gradient", "cell_gradients", "input_gradients", "key_gradient", "query_gradient",
+    "readout_gradients",
 ]  # fmt: skip
 
 Kept = Sequence[Tensor | None]  # what KEPT names
@@ -24,7 +25,8 @@ class LoopGradients(NamedTuple):
     d_gates: list[Tensor]  # of each cell [N, T, columns * H]: lstm i, f, g, o; gru r, z, U_n h, W_n x; else r, z, n
     d_queries: Tensor | None  # [N, T, A], where there is a W_q
     d_read: Tensor | None  # [N, T, R']
-    d_keys: Tensor | None  # [B, S, A] in fp32
+    d_keys: Tensor | None  # [B, S, A] in fp32, of the additive form
+    d_scores: Tensor | None  # [N, T, S] in fp32, of the dot form
     d_memory: Tensor | None  # [B, S, D] in fp32
     d_v: Tensor | None  # [A] in fp32
     d_feed0: Tensor | None  # [N, F]; None here and below: not needed
@@ -58,7 +60,7 @@ def cell_gradients(
     return [d if w else None for d, w in zip((d_ih, d_hh, d_b_ih, d_b_hh), wanted, strict=True)]
 
 
-_HS, _CONTEXTS, _OUTS, _GATES = map(KEPT.index, ("hs", "contexts", "outs", "gates"))
+_HS, _CONTEXTS, _OUTS, _GATES, _QUERIES = map(KEPT.index, ("hs", "contexts", "outs", "gates", "queries"))
 
 
 def _recurrent(loop: LoopSpec, x: LoopTensors, d_gates: Tensor) -> Tensor:
@@ -135,11 +137,28 @@ def beside_gradient(loop: LoopSpec, x: LoopTensors, found: LoopGradients) -> Ten
     return _recurrent(loop, x, found.d_gates[0]).sum(1)
 
 
+def key_gradient(loop: LoopSpec, x: LoopTensors, kept: Kept, found: LoopGradients) -> Tensor | None:
+    """d_keys [B, S, A] in fp32. A dot score leaves it to one product of all steps: S A additions less at each."""
+    if found.d_scores is None or x.keys is None:
+        return found.d_keys
+    batch, source, units = x.keys.shape
+    asked = _asked(loop, kept) if x.w_query is None else kept[_QUERIES]
+    assert asked is not None
+    d_scores = found.d_scores.view(batch, asked.shape[0] // batch * asked.shape[1], source)
+    return torch.bmm(d_scores.mT, asked.reshape(batch, -1, units).float())
+
+
+def _asked(loop: LoopSpec, kept: Kept) -> Tensor:
+    """The states [N, T, H] that ask."""
+    hs = _states(kept, loop.query_cell)
+    return hs[:, :-1] if loop.attend == "before" else hs[:, 1:]
+
+
 def query_gradient(loop: LoopSpec, x: LoopTensors, kept: Kept, found: LoopGradients) -> Tensor:
     """d_w_query."""
     assert found.d_queries is not None and x.w_query is not None  # noqa: PT018
-    hs, d_w_query = _states(kept, loop.query_cell), torch.empty_like(x.w_query)
-    weight_gradient(found.d_queries, hs[:, :-1] if loop.attend == "before" else hs[:, 1:], d_w_query)
+    d_w_query = torch.empty_like(x.w_query)
+    weight_gradient(found.d_queries, _asked(loop, kept), d_w_query)
     return d_w_query
 
 

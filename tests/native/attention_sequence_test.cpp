@@ -93,7 +93,13 @@ class Check {
         for (int64_t i = 0; i < count; ++i) d_weights[i] = d_weights_.get(n * s_.source + at[i]), weights_[n * s_.source + at[i]] = weights[i];
         const base::MemoryGradients into{d_keys_.data() + first * s_.units, d_memory_.data() + first * s_.features, d_v.data()};
         base::weights_backward(row, weights.data(), d_context.data(), d_weights.data(), into);
-        base::score_backward(row, additive_, query.data(), v.data(), d_weights.data(), d_query.data(), into);
+        if (additive_) {
+          base::score_backward(row, query.data(), v.data(), d_weights.data(), d_query.data(), into);
+        } else {
+          base::dot_backward(row, d_weights.data(), d_query.data());
+          for (int64_t i = 0; i < count; ++i)
+            for (int64_t u = 0; u < row.units; ++u) into.keys[at[i] * row.units + u] += d_weights[i] * query[u];
+        }
         for (int64_t f = 0; f < s_.features; ++f) context_[n * s_.features + f] = context[f];
         for (int64_t u = 0; u < s_.units; ++u) d_q_[n * s_.units + u] = d_query[u];
       }

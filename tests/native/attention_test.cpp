@@ -116,7 +116,13 @@ void check(const Sizes& s, std::mt19937& draw) {
   for (int64_t f = 0; f < s.features; ++f) d_context[f] = static_cast<float>(d[count + f]);
   const base::MemoryGradients into{d_keys.data(), d_memory.data(), d_v.data()};
   base::weights_backward(row, weights.data(), d_context.data(), d_weights.data(), into);
-  base::score_backward(row, s.additive, query.data(), v.data(), d_weights.data(), d_query.data(), into);
+  if (s.additive) {
+    base::score_backward(row, query.data(), v.data(), d_weights.data(), d_query.data(), into);
+  } else {
+    base::dot_backward(row, d_weights.data(), d_query.data());
+    for (int64_t i = 0; i < row.count; ++i)
+      for (int64_t u = 0; u < row.units; ++u) into.keys[plain.at[i] * row.units + u] += d_weights[i] * query[u];
+  }
   for (int64_t i = 0; i < plain.size(); ++i) {
     Doubles up = x, down = x;
     up[i] += kDifference, down[i] -= kDifference;

@@ -51,7 +51,7 @@ struct Run {
   Tensor keys, memory, w_q, v, beside, memory_gates, projected, feed0, w_r, b_r, read_input, layer_masks, read_mask, out_mask;
   Tensor w_ih[3], w_hh[3], b_ih[3], b_hh[3], h0[3], c0[3], h_n[3], c_n[3];
   Tensor hs, contexts, outs, weights, gates, queries, read_saved, feed_n;
-  std::vector<float> cs, d_keys, d_memory, d_v;
+  std::vector<float> cs, d_keys, d_memory, d_v, d_scores;
   Tensor d_hs[3], d_contexts, d_outs, d_weights, d_feed_n, d_h_n[3], d_c_n[3];
   Tensor d_gates[3], d_h0[3], d_c0[3], d_queries, d_read, d_feed0;
 
@@ -137,7 +137,7 @@ struct Run {
   void outputs() {
     const int64_t N = d.rows, B = d.memory_rows(), T = d.steps, S = d.source, A = d.units, D = d.features, H = d.hidden, R = d.output;
     const int64_t C = d.cells, F = d.fed(), rows = d.read_rows();
-    const bool lstm = d.cell == CellKind::lstm, between = d.attend == Attend::between;
+    const bool lstm = d.cell == CellKind::lstm, between = d.attend == Attend::between, attends = d.attend != Attend::none;
     d.hs = (hs = empty(C * N * (T + 1) * H)).data(), d.outs = (outs = empty(N * (T + 1) * R)).data();
     d.contexts = (contexts = empty(N * (T + (d.feed == Feed::context ? 1 : 0)) * D)).data();
     d.weights = (weights = empty(N * T * S)).data(), d.gates = (gates = empty(C * N * T * 4 * H)).data();
@@ -145,8 +145,9 @@ struct Run {
     if (R && (d.out_mask || d.combine == Combine::maxout)) d.read_saved = (read_saved = empty(N * T * rows)).data();
     if (lstm) cs.assign(C * N * T * H, std::nanf("")), d.cs = cs.data();
     if (F) d.feed_n = (feed_n = empty(N * F)).data();
-    d_keys.assign(B * S * A, std::nanf("")), d_memory.assign(B * S * D, std::nanf("")), d_v.assign(d.additive ? A : 0, std::nanf(""));
-    d.d_keys = d_keys.data(), d.d_memory = d_memory.data(), d.d_v = d_v.data();
+    d_keys.assign(d.additive ? B * S * A : 0, std::nanf("")), d_scores.assign(attends && !d.additive ? N * T * S : 0, std::nanf(""));
+    d_memory.assign(B * S * D, std::nanf("")), d_v.assign(d.additive ? A : 0, std::nanf(""));
+    d.d_keys = d_keys.data(), d.d_scores = d_scores.data(), d.d_memory = d_memory.data(), d.d_v = d_v.data();
     d.d_contexts = (d_contexts = random(N * T * D)).data(), d.d_outs = (d_outs = random(N * T * R)).data();
     d.d_weights = (d_weights = random(N * T * S)).data(), d.d_feed_n = (d_feed_n = random(N * F)).data();
     d.d_queries = (d_queries = empty(d.w_q ? N * T * A : 0)).data(), d.d_read = (d_read = empty(N * T * rows)).data();
@@ -187,7 +188,7 @@ struct Run {
   void share() {
     shared = true;
     d.projected = d.gates, d.projected_pitch = 4 * d.hidden;
-    if (d.w_q) d.d_queries = d.queries;
+    if (d.w_q && d.additive) d.d_queries = d.queries;
     if (d.read_saved) d.d_read = d.read_saved;
     for (int c = 0; c < d.cells && d.columns() == 4; ++c)
       d.of[c].d_gates = static_cast<char*>(d.gates) + c * d.rows * d.steps * 4 * d.hidden * (bf16 ? 2 : 4);
@@ -202,7 +203,7 @@ struct Run {
   void backward() {
     kernels(d.dtype).decoder_backward(d, threads);
     if (!shared) return;
-    if (d.w_q) d_queries = queries;
+    if (d.w_q && d.additive) d_queries = queries;
     if (d.read_saved) d_read = read_saved;
     for (int c = 0; c < d.cells && d.columns() == 4; ++c)
       for (size_t i = 0; i < d_gates[c].size(); ++i) d_gates[c].set(i, gates.at(c * d_gates[c].size() + i));
@@ -222,7 +223,7 @@ struct Run {
     for (const Tensor* t : {&hs, &contexts, &outs, &weights, &feed_n, &d_queries, &d_read, &d_feed0}) add(*t);
     for (int c = 0; c < d.cells; ++c)
       for (const Tensor* t : {&h_n[c], &c_n[c], &d_gates[c], &d_h0[c], &d_c0[c]}) add(*t);
-    for (const auto* t : {&d_keys, &d_memory, &d_v}) all.insert(all.end(), t->begin(), t->end());
+    for (const auto* t : {&d_keys, &d_memory, &d_v, &d_scores}) all.insert(all.end(), t->begin(), t->end());
     return all;
   }
 
@@ -263,6 +264,18 @@ struct Run {
     }
   }
 
+  // Of the dot form: a position's d_scores times the queries.
+  float d_key(int64_t i) const {
+    const int64_t T = d.steps, S = d.source, A = d.units, b = i / (S * A), s = i / A % S, u = i % A;
+    float sum = 0;
+    for (int64_t n = b * d.copies; n < (b + 1) * d.copies; ++n)
+      for (int64_t t = 0; t < T; ++t) {
+        const int64_t asked = (d.query_cell * d.rows + n) * (T + 1) + t + (d.attend == Attend::before ? 0 : 1);
+        sum += d_scores[(n * T + t) * S + s] * (d.w_q ? queries.at((n * T + t) * A + u) : hs.at(asked * d.hidden + u));
+      }
+    return sum;
+  }
+
   void check_slopes(const std::string& context) {
     backward();
     const int64_t H = d.hidden, G = d.gate_count(), columns = d.columns();
@@ -270,7 +283,7 @@ struct Run {
       const int64_t token = static_cast<int64_t>(i) / (G * H), gate = static_cast<int64_t>(i) / H % G, u = static_cast<int64_t>(i) % H;
       return d_gates[0].at((token * columns + (d.cell == CellKind::gru && gate == 2 ? 3 : gate)) * H + u);
     }, context + " projected");
-    slopes(keys, [&](size_t i) { return d_keys[i]; }, context + " keys");
+    slopes(keys, [&](size_t i) { return d.additive ? d_keys[i] : d_key(static_cast<int64_t>(i)); }, context + " keys");
     slopes(memory, [&](size_t i) { return d_memory[i]; }, context + " memory");
     slopes(v, [&](size_t i) { return d_v[i]; }, context + " v");
     slopes(feed0, [&](size_t i) { return d_feed0.at(i); }, context + " feed0");
