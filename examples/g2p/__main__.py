@@ -22,6 +22,7 @@ from .train import Plan, Training, evaluate
 
 LIBRARIES: dict[str, Callable[[fastseq.Seq2Seq], Model]] = {"fastseq": copy.deepcopy, "torch": StockModel}
 OUT = Path("build/g2p")
+MODEL, STATE, PICTURE = "model.safetensors", "training.safetensors", "attention.png"  # what stands there
 NEW_WORDS = ["fastseq", "pytorch", "tokenizer", "backpropagation", "blogosphere", "zumba", "wordle", "kubernetes"]
 
 
@@ -63,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     train_.set_defaults(run=train)
     say_ = commands.add_parser("say", help="pronounce words with a trained model")
     say_.add_argument("words", nargs="+", metavar="WORD")
-    say_.add_argument("--checkpoint", type=Path, default=OUT / "model.safetensors", metavar="FILE")
+    say_.add_argument("--checkpoint", type=Path, default=OUT / MODEL, metavar="FILE")
     for command in (train_, say_):
         command.add_argument("--beams", type=count, default=1, help="of the search, when done (default: greedy)")
     say_.set_defaults(run=say)
@@ -100,15 +101,15 @@ def train(options: argparse.Namespace) -> int:
         f"{sum(p.numel() for p in training.model.parameters()):,} parameters; {torch.get_num_threads()} threads"
     )
     ended = fit(training, options.out, console)
-    model = load(options.out / "model.safetensors")
+    model = load(options.out / MODEL)
     trained = f"trained {training.steps:,} steps in {training.seconds():.0f} s"
     console.print(f"{trained}; development set: {evaluate(model, splits.dev)}")
     console.print(f"held-out words: {evaluate(model, splits.test, options.beams)}")
     console.print(f"training speed: {speed.compare(model, training.pairs, plan)}")
     show_new(model, splits, options, console)
-    console.print(f"model: {options.out / 'model.safetensors'}   attention: {options.out / 'attention.png'}")
+    console.print(f"model: {options.out / MODEL}   attention: {options.out / PICTURE}")
     if ended:
-        resume.remove(options.out / "training.safetensors")
+        resume.remove(options.out / STATE)
     return 0
 
 
@@ -119,11 +120,11 @@ def start(splits: data.Splits, plan: Plan, options: argparse.Namespace) -> Train
     torch.manual_seed(plan.seed)
     best = build(letters, phonemes, plan.hidden, plan.layers, limit=2 * (pairs.target.shape[1] - 1))
     wanted = asdict(plan) | {"data": data.digest(splits)}
-    path = options.out / "training.safetensors"
+    path = options.out / STATE
 
     def save(training: Training, better: bool) -> None:
         if better:
-            training.best.save(options.out / "model.safetensors")
+            training.best.save(options.out / MODEL)
         tensors, numbers = training.state()
         resume.save(path, tensors, numbers | {"plan": wanted})
 
@@ -139,21 +140,24 @@ def start(splits: data.Splits, plan: Plan, options: argparse.Namespace) -> Train
 
 def fit(training: Training, out: Path, console: Console) -> bool:
     """Train; whether to the end of the plan: Ctrl-C ends it early, and leaves the best model so far."""
-    path = out / "model.safetensors"
     if training.steps:
         console.print(
             f"going on behind step {training.steps:,}, after {training.seconds():.0f} s: {training.done():.0%}"
         )
     if training.lowest < math.inf:
-        training.best.save(path)  # the file may be of a later moment, which will now come again
+        training.best.save(out / MODEL)  # the file may be of a later moment, which will now come again
     try:
         with Display(console) as display:
             training.run(display)
     except KeyboardInterrupt:
-        console.print("interrupted: the scores are those of the best model so far; the same command goes on")
+        if (out / STATE).exists():  # as it was last saved: this may be the middle of a step
+            training.restore(*resume.load(out / STATE))
         if training.lowest == math.inf:  # none yet
             training.best.load_state_dict(training.model.state_dict())
-            training.best.save(path)
+        training.best.save(out / MODEL)
+        console.print(
+            f"interrupted: the best model so far is scored; the same command goes on behind step {training.steps:,}"
+        )
         return False
     return True
 
@@ -176,7 +180,7 @@ def show_new(model: fastseq.Seq2Seq, splits: data.Splits, options: argparse.Name
     if words:
         console.print("words the dictionary lacks:")
         show(model, words, options.beams, console)
-    draw(model, (words or list(splits.test))[:4], options.out / "attention.png")
+    draw(model, (words or list(splits.test))[:4], options.out / PICTURE)
 
 
 def draw(model: fastseq.Seq2Seq, words: list[str], path: Path) -> None:
