@@ -1,8 +1,12 @@
 """examples/g2p: its data, its scores, and the whole of it on a made-up language."""
 
+import copy
 import hashlib
+import json
+import os
 import re
-from collections.abc import Callable
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +14,8 @@ import torch
 
 import fastseq
 from examples.g2p import __main__ as command
-from examples.g2p import checkpoint, data, speed
-from examples.g2p.model import Config, Model
+from examples.g2p import data, speed
+from examples.g2p.model import build, load, pronounce
 from examples.g2p.score import edit_distance, score
 from examples.g2p.stock import StockModel
 from examples.g2p.train import Plan, Training
@@ -44,6 +48,13 @@ def folder(tmp_path: Path) -> Path:
 
 def digest(word: str) -> str:
     return hashlib.sha1(word.encode()).hexdigest()
+
+
+def same(first: Path, second: Path) -> bool:
+    """Whether two runs left the same model."""
+    ours, theirs = (load(out / "model.safetensors") for out in (first, second))
+    others = theirs.state_dict()
+    return ours.extra == theirs.extra and all(t.equal(others[name]) for name, t in ours.state_dict().items())
 
 
 def test_the_split_is_the_words_of_smallest_hash(folder: Path) -> None:
@@ -133,25 +144,29 @@ def test_scores_take_the_closest_pronunciation() -> None:
 
 @pytest.mark.parametrize("ragged", [False, True])
 def test_both_libraries_build_the_same_model(ragged: bool) -> None:
-    config = Config(list("abc"), ["A", "B"], hidden=8, layers=3, limit=9)
-    models = [Model(config), StockModel(config)]
-    models[1].load_state_dict(models[0].state_dict())
-    source, length = data.spell(["abcab", "abc" if ragged else "cabba", "ccabc"], config.letters)
-    target, _ = data.pad([[3, 4, data.EOS], [4, data.EOS], [data.EOS]])
-    losses = [m.loss(source, length if ragged else None, target) for m in models]
+    model = build(list("abc"), ["A", "B"], hidden=8, layers=3, limit=9)
+    models = [model, StockModel(model)]
+    source, length = data.spell(["abcab", "abc" if ragged else "cabba", "ccabc"], model.extra["letters"])
+    given = (source, length if ragged else None)
+    target, _ = data.pad([[data.BOS, 3, 4, data.EOS], [data.BOS, 4, data.EOS], [data.BOS, data.EOS]])
+    losses = [m.loss(source, target, given[1], label_smoothing=0.1) for m in models]
     torch.testing.assert_close(losses[0], losses[1])
-    for loss, model in zip(losses, models, strict=True):
+    for loss, m in zip(losses, models, strict=True):
         loss.backward()
-        assert all(p.grad.any() for p in model.parameters())
-        torch.optim.SGD(model.parameters(), lr=1.0).step()
+        assert all(p.grad.any() for p in m.parameters())
+        torch.optim.SGD(m.parameters(), lr=1.0).step()
     torch.testing.assert_close(*(dict(m.state_dict()) for m in models))
-    torch.testing.assert_close(*(m.greedy(source, length if ragged else None) for m in models))
+    for beams in (1, 3):
+        ours, theirs = (m.generate(*given, max_new_tokens=9, num_beams=beams) for m in models)
+        assert ours.sequences.equal(theirs.sequences)
+        torch.testing.assert_close(ours.scores, theirs.scores)
 
 
 def test_a_word_is_said_alike_alone_and_among_others() -> None:
-    model = Model(Config(list(LETTERS), sorted(SOUNDS.values()), hidden=8, limit=9))
+    model = build(list(LETTERS), sorted(SOUNDS.values()), hidden=8, layers=2, limit=9)
     words = list(toy(40, 0))
-    assert [model.pronounce([word])[0] for word in words] == model.pronounce(words)
+    for beams in (1, 2):
+        assert [pronounce(model, [word], beams)[0] for word in words] == pronounce(model, words, beams)
 
 
 def test_train_then_say(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,90 +181,182 @@ def test_train_then_say(folder: Path, capsys: pytest.CaptureFixture[str], monkey
         assert rates is not None
         assert float(rates[1]) < 25
         assert (out / "attention.png").read_bytes().startswith(b"\x89PNG")
-        assert command.main(["say", "BADE", "head", "--checkpoint", str(out / "model.pt")]) == 0
+        assert {path.name for path in out.iterdir()} == {"model.safetensors", "attention.png"}
+        assert command.main(["say", "BADE", "head", "--checkpoint", str(out / "model.safetensors")]) == 0
         said.append(capsys.readouterr().out)
     assert said[0].split() == ["bade", "B", "AA", "D", "EH", "head", "HH", "EH", "AA", "D"]
     assert said[0] == said[1]
-    assert command.main(["say", "zoo", "--checkpoint", str(out / "model.pt")]) == 2
+    assert command.main(["say", "BADE", "head", "--beams", "4", "--checkpoint", str(out / "model.safetensors")]) == 0
+    assert capsys.readouterr().out == said[0]
+    assert command.main(["say", "zoo", "--checkpoint", str(out / "model.safetensors")]) == 2
     assert "'zoo' has letters that the model never saw" in capsys.readouterr().err
-    first, second = (checkpoint.load(folder / name / "model.pt").state_dict() for name in ("first", "second"))
-    assert all(first[key].equal(second[key]) for key in first)  # --steps repeats a run exactly
+    assert same(folder / "first", folder / "second")  # --steps repeats a run exactly
+
+
+@pytest.fixture
+def stopped(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The arguments of a run that Ctrl-C ended in its fourth step."""
+
+    def until_fourth(self: Training, *args: object) -> None:
+        if self.steps == 3:
+            raise KeyboardInterrupt
+        update(self, *args)
+
+    update = Training.update
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    monkeypatch.setattr(Training, "update", until_fourth)
+    arguments = ["train", "--data", str(folder), "--hidden", "8", "--steps", "6", "--out", str(folder / "out")]
+    assert command.main(arguments) == 0
+    monkeypatch.setattr(Training, "update", update)
+    return arguments
 
 
 def test_an_interrupted_run_keeps_a_model_and_scores_it(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, stopped: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(update: Callable[..., None]) -> Callable[..., None]:
-        def until_third(self: Training, *args: object) -> None:
-            if self.steps == 3:
-                raise KeyboardInterrupt
-            update(self, *args)
-
-        return until_third
-
-    monkeypatch.setattr(speed, "ROUNDS", 2)
-    monkeypatch.setattr(Training, "update", interrupted(Training.update))
-    assert command.main(["train", "--data", str(folder), "--hidden", "8", "--out", str(folder)]) == 0
     printed = capsys.readouterr().out
-    assert "interrupted" in printed
+    assert "interrupted: the best model so far is scored; the same command goes on behind step 3" in printed
     assert "held-out words: word error rate" in printed
-    assert checkpoint.load(folder / "model.pt").config.hidden == 8
+    assert load(folder / "out" / "model.safetensors").decoder.hidden_size == 8
+    assert command.main(stopped) == 0
+    assert re.search(r"going on behind step 3, after", capsys.readouterr().out)
+    assert {path.name for path in (folder / "out").iterdir()} == {"model.safetensors", "attention.png"}
+
+
+def test_another_run_does_not_go_on(folder: Path, stopped: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "out" / "training.safetensors"
+    kept = path.read_bytes()
+    for option, fault in (
+        (["--hidden", "16"], "hidden=8, now 16"),
+        (["--steps", "7", "--seed", "2"], "steps=6, now 7; seed=1, now 2"),
+        (["--library", "torch"], "library=fastseq, now torch"),
+    ):
+        assert command.main([*stopped, *option]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {path}: ")
+        assert fault in error
+        assert "--fresh" in error
+    with (folder / "toy.train.tsv").open("a") as file:
+        file.write("abba\tAA B B AA\n")
+    assert command.main(stopped) == 2
+    assert re.search(r"data=\w+, now \w+: ", capsys.readouterr().err)
+    assert path.read_bytes() == kept
+    assert command.main([*stopped, "--fresh", "--hidden", "16"]) == 0
+    assert "going on" not in capsys.readouterr().out
+    assert not path.exists()
+
+
+def test_a_damaged_state_is_refused(folder: Path, stopped: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "out" / "training.safetensors"
+    whole = path.read_bytes()
+    middle, numbers = len(whole) // 2, whole.index(b"position")
+    for content in (
+        b"",
+        b"text",
+        whole[:middle],
+        whole[:-1],
+        whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+        whole[:numbers] + b"P" + whole[numbers + 1 :],
+        (folder / "out" / "model.safetensors").read_bytes(),
+    ):
+        path.write_bytes(content)
+        assert command.main(stopped) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {path}: ")
+        assert "--fresh" in error
+    path.write_bytes(whole)
+    assert command.main(stopped) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="each run is a fork")
+def test_a_killed_run_goes_on_with_the_same_losses(folder: Path) -> None:
+    root = Path(__file__).parents[1]
+    script = [sys.executable, str(root / "tests" / "g2p_kills.py"), str(folder)]
+    done = subprocess.run(script, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    logs = [(folder / f"{name}.log").read_text() for name in ("whole", "killed")]
+    whole, killed = ([line.split() for line in log.splitlines()] for log in logs)
+    assert [line[1] for line in killed if line[0] == "ended"] == ["-9"] * 10 + ["0"], done.stdout + done.stderr
+    assert whole.pop() == ["ended", "0"]
+    assert [int(step) for step, _ in whole] == list(range(1, 61))
+    losses = dict(whole)
+    assert {step: loss for step, loss in killed if step != "ended"} == losses
+    assert all(losses[step] == loss for step, loss in killed if step != "ended")  # of steps done twice as well
+    assert done.stdout.count("going on behind step") >= 9
+    assert same(folder / "whole", folder / "killed")
+    assert not list(folder.glob("*/training.*"))
+
+
+@pytest.mark.parametrize("library", command.LIBRARIES)
+def test_all_of_a_run_is_restored(folder: Path, library: str) -> None:
+    splits = data.load(folder)
+    letters, phonemes = data.alphabet(splits.train)
+    pairs, states = data.encode(splits.train, letters, phonemes), []
+
+    def training(seed: int, plan: Plan) -> Training:
+        torch.manual_seed(seed)
+        model = build(letters, phonemes, hidden=8, layers=2, limit=9)
+        return Training(command.LIBRARIES[library](model), model, pairs, splits.dev, plan, keep, pause=-1.0)
+
+    def keep(run: Training, better: bool) -> None:
+        tensors, numbers = run.state()
+        torch.rand(1)  # as dropout would
+        states.append(({name: t.clone() for name, t in tensors.items()}, json.dumps(numbers)))
+
+    training(0, Plan(steps=12, batch=200)).run(lambda status: None)
+    whole, states = states, []
+    tensors, numbers = whole[7]
+    again = training(1, Plan(steps=12, batch=200))
+    again.restore(tensors, json.loads(numbers))
+    torch.rand(1)
+    again.run(lambda status: None)
+    assert len(states) == len(whole) - 8
+    for (ours, figures), (theirs, others) in zip(whole[8:], states, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(theirs[name].equal(t) for name, t in ours.items())
+        first, second = (json.loads(text) for text in (figures, others))
+        assert all(first[name] == second[name] for name in first if name not in ("used", "evaluating", "longest"))
+    late = training(0, Plan(minutes=1.0))
+    late.restore(tensors, json.loads(numbers) | {"used": 60.0})
+    assert late.done() >= 1  # the clock goes on
 
 
 def test_training_ends_with_its_minutes(folder: Path) -> None:
     splits = data.load(folder)
     letters, phonemes = data.alphabet(splits.train)
-    model = Model(Config(letters, phonemes, hidden=8, limit=9))
-    saved = []
-    training = Training(
-        model, data.encode(splits.train, letters, phonemes), splits.dev, Plan(minutes=0.02), lambda: saved.append(1)
-    )
+    model = build(letters, phonemes, hidden=8, layers=2, limit=9)
+    pairs, saved = data.encode(splits.train, letters, phonemes), []
+    plan = Plan(minutes=0.02)
+    training = Training(copy.deepcopy(model), model, pairs, splits.dev, plan, lambda run, better: saved.append(better))
     statuses = []
     training.run(statuses.append)
     assert training.seconds() < 3
-    assert saved
+    assert any(saved)
     assert statuses[-1].done == 1
     assert training.optimizer.param_groups[0]["lr"] < 0.1 * Plan.rate
 
 
-def test_checkpoints_reload_and_wrong_ones_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, path = Model(Config(list(LETTERS), ["A", "B"], hidden=8, limit=9)), tmp_path / "new" / "model.pt"
-    checkpoint.save(model, path)
+def test_wrong_model_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, path = build(list(LETTERS), ["A", "B"], hidden=8, layers=2, limit=9), tmp_path / "model.safetensors"
+    model.save(path)
     words = list(toy(20, 0))
-    assert checkpoint.load(path).pronounce(words) == model.pronounce(words)
-    assert [file.name for file in path.parent.iterdir()] == ["model.pt"]
+    assert pronounce(load(path), words) == pronounce(model, words)
     whole = path.read_bytes()
-    other = tmp_path / "other.pt"
-    torch.save({"weights": torch.zeros(2)}, other)
-    for content in (b"", b"text", whole[: len(whole) // 2], other.read_bytes()):
+    model.extra = {"words": words}
+    model.save(path)
+    for content in (b"", b"text", whole[: len(whole) // 2], path.read_bytes()):
         path.write_bytes(content)
         assert command.main(["say", "a", "--checkpoint", str(path)]) == 2
-        assert f"error: {path}: no" in capsys.readouterr().err
-    assert command.main(["say", "a", "--checkpoint", str(tmp_path / "missing.pt")]) == 2
-    assert "no checkpoint there" in capsys.readouterr().err
-
-
-def test_a_failed_save_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, path = Model(Config(list(LETTERS), ["A", "B"], hidden=8)), tmp_path / "model.pt"
-    checkpoint.save(model, path)
-    before = path.read_bytes()
-
-    def full(content: object, file: Path) -> None:
-        file.write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="no space"):
-        checkpoint.save(model, path)
-    assert path.read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+        assert capsys.readouterr().err.startswith(f"error: {path}: ")
+    assert command.main(["say", "a", "--checkpoint", str(tmp_path / "missing")]) == 2
+    assert "no model there" in capsys.readouterr().err
 
 
 def test_speed_refuses_to_time_what_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
     lexicon: data.Lexicon = {w: [tuple(said.split())] for w, said in toy(100, 0).items()}
     letters, phonemes = data.alphabet(lexicon)
     pairs = data.encode(lexicon, letters, phonemes)
-    model = Model(Config(letters, phonemes, hidden=8))
+    model = build(letters, phonemes, hidden=8, layers=2, limit=9)
     correct = fastseq.LSTM.forward
 
     def off(self: fastseq.LSTM, *args: object, **kwargs: object) -> object:

@@ -5,6 +5,7 @@ never part. CMUdict loses its stress digits (AH0, AH1), as in the papers; files 
 """
 
 import hashlib
+import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -39,14 +40,14 @@ class Pairs(NamedTuple):
 
     source: Tensor  # [N, S]
     source_length: Tensor  # [N]
-    target: Tensor  # [N, T], EOS behind the last phoneme
-    target_length: Tensor  # [N], EOS counted
+    target: Tensor  # [N, T + 1]: BOS, phonemes, EOS
+    target_length: Tensor  # [N], BOS and EOS counted
 
 
 class Batch(NamedTuple):
     source: Tensor  # [B, S]
+    target: Tensor  # [B, T + 1]
     length: Tensor | None  # [B]; None if every row fills S: nothing needs masking then
-    target: Tensor  # [B, T]
 
 
 def load(folder: Path | None) -> Splits:
@@ -61,6 +62,11 @@ def load(folder: Path | None) -> Splits:
         raise DataError(f"{folder}: {len(train)} words to train on; at least {FEWEST} are needed")
     train, dev = divide(train, DEV_SHARE)
     return Splits(train, dev, test)
+
+
+def digest(splits: Splits) -> str:
+    """Of all words and pronunciations, in their order."""
+    return hashlib.sha256(json.dumps(splits).encode()).hexdigest()[:16]
 
 
 def divide(lexicon: Lexicon, share: float) -> tuple[Lexicon, Lexicon]:
@@ -137,7 +143,7 @@ def encode(lexicon: Lexicon, letters: Sequence[str], phonemes: Sequence[str]) ->
     index = {phoneme: i for i, phoneme in enumerate(phonemes, SPECIAL)}
     entries = [(word, entry) for word, known in lexicon.items() for entry in known]
     source = spell([word for word, _ in entries], letters)
-    return Pairs(*source, *pad([[*(index[p] for p in entry), EOS] for _, entry in entries]))
+    return Pairs(*source, *pad([[BOS, *(index[p] for p in entry), EOS] for _, entry in entries]))
 
 
 def pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -173,4 +179,4 @@ def gather(pairs: Pairs, rows: Tensor) -> Batch:
     length, steps = pairs.source_length[rows], int(pairs.target_length[rows].max())
     longest = int(length.max())
     even = int(length.min()) == longest
-    return Batch(pairs.source[rows, :longest], None if even else length, pairs.target[rows, :steps])
+    return Batch(pairs.source[rows, :longest], pairs.target[rows, :steps], None if even else length)

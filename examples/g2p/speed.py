@@ -1,13 +1,15 @@
 """The same model from fastseq and from torch.nn, trained side by side for a few seconds."""
 
+import copy
 import time
 from statistics import median
 from typing import NamedTuple
 
 import torch
 
+import fastseq
+
 from .data import Pairs, batches
-from .model import Model
 from .stock import StockModel
 from .train import Plan, optimizer_of, step
 
@@ -23,11 +25,9 @@ class Speed(NamedTuple):
         return f"{self.fastseq:,.0f} words/s with fastseq, {self.torch:,.0f} with torch.nn: {self.ratio:.2f} x"
 
 
-def compare(model: Model, pairs: Pairs, plan: Plan) -> Speed:
+def compare(model: fastseq.Seq2Seq, pairs: Pairs, plan: Plan) -> Speed:
     """Time whole training steps from the same parameters on the same batches; they must also agree."""
-    twins = [kind(model.config) for kind in (Model, StockModel)]
-    for twin in twins:
-        twin.load_state_dict(model.state_dict())
+    twins = [copy.deepcopy(model).train(), StockModel(model)]
     optimizers = [optimizer_of(twin, plan) for twin in twins]
     supply = batches(pairs, plan.batch, torch.Generator().manual_seed(plan.seed))
     ours, theirs = (step(*pair, supply[0], plan) for pair in zip(twins, optimizers, strict=True))  # and warms up
