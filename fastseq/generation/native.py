@@ -1,7 +1,6 @@
 """Searches that a backend runs whole, tokens chosen inside its loop over steps; the same answers as `search`'s."""
 
 import torch
-from torch import Tensor
 
 from ..backends.decoder_call import DecoderCall
 from ..decoding import refuses_search, run_search
@@ -58,6 +57,10 @@ def run_native(call: DecoderCall, of: Vocabulary, request: Request, backend: str
         return None
     if found.wrong:
         refuse_nan()
-    weights: Tensor | None = None if found.weights is None else found.weights.float().transpose(0, 1)
+    if found.weights is None:
+        longest = int(found.lengths.max())
+        return GenerateOutput(found.tokens[:, :, :longest], found.lengths, found.scores, None)
     rows = torch.arange(options.batch_size)[:, None, None] * options.copies
-    return assembled(options, found.scores, found.tokens, found.lengths, rows + found.trail, weights)
+    return assembled(
+        options, found.scores, found.tokens, found.lengths, rows + found.trail, found.weights.float().transpose(0, 1)
+    )

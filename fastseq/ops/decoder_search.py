@@ -46,9 +46,9 @@ class Search(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Hypotheses, the best first; behind a length, anything."""
+    """Hypotheses, the best first."""
 
-    tokens: Tensor  # [B, R, T] int64, without bos
+    tokens: Tensor  # [B, R, T] int64, without bos, padded behind the length
     lengths: Tensor  # [B, R]
     scores: Tensor  # [B, R], -inf where there are fewer
     trail: Tensor  # [B, R, T]: which of the k rows chose each token
@@ -69,7 +69,7 @@ def decoder_search(
     assert rows == batch * search.copies
     steps = search.prefix.shape[1] - 1 + len(search.norms) - 1
     shape = (batch, search.returned, steps)
-    tokens, trail = torch.empty(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    tokens, trail = torch.full(shape, search.pad_id), torch.zeros(shape, dtype=torch.int64)
     lengths, scores = torch.empty(shape[:2], dtype=torch.int64), torch.empty(shape[:2])
     norms = torch.tensor(search.norms, dtype=torch.float32)
     columns = parts(loop, x)
