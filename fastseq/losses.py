@@ -34,9 +34,9 @@ def linear_cross_entropy(
     """torch.nn.functional.cross_entropy(x weight^T + bias, target, ...), with at most 2^22 logits in memory at a time
     (2^25 on other devices than the CPU).
 
-    The logits of some tokens are computed, and with "mean" and "sum" turned into gradients of x, weight and bias at
-    once, so that training costs the same three products as with logits kept; "none" computes them once more in
-    backward. Losses are fp32 (fp64 of fp64). "mean" is over targets that are not ignored; over none it is 0.
+    Where there are more, those of some tokens are computed at a time, and with "mean" and "sum" turned into gradients
+    of x, weight and bias at once, so that training costs the same three products as with logits kept; "none" computes
+    them once more in backward. Losses are fp32 (fp64 of fp64). "mean" is over targets that are not ignored; over none it is 0.
 
     label_smoothing: e of Szegedy et al. 2016, section 7: (1 - e) of the target's loss, e of the mean of all classes'.
 
@@ -127,7 +127,9 @@ def _losses(
         return torch.cat(pieces) if pieces else _piece(smoothing, x, weight, bias, target, real)
     count: Tensor | int = len(x) if real is None else real.sum()
     learned = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if learned and not _transformed():
+    if len(x) <= _piece_size(x, weight):  # all at once: torch's own gradient of the softmax takes less time
+        total = _plain(smoothing, x, weight, bias, target, real).sum()
+    elif learned and not _transformed():
         total = _Total.apply(smoothing, x, weight, bias, target, real)
     else:
         total = _total(smoothing, x, weight, bias, target, real)
@@ -143,11 +145,16 @@ def _transformed() -> bool:
 
 def _pieces(x: Tensor, weight: Tensor, bias: Any, target: Tensor, real: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """Arguments of `_piece`, of so many tokens each that their logits are few enough."""
-    most = MOST_LOGITS if x.device.type == "cpu" else MOST_ELSEWHERE
-    size = max(1, most // max(1, len(weight)))
+    size = _piece_size(x, weight)
     for start in range(0, len(x), size):
         part = slice(start, start + size)
         yield x[part], weight, bias, target[part], None if real is None else real[part]
+
+
+def _piece_size(x: Tensor, weight: Tensor) -> int:
+    """Tokens."""
+    most = MOST_LOGITS if x.device.type == "cpu" else MOST_ELSEWHERE
+    return max(1, most // max(1, len(weight)))
 
 
 def _piece(smoothing: float, x: Tensor, weight: Tensor, bias: Any, target: Tensor, real: Tensor | None) -> Tensor:
