@@ -36,7 +36,8 @@ def linear_cross_entropy(
 
     Where there are more, those of some tokens are computed at a time, and with "mean" and "sum" turned into gradients
     of x, weight and bias at once, so that training costs the same three products as with logits kept; "none" computes
-    them once more in backward. Losses are fp32 (fp64 of fp64). "mean" is over targets that are not ignored; over none it is 0.
+    them once more in backward. Losses are fp32 (fp64 of fp64). "mean" is over targets that are not ignored; over none
+    it is 0.
 
     label_smoothing: e of Szegedy et al. 2016, section 7: (1 - e) of the target's loss, e of the mean of all classes'.
 
