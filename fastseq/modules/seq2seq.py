@@ -380,7 +380,8 @@ class Seq2Seq(nn.Module):
     def _native(self, keys: Keys, state: DecoderState, request: Request) -> tuple[DecoderCall, Vocabulary]:
         """The call of one step of all rows, and what makes tokens of it."""
         embedding, output, options = self.embedding, self.output, request.options
-        state = repeated(state, options.batch_size, options.copies)
+        if options.copies > 1:
+            state = repeated(state, options.batch_size, options.copies)
         weight: Tensor = embedding.weight  # type: ignore[assignment]
         y = weight[:1].expand(options.batch_size * options.copies, -1)[:, None]  # its shape counts: tokens make inputs
         return self.decoder.as_call(y, keys, state), Vocabulary(weight, output.weight, output.bias)  # type: ignore[arg-type]
