@@ -21,27 +21,24 @@ def need_tensor(name: str, value: Any, remedy: str = "pass a torch.Tensor") -> T
     return value
 
 
-def lengths_on_cpu(lengths: Any, batch: int, steps: int) -> Tensor:
+def lengths_on_cpu(lengths: Any, batch: int, steps: int, name: str = "lengths") -> Tensor:
     """`lengths`, a list or an integer tensor [B] on any device, as int64 on the CPU; each must lie within [0, T]."""
     if isinstance(lengths, (list, tuple)):
         if not all(isinstance(n, int) and not isinstance(n, bool) for n in lengths):
-            raise TypeError("lengths must hold integers; convert with lengths.long() or int(n)")
+            raise TypeError(f"{name} must hold integers; convert with lengths.long() or int(n)")
         lengths = torch.tensor(lengths, dtype=torch.int64)
-    need_tensor("lengths", lengths, "pass a list or an integer tensor [B]")
+    need_tensor(name, lengths, "pass a list or an integer tensor [B]")
     if lengths.dtype == torch.bool or lengths.is_floating_point() or lengths.is_complex():
-        raise TypeError(f"lengths must hold integers, got {lengths.dtype}; convert with lengths.long()")
+        raise TypeError(f"{name} must hold integers, got {lengths.dtype}; convert with lengths.long()")
     if lengths.shape != (batch,):
-        raise InputError(
-            f"lengths has shape {tuple(lengths.shape)}, expected ({batch},): one length for each batch row"
-        )
+        raise InputError(f"{name} has shape {tuple(lengths.shape)}, expected ({batch},): one length for each batch row")
     lengths = lengths.to("cpu", torch.int64)
     if not torch.compiler.is_compiling():  # there the backend, which never reads behind T, is the only guard
         values = lengths.tolist()
         if values and not 0 <= min(values) <= max(values) <= steps:
             row, bad = next((row, n) for row, n in enumerate(values) if not 0 <= n <= steps)
-            raise InputError(
-                f"lengths[{row}]={bad} is outside [0, T={steps}]; clamp it, or pad the input to {bad} steps"
-            )
+            remedy = "clamp it" if bad < 0 else f"clamp it, or pad the input to {bad} steps"
+            raise InputError(f"{name}[{row}]={bad} is outside [0, T={steps}]; {remedy}")
     return lengths
 
 

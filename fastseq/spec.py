@@ -39,7 +39,12 @@ CellParams = tuple[Tensor, Tensor, Tensor, Tensor]  # w_ih [G*H, X], w_hh [G*H, 
 
 
 class Memory(NamedTuple):
-    """What a decoder reads: an encoder's result, or any features (an image, one vector)."""
+    """What a decoder reads: an encoder's result, or any features (an image, one vector).
+
+    out: [B, S, D], or None. mask: [B, S] bool, True = attend; None: all. state: for each layer (h,) or (h, c), each
+    [B, dirs * H], directions side by side; None: a bridge that needs none. dirs: 1 or 2 of each layer in `state`; None:
+    a bridge goes by their width.
+    """
 
     out: Tensor | None = None  # [B, S, D]
     mask: Tensor | None = None  # [B, S] bool, True = attend; None: all
@@ -122,7 +127,10 @@ class DropoutMasks(NamedTuple):
 
 
 class DecoderState(NamedTuple):
-    """What a decoder carries from step to step; the batch is dimension 0 of every leaf."""
+    """What a decoder carries from step to step; the batch is dimension 0 of every leaf.
+
+    layers: for each (h [N, H],) or (h, c). feed: what the next step is fed, [N, D] or [N, R], or None.
+    """
 
     layers: tuple[LayerState, ...]
     feed: Tensor | None = None  # [N, D] or [N, R]
@@ -134,7 +142,10 @@ class DecoderState(NamedTuple):
 
 
 class DecoderOutput(NamedTuple):
-    """Results of a whole sequence, or of one step (then without the dimension T)."""
+    """Results of a whole sequence, or of one step (then without the dimension T).
+
+    output: [N, T, R]. state: the last `DecoderState`. weights: [N, T, S], 0 where masked, or None.
+    """
 
     output: Tensor  # [N, T, R]
     state: DecoderState

@@ -1,6 +1,7 @@
 """fastseq.Seq2Seq: its passes, its loss, scheduled sampling, ties, and what it refuses."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -283,6 +284,7 @@ BUILT: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"tie": "target", "output": nn.Sequential(nn.Linear(E, V))}, TypeError, "needs nn.Embedding and nn.Linear"),
     ({"tie": "all", "encoder": Encoder(E, E)}, InputError, "needs an encoder with embedding=nn.Embedding"),
     ({"tie": "all", "embedding": nn.Embedding(V, E)}, InputError, "with an embedding of its own"),
+    ({"tie": "all", "vocab_size": V + 1}, InputError, "encoder.embedding has 12 rows and vocab_size=13"),
     ({"decoder": Decoder.luong(E, E, memory_size=7)}, InputError, "reads a memory of 7 features, the encoder's has 6"),
 ]  # fmt: skip
 
@@ -303,14 +305,15 @@ LOSSES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"tgt": TGT[:, :1]}, InputError, r"tgt has shape \(3, 1\); expected \[B, T \+ 1\]"),
     ({"tgt": TGT[:, 1:]}, InputError, r"tgt\[0\] begins with 5; expected bos_id=1: the loss itself shifts tgt"),
     ({"tgt": TGT[:0], "src": SRC[:0]}, InputError, r"tgt has shape \(0, 5\)"),
-    ({"tgt": TGT[:2]}, InputError, "tgt_in has B=2 rows, src 3"),
+    ({"tgt": TGT[:2]}, InputError, "tgt has B=2 rows, src 3"),
     ({"tgt": None}, TypeError, "tgt must be a torch.Tensor"),
     ({"src": SRC + V}, InputError, "src holds 21; ids are 0 to 11, the rows of the encoder's embedding"),
     ({"src": SRC - 1}, InputError, "src holds -1"),
     ({"src": SRC[:0]}, InputError, r"src has shape \(0, 4\); expected a batch of at least one row"),
-    ({"src_lengths": [5, 2, 1]}, InputError, r"lengths\[0\]=5 is outside \[0, T=4\]"),
-    ({"tgt_lengths": [6, 2, 1]}, InputError, r"lengths\[0\]=6"),
-    ({"tgt_lengths": [5, 2]}, InputError, r"lengths has shape \(2,\), expected \(3,\)"),
+    ({"src_lengths": [5, 2, 1]}, InputError, r"src_lengths\[0\]=5 is outside \[0, T=4\]"),
+    ({"src_lengths": [-1, 2, 1]}, InputError, r"src_lengths\[0\]=-1 is outside \[0, T=4\]; clamp it$"),
+    ({"tgt_lengths": [6, 2, 1]}, InputError, r"tgt_lengths\[0\]=6"),
+    ({"tgt_lengths": [5, 2]}, InputError, r"tgt_lengths has shape \(2,\), expected \(3,\)"),
     ({"label_smoothing": -0.1}, InputError, "label_smoothing=-0.1"),
     ({"reduction": "max"}, InputError, "reduction='max'"),
     ({"teacher_forcing": 1.5}, InputError, "teacher_forcing=1.5; it is a probability"),
@@ -326,6 +329,29 @@ LOSSES: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_wrong_losses(change: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         build().loss(**({"src": SRC, "tgt": TGT} | change))
+
+
+def test_padding_that_is_read_is_warned_of() -> None:
+    encoder = Encoder(E, E, embedding=nn.Embedding(V, E, padding_idx=PAD))
+    of = Seq2Seq(encoder, Decoder.luong(E, E, memory_size=E), V, bos_id=BOS, eos_id=EOS, pad_id=PAD)
+    with pytest.warns(
+        UserWarning, match="src ends with the encoder's padding_idx=0 and there are no src_lengths"
+    ) as seen:
+        of.loss(SRC, TGT)
+    assert seen[0].filename == __file__
+    with pytest.warns(UserWarning, match="pass src_lengths"):
+        of.eval().generate(SRC, max_new_tokens=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        of.loss(SRC, TGT, LENGTHS)
+        of.generate(SRC, LENGTHS, max_new_tokens=1)
+        of.generate(SRC[:1], max_new_tokens=1)
+
+
+def test_an_encoder_that_takes_no_ids_says_so() -> None:
+    of = Seq2Seq(Encoder(E, E), Decoder.luong(E, E, memory_size=E), V, bos_id=BOS, eos_id=EOS, pad_id=PAD)
+    with pytest.raises(InputError, match=r"of token ids, with embedding=nn.Embedding\(...\)"):
+        of.loss(SRC, TGT)
 
 
 def test_padding_that_cannot_be_told() -> None:
@@ -344,7 +370,7 @@ SEARCHES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"decoder_input_ids": [[3], [4]]}, InputError, r"decoder_input_ids has shape \(2, 1\); expected \[B=3, P\]"),
     ({"streamer": print, "num_beams": 2}, InputError, "streamer with num_beams=2"),
     ({"logits_processor": 3}, TypeError, "logits_processor must be callable"),
-    ({"src": SRC[:0]}, InputError, "batch_size=0; it is at least 1"),
+    ({"src": SRC[:0]}, InputError, r"src has shape \(0, 4\); expected a batch of at least one row"),
     ({"src": SRC + V}, InputError, "src holds 21"),
 ]
 

@@ -72,9 +72,10 @@ def generate(
     scores are log-probabilities, which transformers has for beams alone.
     streamer: called with every step's tokens [N], or a transformers' streamer with put and end; not with beams.
 
-    Scores are sums of the new tokens' log-probabilities, in fp32 (fp64 of fp64 logits), after the processors and
-    before the temperature. Where nothing may come next, a row ends without eos; a beam is given up.
-    Of a step, the host is told only whether all rows are done and whether a score is NaN, which raises InputError.
+    Scores, by which draws are ordered too, are sums of the new tokens' log-probabilities over their norm, in fp32 (fp64
+    of fp64 logits), after the processors and before the temperature. Where nothing may come next, a row ends without
+    eos; a beam is given up. Of a step, the host is told only whether all rows are done and whether a score is NaN,
+    which raises InputError.
 
     Raises InputError or TypeError, naming the option, before the first step; what a step returns is checked as it does.
     """

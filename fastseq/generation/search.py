@@ -20,7 +20,13 @@ Reorder = Callable[[Any, Tensor], Any]  # (state, index [N]) -> the state of the
 
 
 class GenerateOutput(NamedTuple):
-    """Hypotheses, the best first: B rows with R of them each. Where there are fewer: of length 0, with score -inf."""
+    """Hypotheses, the best first: B rows with R of them each. Where there are fewer: of length 0, with score -inf.
+
+    sequences: [B, R, L] int64, without bos, with forced tokens and eos, then pad_id. lengths: [B, R], tokens before the
+    padding, forced ones and eos counted. scores: [B, R], the new tokens' log-probability divided by its length norm
+    (greedy ones and draws too), plus the coverage penalty. weights: [B, R, L, S], each token's attention, 0 behind the
+    length; None unless asked for.
+    """
 
     sequences: Tensor  # [B, R, L] int64: without bos, with eos, then pad_id
     lengths: Tensor  # [B, R]: tokens before the padding

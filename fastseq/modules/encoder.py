@@ -86,7 +86,11 @@ class Encoder(nn.Module):
         shape = tuple(need_tensor("x", out).shape)
         if len(shape) != 3 or shape[2] != self.input_size:
             what = "x" if self.embedding is None else "embedding(x)"
-            raise InputError(f"{what} has shape {shape}; expected [B, S, I] with I={self.input_size}, input_size")
+            ids = self.embedding is None and len(shape) == 2 and not out.is_floating_point()
+            remedy = "; of token ids, with embedding=nn.Embedding(...)" if ids else ""
+            raise InputError(
+                f"{what} has shape {shape}; expected [B, S, I] with I={self.input_size}, input_size{remedy}"
+            )
         ends = None if lengths is None else lengths_on_cpu(lengths, shape[0], shape[1])
         states: list[LayerState] = []
         for index, layer in enumerate(self.layers):

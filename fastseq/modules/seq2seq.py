@@ -1,6 +1,7 @@
 """fastseq.Seq2Seq: an encoder, a decoder and a vocabulary: its loss, its searches, its file."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ __all__ = ["Seq2Seq", "Seq2SeqOutput"]
 
 
 class Seq2SeqOutput(NamedTuple):
-    """What a teacher-forced pass gives."""
+    """What a teacher-forced pass gives: logits [B, T, V]; the attention's weights [B, T, S], or None."""
 
     logits: Tensor  # [B, T, V]
     weights: Tensor | None  # [B, T, S]
@@ -43,12 +44,14 @@ class Seq2Seq(nn.Module):
     Padded sources need src_lengths: an encoder knows no padding by its id.
     decoder: a `Decoder`. vocab_size: V target tokens, of which bos_id begins, eos_id ends and pad_id fills up.
     embedding: of the target, a module from ids [...] to [..., decoder.input_size]; None: nn.Embedding, whose row of the
-    padding is 0 and stays so.
+    padding is 0 and, unless tied, stays so.
     output: a module from [..., decoder.output_size] to logits [..., V]; None: nn.Linear, with a bias if output_bias.
     tie: "target": the output's weight is the embedding's (Press and Wolf 2017); "all": that of the source as well, so
-    that embedding is `encoder.embedding`.
+    that embedding is `encoder.embedding` and both sides have one vocabulary. The decoder's output_size is its
+    input_size then.
 
-    Searches and scheduled sampling call decoder.step, which runs no hooks of the decoder.
+    The encoder is called as encoder(src, src_lengths). Searches and scheduled sampling call decoder.step, which runs no
+    hooks of the decoder.
 
     Parameters: encoder.*, decoder.*, embedding.*, output.*; a tied one has both names. `extra`: plain data of yours
     (a vocabulary, say) that `save` stores with it.
@@ -89,7 +92,7 @@ class Seq2Seq(nn.Module):
         self._check_ids()
         self._check_memory(encoder, decoder)
         if tie == "all":
-            embedding = _source_embedding(encoder, embedding)
+            embedding = _source_embedding(encoder, embedding, vocab_size)
         like = next(iter(decoder.parameters()))
         factory: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         if embedding is None:
@@ -186,6 +189,7 @@ class Seq2Seq(nn.Module):
 
         Padding is left out; "mean" is over real tokens, "none" gives [B, T], 0 at padding. label_smoothing and the
         memory of large vocabularies as in `functional.linear_cross_entropy`: logits of all tokens never exist at once.
+        End each row with eos, or the model never learns to stop; this is not checked.
         In fp32 (fp64 of a model in fp64).
 
         Raises InputError or TypeError, naming the argument.
@@ -193,6 +197,7 @@ class Seq2Seq(nn.Module):
         one_of("reduction", reduction, ("mean", "sum", "none"))
         need_smoothing(label_smoothing)
         tgt = self._within("tgt", tgt, tgt_lengths)
+        self._need_rows("tgt", tgt, src)
         targets = self._targets(tgt, tgt_lengths)
         features, _ = self._features(src, tgt[:, :-1], src_lengths, teacher_forcing, False)
         output, options = self.output, {"label_smoothing": label_smoothing, "reduction": reduction}
@@ -204,10 +209,16 @@ class Seq2Seq(nn.Module):
         """Checked ids [B, T]; behind their lengths, which nobody looks at, pad_id."""
         self._check_kind_of(name, ids)
         if lengths is not None:
-            ends = lengths_on_cpu(lengths, *ids.shape).to(ids.device)
+            ends = lengths_on_cpu(lengths, ids.shape[0], ids.shape[1], f"{name}_lengths").to(ids.device)
             ids = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) >= ends[:, None], self.pad_id)
         _check_range(name, ids, self.vocab_size, "vocab_size - 1")
         return ids
+
+    def _need_rows(self, name: str, ids: Tensor, src: Any) -> None:
+        """InputError unless there is a target for each source."""
+        _check_source(src, self.encoder)
+        if isinstance(src, Tensor) and src.shape[0] != ids.shape[0]:
+            raise InputError(f"{name} has B={ids.shape[0]} rows, src {src.shape[0]}; pass a target for each source")
 
     def _targets(self, tgt: Tensor, lengths: Lengths) -> Tensor:
         """[B, T] int64: tgt[:, 1:], and -100 for padding."""
@@ -220,7 +231,7 @@ class Seq2Seq(nn.Module):
                 f"tgt[{row}] begins with {int(tgt[row, 0])}; expected bos_id={self.bos_id}: the loss itself shifts tgt"
             )
         if lengths is not None:
-            ends = lengths_on_cpu(lengths, *tgt.shape).to(tgt.device)
+            ends = lengths_on_cpu(lengths, tgt.shape[0], tgt.shape[1], "tgt_lengths").to(tgt.device)
             padding = torch.arange(1, tgt.shape[1], device=tgt.device) >= ends[:, None]
         elif self.pad_id in (self.eos_id, self.bos_id):
             raise InputError(f"pad_id={self.pad_id} is also bos or eos, so padding cannot be told; pass tgt_lengths")
@@ -244,8 +255,7 @@ class Seq2Seq(nn.Module):
             raise TypeError(f"teacher_forcing must be a number, got {type(teacher_forcing).__name__}")
         if not 0 <= teacher_forcing <= 1:
             raise InputError(f"teacher_forcing={teacher_forcing}; it is a probability, 0 to 1")
-        if isinstance(src, Tensor) and src.dim() and src.shape[0] not in (0, tgt_in.shape[0]):
-            raise InputError(f"tgt_in has B={tgt_in.shape[0]} rows, src {src.shape[0]}; pass a target for each source")
+        self._need_rows("tgt_in", tgt_in, src)
         memory = self._encode(src, src_lengths)
         if teacher_forcing == 1:
             output, _, weights = self.decoder(self.embedding(tgt_in), memory, need_weights=need_weights)
@@ -272,7 +282,7 @@ class Seq2Seq(nn.Module):
         return torch.stack(outputs, 1), None if weights[0] is None else torch.stack(weights, 1)
 
     def _encode(self, src: Any, src_lengths: Lengths) -> Memory:
-        _check_source(src, self.encoder)
+        self._check_lengths(src, src_lengths)
         memory = self.encoder(src, src_lengths)
         if not isinstance(memory, Memory):
             raise TypeError(
@@ -283,6 +293,22 @@ class Seq2Seq(nn.Module):
                 f"the encoder gave a memory of B={_rows(memory)} rows for src {tuple(src.shape)}; it is batch first"
             )
         return memory
+
+    def _check_lengths(self, src: Any, lengths: Lengths) -> None:
+        """Lengths that name themselves; a warning where padding is read for want of any."""
+        _check_source(src, self.encoder)
+        if not isinstance(src, Tensor) or src.dim() < 2 or torch.compiler.is_compiling():
+            return
+        if lengths is not None:
+            lengths_on_cpu(lengths, src.shape[0], src.shape[1], "src_lengths")
+            return
+        padding = getattr(getattr(self.encoder, "embedding", None), "padding_idx", None)
+        if padding is not None and src.device.type == "cpu" and bool((src[:, -1] == padding).any()):
+            warnings.warn(
+                f"src ends with the encoder's padding_idx={padding} and there are no src_lengths: the padding is read"
+                " and attended to; pass src_lengths",
+                stacklevel=5,  # the caller of loss
+            )
 
     def _logits(self, features: Tensor) -> Tensor:
         output = self.output
@@ -347,14 +373,17 @@ class Seq2Seq(nn.Module):
         return run_search(step, state, request)
 
     @torch.no_grad()
-    def why_stepwise(self, src: Any, src_lengths: Lengths = None, **options: Any) -> str | None:
+    def why_stepwise(
+        self, src: Any, src_lengths: Lengths = None, *, max_new_tokens: int = 1, **options: Any
+    ) -> str | None:
         """Why `generate(src, src_lengths, **options)` would step from Python; None: it runs in the kernels' loop."""
-        memory, request = self._asked(src, src_lengths, **options)
+        memory, request = self._asked(src, src_lengths, max_new_tokens=max_new_tokens, **options)
         keys, state = self.decoder.prepare(memory), self.decoder.init_state(memory)
         return self._stepwise_for(request) or refuses_native(*self._native(keys, state, request), self.decoder.backend)
 
     def _asked(self, src: Any, src_lengths: Lengths, **options: Any) -> tuple[Memory, Request]:
         """The memory, and what is asked for; that is checked first where the source tells how many rows there are."""
+        _check_source(src, self.encoder)
         memory = None if isinstance(src, Tensor) else self._encode(src, src_lengths)
         request = Request.of(
             batch_size=_rows(src if memory is None else memory), bos_id=self.bos_id, eos_id=self.eos_id,
@@ -460,7 +489,7 @@ def _rows(of: Tensor | Memory) -> int:
     return leaf.shape[0]
 
 
-def _source_embedding(encoder: nn.Module, embedding: nn.Module | None) -> nn.Module:
+def _source_embedding(encoder: nn.Module, embedding: nn.Module | None, vocab_size: int) -> nn.Module:
     """What tie="all" shares."""
     source = getattr(encoder, "embedding", None)
     if not isinstance(source, nn.Embedding):
@@ -469,6 +498,11 @@ def _source_embedding(encoder: nn.Module, embedding: nn.Module | None) -> nn.Mod
         )
     if embedding not in (None, source):
         raise InputError("tie='all' with an embedding of its own; leave embedding out, or use tie='target'")
+    if source.num_embeddings != vocab_size:
+        raise InputError(
+            f"tie='all' shares one vocabulary, but encoder.embedding has {source.num_embeddings} rows and"
+            f" vocab_size={vocab_size}; make them one, or use tie='target'"
+        )
     return source
 
 
