@@ -193,6 +193,9 @@ def test_any_encoder() -> None:
         found = of.generate(src, max_new_tokens=4, **options)
         assert found.sequences.shape[:2] == (3, options.get("num_return_sequences", 1))
 
+    rows = torch.arange(3)[:, None]
+    assert model(V=V).loss(rows, TGT, src_lengths=[9, 9, 9]).isfinite()  # what lengths mean there is its own business
+
     class Wrong(nn.Module):
         def forward(self, src: Tensor, lengths: Any = None) -> Tensor:
             return src

@@ -1,7 +1,6 @@
 """fastseq.Seq2Seq: an encoder, a decoder and a vocabulary: its loss, its searches, its file."""
 
 import os
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends.decoder_call import DecoderCall
-from ..checks import lengths_on_cpu, need_tensor
+from ..checks import lengths_on_cpu
 from ..config import described, part
 from ..errors import InputError
 from ..functional import Lengths
@@ -22,6 +21,7 @@ from ..losses import cross_entropy, linear_cross_entropy, need_smoothing
 from ..ops.decoder_search import Vocabulary
 from ..ops.linear import linear
 from ..saving import load, save
+from ..seq2seq_checks import check_ids, check_kind, check_range, check_source, rows_of
 from ..spec import DecoderState, Keys, Memory, one_of
 from .decoder import Decoder
 from .encoder import Encoder
@@ -207,16 +207,16 @@ class Seq2Seq(nn.Module):
 
     def _within(self, name: str, ids: Any, lengths: Lengths) -> Tensor:
         """Checked ids [B, T]; behind their lengths, which nobody looks at, pad_id."""
-        self._check_kind_of(name, ids)
+        check_kind(name, ids)
         if lengths is not None:
             ends = lengths_on_cpu(lengths, ids.shape[0], ids.shape[1], f"{name}_lengths").to(ids.device)
             ids = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) >= ends[:, None], self.pad_id)
-        _check_range(name, ids, self.vocab_size, "vocab_size - 1")
+        check_range(name, ids, self.vocab_size, "vocab_size - 1")
         return ids
 
     def _need_rows(self, name: str, ids: Tensor, src: Any) -> None:
         """InputError unless there is a target for each source."""
-        _check_source(src, self.encoder)
+        check_ids(src, self.encoder)
         if isinstance(src, Tensor) and src.shape[0] != ids.shape[0]:
             raise InputError(f"{name} has B={ids.shape[0]} rows, src {src.shape[0]}; pass a target for each source")
 
@@ -238,13 +238,6 @@ class Seq2Seq(nn.Module):
         else:
             padding = tgt[:, 1:] == self.pad_id
         return tgt[:, 1:].long().masked_fill(padding, -100)
-
-    def _check_kind_of(self, name: str, ids: Any) -> None:
-        """TypeError or InputError unless `ids` is an integer tensor [B, T]."""
-        if need_tensor(name, ids).dim() != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
-            raise InputError(f"{name} has shape {tuple(ids.shape)}; expected [B, T], both at least 1")
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"{name} must hold token ids, int64 or int32, got {ids.dtype}; convert with .long()")
 
     def _features(
         self, src: Any, tgt_in: Tensor, src_lengths: Lengths, teacher_forcing: float, need_weights: bool
@@ -282,33 +275,17 @@ class Seq2Seq(nn.Module):
         return torch.stack(outputs, 1), None if weights[0] is None else torch.stack(weights, 1)
 
     def _encode(self, src: Any, src_lengths: Lengths) -> Memory:
-        self._check_lengths(src, src_lengths)
+        check_source(src, src_lengths, self.encoder)
         memory = self.encoder(src, src_lengths)
         if not isinstance(memory, Memory):
             raise TypeError(
                 f"the encoder gave a {type(memory).__name__}; expected a fastseq.Memory, see Memory.from_rnn"
             )
-        if isinstance(src, Tensor) and _rows(memory) != src.shape[0]:
+        if isinstance(src, Tensor) and rows_of(memory) != src.shape[0]:
             raise InputError(
-                f"the encoder gave a memory of B={_rows(memory)} rows for src {tuple(src.shape)}; it is batch first"
+                f"the encoder gave a memory of B={rows_of(memory)} rows for src {tuple(src.shape)}; it is batch first"
             )
         return memory
-
-    def _check_lengths(self, src: Any, lengths: Lengths) -> None:
-        """Lengths that name themselves; a warning where padding is read for want of any."""
-        _check_source(src, self.encoder)
-        if not isinstance(src, Tensor) or src.dim() < 2 or torch.compiler.is_compiling():
-            return
-        if lengths is not None:
-            lengths_on_cpu(lengths, src.shape[0], src.shape[1], "src_lengths")
-            return
-        padding = getattr(getattr(self.encoder, "embedding", None), "padding_idx", None)
-        if padding is not None and src.device.type == "cpu" and bool((src[:, -1] == padding).any()):
-            warnings.warn(
-                f"src ends with the encoder's padding_idx={padding} and there are no src_lengths: the padding is read"
-                " and attended to; pass src_lengths",
-                stacklevel=5,  # the caller of loss
-            )
 
     def _logits(self, features: Tensor) -> Tensor:
         output = self.output
@@ -383,10 +360,10 @@ class Seq2Seq(nn.Module):
 
     def _asked(self, src: Any, src_lengths: Lengths, **options: Any) -> tuple[Memory, Request]:
         """The memory, and what is asked for; that is checked first where the source tells how many rows there are."""
-        _check_source(src, self.encoder)
+        check_ids(src, self.encoder)
         memory = None if isinstance(src, Tensor) else self._encode(src, src_lengths)
         request = Request.of(
-            batch_size=_rows(src if memory is None else memory), bos_id=self.bos_id, eos_id=self.eos_id,
+            batch_size=rows_of(src if memory is None else memory), bos_id=self.bos_id, eos_id=self.eos_id,
             pad_id=self.pad_id, device=next(self.decoder.parameters()).device, **options,
         )  # fmt: skip
         request.check_vocabulary(self.vocab_size)
@@ -449,44 +426,6 @@ class Seq2Seq(nn.Module):
     def extra_repr(self) -> str:
         text = f"vocab_size={self.vocab_size}, bos_id={self.bos_id}, eos_id={self.eos_id}, pad_id={self.pad_id}"
         return text + (f", tie={self.tie!r}" if self.tie else "")
-
-
-def _check_source(src: Any, encoder: nn.Module) -> None:
-    """Raise InputError or TypeError for an empty batch, and for what an encoder with nn.Embedding cannot look up."""
-    embedding = getattr(encoder, "embedding", None)
-    looks_up = isinstance(encoder, Encoder) and isinstance(embedding, nn.Embedding)
-    if looks_up:
-        need_tensor("src", src, "pass token ids [B, S]")
-    if not isinstance(src, Tensor):
-        return
-    if src.dim() == 0 or src.shape[0] == 0:
-        raise InputError(f"src has shape {tuple(src.shape)}; expected a batch of at least one row: [B, S]")
-    if not looks_up or not isinstance(embedding, nn.Embedding):
-        return
-    if src.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"src must hold token ids, int64 or int32, got {src.dtype}; convert with .long()")
-    if src.dim() != 2:
-        raise InputError(f"src has shape {tuple(src.shape)}; expected token ids [B, S]")
-    _check_range("src", src, embedding.num_embeddings, "the rows of the encoder's embedding")
-
-
-def _check_range(name: str, ids: Tensor, size: int, what: str) -> None:
-    """InputError for ids that are none of `size`; on other devices than the CPU the host does not wait for them."""
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
-        return
-    least, most = (int(t) for t in ids.aminmax())
-    if least < 0 or most >= size:
-        raise InputError(f"{name} holds {least if least < 0 else most}; ids are 0 to {size - 1}, {what}")
-
-
-def _rows(of: Tensor | Memory) -> int:
-    """B of a source or of a memory."""
-    if isinstance(of, Tensor):
-        return of.shape[0] if of.dim() else 0
-    leaf = of.out if of.out is not None else None if of.state is None else of.state[0][0]
-    if leaf is None:
-        raise InputError("the encoder's memory has neither out nor state; one of them tells the batch")
-    return leaf.shape[0]
 
 
 def _source_embedding(encoder: nn.Module, embedding: nn.Module | None, vocab_size: int) -> nn.Module:
