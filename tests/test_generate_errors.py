@@ -15,7 +15,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "beams": ({"num_beams": 0}, fastseq.InputError, "num_beams=0; it is at least 1"),
     "sampling as text": ({"do_sample": "no"}, TypeError, "do_sample must be True or False, got 'no'"),
     "huge penalty": ({"length_penalty": 1e4}, fastseq.InputError, "length_penalty=10000.0 is too far from 0 for 6"),
-    "what fp32 lacks": ({"length_penalty": -40}, fastseq.InputError, "length_penalty=-40 is too far from 0 for 6 tokens"),
+    "what fp32 lacks": ({"length_penalty": -40}, fastseq.InputError, "length_penalty=-40 is too far from 0 for 6"),
     "stopping as a number": ({"early_stopping": 1, "num_beams": 2}, fastseq.InputError, "early_stopping=1; expected"),
     "ragged prefix": ({"decoder_input_ids": [[3, 4], [3], [3]]}, fastseq.InputError, "must have rows of one length"),
     "empty prefix": ({"decoder_input_ids": [[], [], []]}, fastseq.InputError, "must have rows of one length"),
