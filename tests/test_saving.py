@@ -53,12 +53,17 @@ def again(module: nn.Module, path: Path) -> Any:
     return found
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
+def save_tiny(folder: Path) -> Path:
+    """A model with a tie and an extra, in a file."""
     model = tiny(tie="target")
     model.extra = {"words": ["a", "b"], "n": 3}
-    model.save(tmp_path / "model")
-    return tmp_path / "model"
+    model.save(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return save_tiny(tmp_path)
 
 
 # ---- what comes back

@@ -16,17 +16,14 @@ import torch
 
 import fastseq
 from fastseq import Encoder, InputError, Seq2Seq, saving
-from tests.test_saving import tiny
+from tests.test_saving import save_tiny, tiny
 
 pytest.importorskip("safetensors")
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    model = tiny(tie="target")
-    model.extra = {"words": ["a", "b"], "n": 3}
-    model.save(tmp_path / "model")
-    return tmp_path / "model"
+    return save_tiny(tmp_path)
 
 
 class File:

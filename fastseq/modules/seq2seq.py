@@ -171,6 +171,8 @@ class Seq2Seq(nn.Module):
 
         Raises InputError or TypeError, naming the argument.
         """
+        tgt_in = self._within("tgt_in", tgt_in, None)
+        self._need_rows("tgt_in", tgt_in, src)
         features, weights = self._features(src, tgt_in, src_lengths, teacher_forcing, need_weights)
         return Seq2SeqOutput(self._logits(features), weights)
 
@@ -242,13 +244,11 @@ class Seq2Seq(nn.Module):
     def _features(
         self, src: Any, tgt_in: Tensor, src_lengths: Lengths, teacher_forcing: float, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The decoder's outputs [B, T, R] and weights."""
-        tgt_in = self._within("tgt_in", tgt_in, None)
+        """The decoder's outputs [B, T, R] and weights, of checked tgt_in."""
         if isinstance(teacher_forcing, bool) or not isinstance(teacher_forcing, (int, float)):
             raise TypeError(f"teacher_forcing must be a number, got {type(teacher_forcing).__name__}")
         if not 0 <= teacher_forcing <= 1:
             raise InputError(f"teacher_forcing={teacher_forcing}; it is a probability, 0 to 1")
-        self._need_rows("tgt_in", tgt_in, src)
         memory = self._encode(src, src_lengths)
         if teacher_forcing == 1:
             output, _, weights = self.decoder(self.embedding(tgt_in), memory, need_weights=need_weights)
