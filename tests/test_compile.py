@@ -9,7 +9,8 @@ import torch._dynamo.testing
 from torch import Tensor, nn
 
 import fastseq
-from fastseq import _native
+from fastseq import _native, functional
+from fastseq.spec import AttentionParams, Keys
 
 if _native.C is None:
     pytest.skip(str(_native.reason), allow_module_level=True)
@@ -112,3 +113,22 @@ def test_inductor() -> None:
         [out.detach(), *torch.autograd.grad(out.pow(2).sum(), parameters)] for out in (compiled(tokens), model(tokens))
     )
     assert_same(got, expected, 16)
+
+
+def test_one_tensor_given_twice() -> None:
+    """(z, z) as h0 and c0, a memory that is its own keys: torch.compile gives a Function no tensor twice."""
+    layer, decoder = fastseq.LSTM(5, 6), fastseq.Decoder.luong(5, 6, memory_size=6, bridge="zero")
+    memory = fastseq.Memory(torch.randn(3, 4, 6))
+
+    def each(x: Tensor, z: Tensor, q: Tensor) -> list[Tensor]:
+        attended, _ = functional.attention(q, Keys(memory.out, memory.out), AttentionParams())
+        return [layer(x.transpose(0, 1), (z, z))[0], decoder(x, memory).output, attended]
+
+    inputs = torch.randn(3, 4, 5), torch.randn(1, 3, 6), torch.randn(3, 2, 6, requires_grad=True)
+    parameters = [*layer.parameters(), *decoder.parameters(), inputs[2]]
+    compiled = torch.compile(each, backend="aot_eager", fullgraph=True)
+    found = [
+        (*outputs, *torch.autograd.grad(sum(t.sum() for t in outputs), parameters))
+        for outputs in (compiled(*inputs), each(*inputs))
+    ]
+    torch.testing.assert_close(*found)

@@ -27,6 +27,7 @@ if _native.C is None:
 from fastseq.ops import decoder as ops
 
 cpu = importlib.import_module("fastseq.backends.decoder_cpu")
+fused = importlib.import_module("fastseq.backends.decoder_fused")
 UPPER = {"num_layers": 2, "query_layer": 0, "context_to": "upper"}
 PLANS: dict[str, tuple[dict[str, Any], str]] = {
     "sutskever": (PRESETS["sutskever"], "nothing loops"),
@@ -66,10 +67,10 @@ PLANS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", PLANS)
 def test_what_loops(name: str) -> None:
     options, expected = PLANS[name]
-    plan = cpu.plan(DecoderSpec(**options))
+    plan = fused.plan(DecoderSpec(**options))
     assert str(plan) == expected
-    assert plan is cpu.plan(DecoderSpec(**options))
-    assert hash(plan) == hash(cpu.make_plan(DecoderSpec(**options)))
+    assert plan is fused.plan(DecoderSpec(**options))
+    assert hash(plan) == hash(fused.make_plan(DecoderSpec(**options)))
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -334,8 +335,8 @@ def test_gradients_of_masks_and_transforms_take_the_reference() -> None:
 
 def arguments(case: Case) -> tuple[ops.LoopSpec, ops.LoopTensors]:
     call = decoder_call(case)
-    plan = cpu.plan(call.spec)
-    return plan.loop, cpu._loop_tensors(call, plan, call.y)
+    plan = fused.plan(call.spec)
+    return plan.loop, fused._loop_tensors(call, plan, call.y)
 
 
 no_alias = pytest.mark.filterwarnings("error:.*may not alias")

@@ -14,12 +14,12 @@ from .. import _native
 from ..backends import decoder_reference
 from ..backends.decoder_call import AttentionCall
 from ..spec import AttentionParams, Keys
-from .common import address, is_direct, through_reference
+from .common import Kernels, address, distinct, is_direct, through_reference, triton_kernels
 
 __all__ = ["attention"]
 
 _LIBRARY = torch.library.Library("fastseq", "FRAGMENT")
-# fp32 or bf16. Without `save` weights are empty.
+# fp32 or bf16; on Triton fp16 too. Without `save` weights are empty.
 _LIBRARY.define(
     "attention_forward(Tensor q, Tensor keys, Tensor memory, Tensor? mask, Tensor? v, bool save) "
     "-> (Tensor context, Tensor weights)"
@@ -38,13 +38,14 @@ def attention(
     mask: Tensor | None,  # [B, S] bool, True = attend
     v: Tensor | None,  # [A] of the additive form; None: the dot form
     need_weights: bool,
+    on: str = "cpu",
 ) -> tuple[Tensor, Tensor | None]:
-    """Context [N, T, D] and weights [N, T, S] or None on the fused CPU kernel, differentiable; both in q's dtype."""
+    """Context [N, T, D] and weights [N, T, S] or None on a fused kernel, differentiable; both in q's dtype."""
     inputs = (q, keys, memory, v)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        context, weights = _Attention.apply(q, keys, memory, mask, v)
+        context, weights = _Attention.apply(on, *distinct(q, keys, memory, mask, v))
     else:
-        run = _forward if is_direct((q, keys, memory)) else torch.ops.fastseq.attention_forward.default
+        run = _kernels(on).forward if is_direct((q, keys, memory)) else torch.ops.fastseq.attention_forward.default
         context, weights = run(q, keys, memory, mask, v, need_weights)
     return context, weights if need_weights else None
 
@@ -103,8 +104,17 @@ def _backward(
     return results
 
 
+_NATIVE = Kernels(_forward, _backward)
+
+
+def _kernels(on: str) -> Kernels:
+    return _NATIVE if on == "cpu" else triton_kernels("attention")
+
+
 _LIBRARY.impl("attention_forward", _forward, "CPU")
 _LIBRARY.impl("attention_backward", _backward, "CPU")
+_LIBRARY.impl("attention_forward", torch.no_grad()(lambda *args: _kernels("triton").forward(*args)), "CUDA")
+_LIBRARY.impl("attention_backward", torch.no_grad()(lambda *args: _kernels("triton").backward(*args)), "CUDA")
 torch.library.register_fake("fastseq::attention_forward", _outputs, lib=_LIBRARY)
 torch.library.register_fake("fastseq::attention_backward", _gradients, lib=_LIBRARY)
 
@@ -113,10 +123,13 @@ class _Attention(torch.autograd.Function):
     """Weights are always a result: backward needs them."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, keys: Tensor, memory: Tensor, mask: Tensor | None, v: Tensor | None) -> Any:
-        run = _forward if is_direct((q, keys, memory)) else torch.ops.fastseq.attention_forward.default
+    def forward(
+        ctx: Any, on: str, q: Tensor, keys: Tensor, memory: Tensor, mask: Tensor | None, v: Tensor | None
+    ) -> Any:
+        run = _kernels(on).forward if is_direct((q, keys, memory)) else torch.ops.fastseq.attention_forward.default
         context, weights = run(q, keys, memory, mask, v, True)
         ctx.save_for_backward(q, keys, memory, mask, v, weights)
+        ctx.on = on
         ctx.set_materialize_grads(False)
         return context, weights
 
@@ -124,14 +137,15 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, d_context: Tensor | None, d_weights: Tensor | None) -> Any:
         q, keys, memory, mask, v, weights = ctx.saved_tensors
         if d_context is None and d_weights is None:
-            return None, None, None, None, None
+            return (None,) * 6
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             d: Sequence[Any] = _recorded((q, keys, memory, v), mask, (d_context, d_weights))
         else:
-            run = _backward if is_direct((q, keys, memory)) else torch.ops.fastseq.attention_backward.default
+            direct = is_direct((q, keys, memory))
+            run = _kernels(ctx.on).backward if direct else torch.ops.fastseq.attention_backward.default
             d = run(d_context, d_weights, q, keys, memory, mask, v, weights)
         d_q, d_keys, d_memory, d_v = d
-        return d_q, d_keys, d_memory, None, None if v is None else d_v
+        return None, d_q, d_keys, d_memory, None, None if v is None else d_v
 
 
 def _recorded(inputs: Sequence[Tensor | None], mask: Tensor | None, grads: Sequence[Tensor | None]) -> list[Any]:

@@ -1,15 +1,38 @@
 """What the operators share: the cells' numbers in the native module, addresses, and differentiable gradients."""
 
+import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["CELLS", "address", "is_direct", "runs_once", "saves_unseen", "through_reference"]
+__all__ = [
+    "CELLS", "Kernels", "address", "distinct", "is_direct", "runs_once", "saves_unseen", "through_reference",
+    "triton_kernels",
+]  # fmt: skip
 
 CELLS = {"lstm": 0, "gru": 1, "gru_reset_before": 2}
 _PLAIN = {Tensor, torch.nn.Parameter}
+
+
+class Kernels(NamedTuple):
+    """Whose kernels run an operator: both take the arguments of its schema, and give None where that has empty tensors.
+
+    Every operator has those of the CPU and of Triton. Called directly it is told which, `on="cpu"` or `on="triton"`;
+    through its schema, as by torch.compile, the tensors' device decides.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+@lru_cache(maxsize=16)
+def triton_kernels(module: str) -> Kernels:
+    """Those of fastseq.kernels.<module>, which imports Triton."""
+    found = importlib.import_module(f"fastseq.kernels.{module}")
+    return Kernels(found.forward, found.backward)
 
 
 def is_direct(tensors: Sequence[Tensor]) -> bool:
@@ -19,6 +42,13 @@ def is_direct(tensors: Sequence[Tensor]) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and _PLAIN.issuperset(map(type, tensors))
     )
+
+
+def distinct(*tensors: Any) -> Sequence[Any]:
+    """The same values; under torch.compile as views, since it gives a Function no tensor twice: (z, z) as h0 and c0."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    return [None if t is None else t.view_as(t) for t in tensors]
 
 
 def address(t: Tensor | None) -> int:

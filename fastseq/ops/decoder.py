@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backends.decoder_reference import Decoder, Source, steps
 from ..backends.reference import Weights, wide
 from ..spec import AttentionParams, DecoderSpec, DecoderState, DropoutMasks, Keys
-from .common import is_direct, runs_once, saves_unseen, through_reference
+from .common import Kernels, distinct, is_direct, runs_once, saves_unseen, through_reference, triton_kernels
 from .decoder_native import complete, empty_results, run_backward, run_forward
 from .decoder_types import GRADIENTS, KEPT, LoopSpec, LoopTensors
 
@@ -97,10 +97,21 @@ def loop_reference(loop: LoopSpec, need_weights: bool, *flat: Tensor | None) -> 
     )
 
 
-def _forward_operator(*args):  # type: ignore[no-untyped-def]
-    loop, x = LoopSpec(*args[: len(LoopSpec._fields)]), LoopTensors(*args[len(LoopSpec._fields) : -2])
-    with torch.no_grad():
-        return complete(x.y, run_forward(loop, x, *args[-2:]))
+_NATIVE = Kernels(run_forward, run_backward)
+
+
+def _kernels(on: str) -> Kernels:
+    """Forward takes (loop, tensors, need_weights, save), backward (loop, grads, tensors, kept, needs, consume)."""
+    return _NATIVE if on == "cpu" else triton_kernels("decoder")
+
+
+def _forward_operator(on: str) -> Any:
+    def forward(*args):  # type: ignore[no-untyped-def]
+        loop, x = LoopSpec(*args[: len(LoopSpec._fields)]), LoopTensors(*args[len(LoopSpec._fields) : -2])
+        with torch.no_grad():
+            return complete(x.y, _kernels(on).forward(loop, x, *args[-2:]))
+
+    return forward
 
 
 def _fake_forward(*args):  # type: ignore[no-untyped-def]
@@ -113,10 +124,13 @@ def _split_backward(args: Sequence[Any]) -> tuple[LoopSpec, Sequence[Any], LoopT
     return LoopSpec(*args[:spec]), args[spec:grads], LoopTensors(*args[grads:-2]), args[-2], args[-1]
 
 
-def _backward_operator(*args):  # type: ignore[no-untyped-def]
-    _, _, x, _, _ = split = _split_backward(args)
-    with torch.no_grad():
-        return complete(x.y, run_backward(*split, consume=False))
+def _backward_operator(on: str) -> Any:
+    def backward(*args):  # type: ignore[no-untyped-def]
+        _, _, x, _, _ = split = _split_backward(args)
+        with torch.no_grad():
+            return complete(x.y, _kernels(on).backward(*split, consume=False))
+
+    return backward
 
 
 def _fake_backward(*args):  # type: ignore[no-untyped-def]
@@ -125,16 +139,19 @@ def _fake_backward(*args):  # type: ignore[no-untyped-def]
     return [x.y.new_empty(0) if t is None or not need else t.new_empty(t.shape) for t, need in pairs]
 
 
-_LIBRARY.impl("decoder_loop", _forward_operator, "CPU")
-_LIBRARY.impl("decoder_loop_backward", _backward_operator, "CPU")
+for _on, _key in (("cpu", "CPU"), ("triton", "CUDA")):
+    _LIBRARY.impl("decoder_loop", _forward_operator(_on), _key)
+    _LIBRARY.impl("decoder_loop_backward", _backward_operator(_on), _key)
 torch.library.register_fake("fastseq::decoder_loop", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("fastseq::decoder_loop_backward", _fake_backward, lib=_LIBRARY)
 
 
-def _run(loop: LoopSpec, x: LoopTensors, need_weights: bool, save: bool) -> tuple[LoopResults, Sequence[Tensor | None]]:
+def _run(
+    loop: LoopSpec, x: LoopTensors, need_weights: bool, save: bool, on: str
+) -> tuple[LoopResults, Sequence[Tensor | None]]:
     """The results, and what KEPT names."""
     if is_direct([t for t in x.flat() if t is not None]):
-        made: Sequence[Tensor | None] = run_forward(loop, x, need_weights, save)
+        made: Sequence[Tensor | None] = _kernels(on).forward(loop, x, need_weights, save)
     else:
         made = torch.ops.fastseq.decoder_loop.default(*loop, *x, need_weights, save)
     hs, contexts, outs, weights, *_ = kept = made[: len(KEPT)]
@@ -158,17 +175,17 @@ class _DecoderLoop(torch.autograd.Function):
     """Old style, as in `rnn`."""
 
     @staticmethod
-    def forward(ctx, loop, need_weights, *flat):  # type: ignore[no-untyped-def]
-        results, kept = _run(loop, LoopTensors.of(loop, flat), need_weights, True)
+    def forward(ctx, on, loop, need_weights, *flat):  # type: ignore[no-untyped-def]
+        results, kept = _run(loop, LoopTensors.of(loop, flat), need_weights, True, on)
         ctx.save_for_backward(*flat, *kept)
-        ctx.loop, ctx.need_weights, ctx.needs = loop, need_weights, ctx.needs_input_grad[2:]
+        ctx.on, ctx.loop, ctx.need_weights, ctx.needs = on, loop, need_weights, ctx.needs_input_grad[3:]
         ctx.unseen = not torch.compiler.is_compiling() and saves_unseen()
         ctx.set_materialize_grads(False)
         return _flatten(results)
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        return None, None, *_backward_of(ctx, grads)
+        return None, None, None, *_backward_of(ctx, grads)
 
 
 def _backward_of(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -184,17 +201,17 @@ def _backward_of(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | 
     gradients = (d_hs, d_contexts, d_outs, d_weights, d_feed, d_states[: loop.layers], d_states[loop.layers :])
     x = LoopTensors.of(loop, flat)
     if is_direct([t for t in flat if t is not None]):
-        return run_backward(loop, gradients, x, kept, needs, ctx.unseen and runs_once())
+        return _kernels(ctx.on).backward(loop, gradients, x, kept, needs, ctx.unseen and runs_once())
     found = torch.ops.fastseq.decoder_loop_backward.default(*loop, *gradients, *x, complete(x.y, kept), needs)
     return [d if need else None for d, need in zip(found, needs, strict=True)]
 
 
-def decoder_loop(loop: LoopSpec, x: LoopTensors, need_weights: bool) -> LoopResults:
-    """The loop on the fused CPU kernels, differentiable but for the masks."""
+def decoder_loop(loop: LoopSpec, x: LoopTensors, need_weights: bool, on: str = "cpu") -> LoopResults:
+    """The loop on fused kernels, differentiable but for the masks."""
     if not torch.is_grad_enabled():
-        return _run(loop, x, need_weights, False)[0]
+        return _run(loop, x, need_weights, False, on)[0]
     flat = x.flat()
     if not any(t is not None and t.requires_grad for t in flat):
-        return _run(loop, x, need_weights, False)[0]
-    hs, seen, weights, feed_n, *states = _DecoderLoop.apply(loop, need_weights, *flat)
+        return _run(loop, x, need_weights, False, on)[0]
+    hs, seen, weights, feed_n, *states = _DecoderLoop.apply(on, loop, need_weights, *distinct(*flat))
     return LoopResults(hs, seen, weights, feed_n, tuple(states[: loop.layers]), tuple(states[loop.layers :]))

@@ -12,15 +12,7 @@ from torch import Tensor
 
 from .. import _native
 from .common import CELLS, address
-from .decoder_products import (
-    LoopGradients,
-    beside_gradient,
-    cell_gradients,
-    input_gradients,
-    key_gradient,
-    query_gradient,
-    readout_gradients,
-)
+from .decoder_products import LoopGradients, all_gradients
 from .decoder_types import COLUMNS, KEPT, LoopSpec, LoopTensors, masked, parts
 from .linear import product
 
@@ -192,29 +184,9 @@ def run_backward(
     x, need = x.dense(loop), LoopTensors.of(loop, needs)
     found = _empty_gradients(loop, x, kept, need, consume)
     _run_native(loop, grads, x, kept, found)
-    contexts, cs = kept[KEPT.index("contexts")], kept[KEPT.index("cs")]
     if consume:
-        _free(cs)
-    # All that is read of what the loop made is freed before the next, larger gradients are allocated.
-    d_w_read, d_b_read = readout_gradients(loop, x, kept, found, need)
-    if consume and loop.feed == "output" and not any(loop.contexts):  # seen neither outside nor by a cell
-        _free(contexts)
-    d_keys = key_gradient(loop, x, kept, found) if need.keys else None
-    d_w_query = query_gradient(loop, x, kept, found) if need.w_query else None
-    _free(found.d_queries)
-    d_y = input_gradients(loop, x, found) if need.y else None
-    _free(found.d_read)
-    d_weights = [d for i in range(loop.cells) for d in cell_gradients(loop, x, kept, found, need, i)]
-    dtype = x.y.dtype
-    return [
-        d_y, _needed(d_keys, need.keys, dtype), _needed(found.d_memory, need.memory, dtype), None, found.d_feed0,
-        beside_gradient(loop, x, found) if need.beside else None, d_w_query, _needed(found.d_v, need.v, dtype),
-        d_w_read, d_b_read, None, None, None, *found.d_h0, *found.d_c0, *d_weights,
-    ]  # fmt: skip
-
-
-def _needed(gradient: Tensor | None, need: Any, dtype: torch.dtype) -> Tensor | None:
-    return gradient.to(dtype) if need and gradient is not None else None
+        _free(kept[KEPT.index("cs")])
+    return all_gradients(loop, x, kept, found, need, consume, _free)
 
 
 def _free(t: Tensor | None) -> None:

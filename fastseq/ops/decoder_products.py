@@ -2,8 +2,8 @@
 each parameter's gradient in one buffer. Letters as in `decoder`.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +11,7 @@ from torch import Tensor
 from .decoder_types import KEPT, LoopSpec, LoopTensors, masked, parts
 from .linear import input_gradient, weight_gradient
 
-__all__ = [
-    "LoopGradients", "beside_gradient", "cell_gradients", "input_gradients", "key_gradient", "query_gradient",
-    "readout_gradients",
-]  # fmt: skip
+__all__ = ["LoopGradients", "all_gradients", "asking_states"]
 
 Kept = Sequence[Tensor | None]  # what KEPT names
 
@@ -32,6 +29,36 @@ class LoopGradients(NamedTuple):
     d_feed0: Tensor | None  # [N, F]; None here and below: not needed
     d_h0: list[Tensor | None]
     d_c0: list[Tensor | None]
+
+
+def all_gradients(
+    loop: LoopSpec, x: LoopTensors, kept: Kept, found: LoopGradients, need: LoopTensors, consume: bool,
+    free: Callable[[Tensor | None], None],
+) -> list[Tensor | None]:  # fmt: skip
+    """The gradients of LoopTensors, flattened, None for those not needed.
+
+    `free` is told what is read no more, before the next, larger gradients are allocated: of `found`, and with `consume`
+    of `kept`.
+    """
+    d_w_read, d_b_read = readout_gradients(loop, x, kept, found, need)
+    if consume and loop.feed == "output" and not any(loop.contexts):  # seen neither outside nor by a cell
+        free(kept[_CONTEXTS])
+    d_keys = key_gradient(loop, x, kept, found) if need.keys else None
+    d_w_query = query_gradient(loop, x, kept, found) if need.w_query else None
+    free(found.d_queries)
+    d_y = input_gradients(loop, x, found) if need.y else None
+    free(found.d_read)
+    d_weights = [d for i in range(loop.cells) for d in cell_gradients(loop, x, kept, found, need, i)]
+    dtype = x.y.dtype
+    return [
+        d_y, _needed(d_keys, need.keys, dtype), _needed(found.d_memory, need.memory, dtype), None, found.d_feed0,
+        beside_gradient(loop, x, found) if need.beside else None, d_w_query, _needed(found.d_v, need.v, dtype),
+        d_w_read, d_b_read, None, None, None, *found.d_h0, *found.d_c0, *d_weights,
+    ]  # fmt: skip
+
+
+def _needed(gradient: Tensor | None, need: Any, dtype: torch.dtype) -> Tensor | None:
+    return gradient.to(dtype) if need and gradient is not None else None
 
 
 def cell_gradients(
@@ -142,13 +169,13 @@ def key_gradient(loop: LoopSpec, x: LoopTensors, kept: Kept, found: LoopGradient
     if found.d_scores is None or x.keys is None:
         return found.d_keys
     batch, source, units = x.keys.shape
-    asked = _asked(loop, kept) if x.w_query is None else kept[_QUERIES]
+    asked = asking_states(loop, kept) if x.w_query is None else kept[_QUERIES]
     assert asked is not None
     d_scores = found.d_scores.view(batch, asked.shape[0] // batch * asked.shape[1], source)
     return torch.bmm(d_scores.mT, asked.reshape(batch, -1, units).float())
 
 
-def _asked(loop: LoopSpec, kept: Kept) -> Tensor:
+def asking_states(loop: LoopSpec, kept: Kept) -> Tensor:
     """The states [N, T, H] that ask."""
     hs = _states(kept, loop.query_cell)
     return hs[:, :-1] if loop.attend == "before" else hs[:, 1:]
@@ -158,7 +185,7 @@ def query_gradient(loop: LoopSpec, x: LoopTensors, kept: Kept, found: LoopGradie
     """d_w_query."""
     assert found.d_queries is not None and x.w_query is not None  # noqa: PT018
     d_w_query = torch.empty_like(x.w_query)
-    weight_gradient(found.d_queries, _asked(loop, kept), d_w_query)
+    weight_gradient(found.d_queries, asking_states(loop, kept), d_w_query)
     return d_w_query
 
 

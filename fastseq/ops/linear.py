@@ -1,8 +1,9 @@
 """The products of linear layers, and `torch.ops.fastseq.linear` on them: sums in fp32, results in the operands' dtype.
 
-Letters: tokens [N, T] or [M], K input features, O output features. The products take fp32 or bf16 on the CPU, all of
-one dtype, dense in the last dimension and of any strides before it: slices of larger buffers are read and written in
-place. Their callers check; what is asserted here would be a fault of fastseq.
+Letters: tokens [N, T] or [M], K input features, O output features. The products take fp32 or bf16, on a GPU fp16 too,
+all of one dtype, dense in the last dimension and of any strides before it: slices of larger buffers are read and
+written in place. On the CPU they are the native module's, elsewhere PyTorch's own. Their callers check; what is
+asserted here would be a fault of fastseq.
 """
 
 import math
@@ -54,6 +55,10 @@ def _multiply(name: str, x: Tensor, w: Tensor, b: Tensor | None, columns: int, o
         out = x.new_empty((*x.shape[:-1], columns))
     assert out.shape == (*x.shape[:-1], columns)
     assert x.dtype == w.dtype == out.dtype
+    if not _is_native(x):
+        made = x @ (w.mT if name == "product" else w)
+        made = made if b is None else made + b
+        return out.add_(made) if add else out.copy_(made)
     getattr(_native.C, name)(
         _is_bf16(x), math.prod(x.shape[:-1]), x.shape[-1], columns, _tokens(x), _tokens(out), *_matrix(w), address(b),
         add, torch.get_num_threads(),
@@ -68,15 +73,25 @@ def weight_gradient(
     db: Tensor | None = None,  # [O]
 ) -> None:
     """Fills dw[o, k] = sum_nt dy[n, t, o] x[n, t, k] and db[o] = sum_nt dy[n, t, o]: fp32 sums, rounded once."""
-    assert _native.C is not None
     assert dy.shape[:-1] == x.shape[:-1]
     assert dw is None or (dw.shape == (dy.shape[-1], x.shape[-1]) and dw.dtype == x.dtype)
     assert db is None or (db.shape == dy.shape[-1:] and db.dtype == x.dtype and _is_dense(db))
     assert dy.dtype == x.dtype
+    if not _is_native(x):
+        if dw is not None:
+            dw.copy_(dy.flatten(0, -2).mT @ x.flatten(0, -2))
+        if db is not None:
+            db.copy_(dy.flatten(0, -2).sum(0, dtype=torch.float32))
+        return
+    assert _native.C is not None
     _native.C.weight_gradient(
         _is_bf16(x), math.prod(x.shape[:-1]), dy.shape[-1], x.shape[-1], _tokens(dy), _tokens(x),
         *((0, 0) if dw is None else _matrix(dw)), address(db), torch.get_num_threads(),
     )  # fmt: skip
+
+
+def _is_native(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in _DTYPES and _native.C is not None
 
 
 def _is_bf16(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _native
 from ..backends import reference
-from .common import CELLS, address, is_direct, through_reference
+from .common import CELLS, Kernels, address, distinct, is_direct, through_reference, triton_kernels
 
 __all__ = ["rnn_layer"]
 
@@ -103,10 +103,6 @@ def _tokens(x: Tensor, batch_sizes: Tensor | None) -> int:
     return x.shape[0] if batch_sizes is not None else x.shape[0] * x.shape[1]
 
 
-def _forward_operator(cell, x, h0, c0, weights, *others):  # type: ignore[no-untyped-def]
-    return _complete(x, _forward(cell, x, h0, c0, weights, *others))
-
-
 def _gradients(
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], needs: Sequence[bool], zero: bool
 ) -> list[Tensor]:
@@ -175,8 +171,30 @@ def _fake_backward(  # type: ignore[no-untyped-def]
     return _gradients(x, h0, c0, weights, needs, False)
 
 
-_LIBRARY.impl("rnn_forward", _forward_operator, "CPU")
+_NATIVE = Kernels(_forward, _backward)
+
+
+def _kernels(on: str) -> Kernels:
+    return _NATIVE if on == "cpu" else triton_kernels("rnn")
+
+
+def _operator(on: str) -> Any:
+    def forward(cell, x, *args):  # type: ignore[no-untyped-def]
+        with torch.no_grad():
+            return _complete(x, _kernels(on).forward(cell, x, *args))
+
+    return forward
+
+
+@torch.no_grad()
+def _triton_backward(*args: Any) -> Any:
+    return _kernels("triton").backward(*args)
+
+
+_LIBRARY.impl("rnn_forward", _operator("cpu"), "CPU")
 _LIBRARY.impl("rnn_backward", _backward, "CPU")
+_LIBRARY.impl("rnn_forward", _operator("triton"), "CUDA")
+_LIBRARY.impl("rnn_backward", _triton_backward, "CUDA")
 torch.library.register_fake("fastseq::rnn_forward", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("fastseq::rnn_backward", _fake_backward, lib=_LIBRARY)
 
@@ -186,7 +204,7 @@ def _backward_of(ctx: Any, static: tuple[Any, ...], grads: Sequence[Tensor | Non
     x, h0, c0, lengths, batch_sizes, out, gates, cells, *weights = ctx.saved_tensors
     if all(g is None for g in grads):
         return [None] * (3 + len(weights))
-    cell, batch_first, bidirectional = static
+    on, cell, batch_first, bidirectional = static
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
 
         def forward(x, h0, c0, *weights):  # type: ignore[no-untyped-def]
@@ -194,8 +212,9 @@ def _backward_of(ctx: Any, static: tuple[Any, ...], grads: Sequence[Tensor | Non
 
         return through_reference(forward, (x, h0, c0, *weights), grads)
     needs = ctx.needs
-    run = _backward
-    if not is_direct((x, *weights)):
+    if is_direct((x, *weights)):
+        run = _kernels(on).backward
+    else:
         run, cells = torch.ops.fastseq.rnn_backward.default, x.new_empty(0) if cells is None else cells
     d_out, d_h_n, d_c_n = grads
     d = run(
@@ -215,8 +234,8 @@ class _RnnLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, static, x, h0, c0, lengths, batch_sizes, *weights):  # type: ignore[no-untyped-def]
-        cell, batch_first, bidirectional = static
-        run = _forward if is_direct((x, *weights)) else torch.ops.fastseq.rnn_forward.default
+        on, cell, batch_first, bidirectional = static
+        run = _kernels(on).forward if is_direct((x, *weights)) else torch.ops.fastseq.rnn_forward.default
         out, h_n, c_n, gates, cells = run(
             cell, x, h0, c0, weights, lengths, batch_sizes, batch_first, bidirectional, True
         )
@@ -238,7 +257,7 @@ class _TransformedRnnLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(static, x, h0, c0, lengths, batch_sizes, *weights):  # type: ignore[no-untyped-def]
-        cell, batch_first, bidirectional = static
+        _, cell, batch_first, bidirectional = static
         return torch.ops.fastseq.rnn_forward(
             cell, x, h0, c0, weights, lengths, batch_sizes, batch_first, bidirectional, True
         )
@@ -261,7 +280,7 @@ class _TransformedRnnLayer(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, static, x, h0, c0, lengths, batch_sizes, *weights):  # type: ignore[no-untyped-def]
-        cell, batch_first, bidirectional = static
+        _, cell, batch_first, bidirectional = static
 
         def layer(x, h0, c0, lengths, batch_sizes, *weights):  # type: ignore[no-untyped-def]
             out, h_n, c_n = reference.layer(cell, x, h0, c0, weights, lengths, batch_sizes, batch_first, bidirectional)
@@ -278,13 +297,14 @@ def rnn_layer(
     h0: Tensor | None,  # [D, B, H]
     c0: Tensor | None,
     weights: Sequence[Tensor],  # D times w_ih [G*H, I], w_hh [G*H, H] (, b_ih, b_hh)
-    lengths: Tensor | None,  # [B] int64 on the CPU
+    lengths: Tensor | None,  # [B] int64 on the CPU; on Triton int32 or int64 on x's device
     batch_sizes: Tensor | None,  # [T] int64 on the CPU
     batch_first: bool,
     bidirectional: bool,
+    on: str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One layer on the fused CPU kernels, differentiable: out, h_n, c_n (None for a GRU), as the schema above says."""
-    static = (cell, batch_first, bidirectional)
+    """One layer on fused kernels, differentiable: out, h_n, c_n (None for a GRU), as the schema above says."""
+    static = (on, cell, batch_first, bidirectional)
     if torch.autograd.forward_ad._current_level >= 0:  # the kernels carry no tangents
         out, h_n, c_n = reference.layer(cell, x, h0, c0, weights, lengths, batch_sizes, batch_first, bidirectional)
     elif not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
@@ -295,8 +315,8 @@ def rnn_layer(
         or (h0 is not None and h0.requires_grad)
         or (c0 is not None and c0.requires_grad)
     ):
-        out, h_n, c_n = _RnnLayer.apply(static, x, h0, c0, lengths, batch_sizes, *weights)
+        out, h_n, c_n = _RnnLayer.apply(static, *distinct(x, h0, c0, lengths, batch_sizes, *weights))
     else:
-        run = _forward if is_direct((x, *weights)) else torch.ops.fastseq.rnn_forward.default
+        run = _kernels(on).forward if is_direct((x, *weights)) else torch.ops.fastseq.rnn_forward.default
         out, h_n, c_n, _, _ = run(cell, x, h0, c0, weights, lengths, batch_sizes, batch_first, bidirectional, False)
     return out, h_n, c_n if cell == "lstm" else None

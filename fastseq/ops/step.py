@@ -1,6 +1,6 @@
 """One step in eager mode: what cells and T=1 layers call thousands of times a second, so every microsecond counts.
 
-The same kernels as `rnn.py` without its schema; torch.compile, export and torch.func go there.
+The kernels' own entry for it, without the schema of `rnn.py`; torch.compile, export and torch.func go there.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _native
 from ..backends import reference
-from .common import CELLS, address, through_reference
+from .common import CELLS, Kernels, address, through_reference, triton_kernels
 
 __all__ = ["StepShape", "rnn_step"]
 
@@ -32,17 +32,19 @@ class StepShape(NamedTuple):
 def rnn_step(
     shape: StepShape,
     x: Tensor,  # B rows of I contiguous features
-    h0: Tensor | None,  # contiguous, x's dtype; None: zeros
+    h0: Tensor | None,  # contiguous, x's dtype, or fp32 on Triton; None: zeros
     c0: Tensor | None,
     weights: Sequence[Tensor],  # w_ih [G*H, I], w_hh [G*H, H] (, b_ih, b_hh), contiguous
+    on: str = "cpu",
 ) -> tuple[Tensor, ...]:
     """out (of a layer), h and, of an LSTM, c."""
+    kernels = _NATIVE if on == "cpu" else triton_kernels("rnn_cell")
     if torch.is_grad_enabled():
         needs = [x.requires_grad, h0 is not None and h0.requires_grad, c0 is not None and c0.requires_grad, False]
         needs[3] = any(w.requires_grad for w in weights)
         if any(needs):
-            return _RnnStep.apply(shape, needs, x, h0, c0, *weights)
-    return _forward(shape, x, h0, c0, weights, False)[0]
+            return _RnnStep.apply(kernels, shape, needs, x, h0, c0, *weights)
+    return kernels.forward(shape, x, h0, c0, weights, False)[0]
 
 
 def _forward(
@@ -70,6 +72,31 @@ def _weights(weights: Sequence[Tensor | None]) -> list[int]:
     return own if len(own) == 4 else [*own, 0, 0]
 
 
+def _backward(
+    shape: StepShape, needs: Sequence[bool], grads: Sequence[Tensor | None], x: Tensor, h0: Tensor | None,
+    c0: Tensor | None, weights: Sequence[Tensor], gates: Tensor, cells: Tensor | None,
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of x, h0, c0, then the weights; None for those not needed."""
+    cell, rows, row, _, out_shape = shape
+    dense = [None if g is None else g.contiguous() for g in grads]
+    d_out = None if out_shape is None else dense.pop(0)
+    d_h, d_c = dense if len(dense) == 2 else (dense[0], None)
+    hidden = gates.shape[-1]
+    d_x = x.new_empty(x.shape) if needs[0] else None
+    d_h0 = torch.empty_like(h0) if needs[1] and h0 is not None else None
+    d_c0 = torch.empty_like(c0) if needs[2] and c0 is not None else None
+    d_weights = [torch.empty_like(w) if needs[3] else None for w in weights]
+    _native.C.rnn_step_backward(  # type: ignore[union-attr]
+        CELLS[cell], x.dtype is _BF16, rows, x.shape[-1], hidden, x.data_ptr(), row, *_weights(weights),
+        address(h0), address(c0), address(d_out), hidden, address(d_h), address(d_c), gates.data_ptr(),
+        address(cells), address(d_x), address(d_h0), address(d_c0), *_weights(d_weights), torch.get_num_threads(),
+    )  # fmt: skip
+    return [d_x, d_h0, d_c0, *d_weights]
+
+
+_NATIVE = Kernels(_forward, _backward)
+
+
 def _reference(
     shape: StepShape, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor
 ) -> tuple[Tensor | None, ...]:
@@ -83,31 +110,18 @@ def _reference(
 
 class _RnnStep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, shape: StepShape, needs: list[bool], x: Tensor, h0: Any, c0: Any, *weights: Tensor) -> Any:
-        results, gates, cells = _forward(shape, x, h0, c0, weights, True)
+    def forward(
+        ctx: Any, kernels: Kernels, shape: StepShape, needs: list[bool], x: Tensor, h0: Any, c0: Any, *weights: Tensor
+    ) -> Any:
+        results, gates, cells = kernels.forward(shape, x, h0, c0, weights, True)
         ctx.save_for_backward(x, h0, c0, gates, cells, *weights)
-        ctx.shape, ctx.needs = shape, needs
+        ctx.kernels, ctx.shape, ctx.needs = kernels, shape, needs
         ctx.set_materialize_grads(False)
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         x, h0, c0, gates, cells, *weights = ctx.saved_tensors
-        shape, needs = ctx.shape, ctx.needs
         if torch.is_grad_enabled():
-            return None, None, *through_reference(partial(_reference, shape), (x, h0, c0, *weights), grads)
-        cell, rows, row, _, out_shape = shape
-        dense = [None if g is None else g.contiguous() for g in grads]
-        d_out = None if out_shape is None else dense.pop(0)
-        d_h, d_c = dense if len(dense) == 2 else (dense[0], None)
-        hidden = gates.shape[-1]
-        d_x = x.new_empty(x.shape) if needs[0] else None
-        d_h0 = torch.empty_like(h0) if needs[1] else None
-        d_c0 = torch.empty_like(c0) if needs[2] else None
-        d_weights = [torch.empty_like(w) for w in weights] if needs[3] else [None] * len(weights)
-        _native.C.rnn_step_backward(  # type: ignore[union-attr]
-            CELLS[cell], x.dtype is _BF16, rows, x.shape[-1], hidden, x.data_ptr(), row, *_weights(weights),
-            address(h0), address(c0), address(d_out), hidden, address(d_h), address(d_c), gates.data_ptr(),
-            address(cells), address(d_x), address(d_h0), address(d_c0), *_weights(d_weights), torch.get_num_threads(),
-        )  # fmt: skip
-        return None, None, d_x, d_h0, d_c0, *d_weights
+            return None, None, None, *through_reference(partial(_reference, ctx.shape), (x, h0, c0, *weights), grads)
+        return None, None, None, *ctx.kernels.backward(ctx.shape, ctx.needs, grads, x, h0, c0, weights, gates, cells)

@@ -1,0 +1,71 @@
+"""What the backends on fused kernels share: which calls go through a whole layer, which through one step at once."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..ops.common import is_direct
+from ..ops.rnn import rnn_layer
+from ..ops.step import StepShape, rnn_step
+from . import stack
+from .call import RnnCall
+
+__all__ = ["not_fused", "rnn", "rnn_cell"]
+
+
+def not_fused(call: RnnCall) -> str | None:
+    """Why no fused kernels can run `call`, on whatever device."""
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace cannot record these kernels"
+    if call.proj_size:
+        return f"proj_size={call.proj_size} is not fused"
+    if call.cell == "gru_reset_before":
+        return "gru_reset_before has no fused sequence kernel"
+    return None
+
+
+def rnn(call: RnnCall, on: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A layer stack on the kernels of backend `on`."""
+    x = call.input
+    if (
+        x.dim() == 3
+        and x.shape[1 if call.batch_first else 0] == 1
+        and call.lengths is None
+        and call.num_layers == 1
+        and not call.bidirectional
+        and _steps_directly(call, on)
+    ):
+        rows, row = (x.shape[0], x.stride(0)) if call.batch_first else (x.shape[1], x.stride(1))
+        hidden = call.weights[1].shape[1]
+        shape = StepShape(call.cell, rows, row, (1, rows, hidden), (*x.shape[:2], hidden))
+        out, *state = rnn_step(shape, x, call.h0, call.c0, call.weights, on)
+        return out, tuple(state)
+    return stack.run(call, partial(rnn_layer, on=on))
+
+
+def rnn_cell(call: RnnCall, on: str) -> tuple[Tensor, ...]:
+    """One step on the kernels of backend `on`."""
+    x = call.input
+    if _steps_directly(call, on):
+        rows, hidden = x.shape[0], call.weights[1].shape[1]
+        shape = StepShape(call.cell, rows, x.stride(0), (rows, hidden), None)
+        return rnn_step(shape, x, call.h0, call.c0, call.weights, on)
+    h0 = None if call.h0 is None else call.h0[None]
+    c0 = None if call.c0 is None else call.c0[None]
+    _, h_n, c_n = rnn_layer(call.cell, x[None], h0, c0, call.weights, None, None, False, False, on)
+    return (h_n[0],) if c_n is None else (h_n[0], c_n[0])
+
+
+def _steps_directly(call: RnnCall, on: str) -> bool:
+    """Whether one step of `call` may skip the operator: eager, and every tensor as the kernel reads it."""
+    x, h0, c0 = call.input, call.h0, call.c0
+    return (
+        is_direct((x, *call.weights))
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+        and (x.stride(-1) == 1 or x.shape[-1] == 1)
+        and (h0 is None or ((h0.dtype == x.dtype or on == "triton") and h0.is_contiguous()))
+        and (c0 is None or ((c0.dtype == x.dtype or on == "triton") and c0.is_contiguous()))
+        and all(w.is_contiguous() for w in call.weights)
+    )
