@@ -1,5 +1,6 @@
 """What is wrong with a call: the value, the limit, the remedy. Runs once per kind of call, not per call."""
 
+import os
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from .backends.call import GATES, RnnCall
 from .errors import InputError
 
-__all__ = ["check_call", "check_cell", "lengths_on_cpu", "need_tensor"]
+__all__ = ["check_call", "check_cell", "checked_lengths", "lengths_on_cpu", "need_tensor"]
 
 CASTS = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts
 DTYPES = (*CASTS, torch.float64)
@@ -27,18 +28,37 @@ def lengths_on_cpu(lengths: Any, batch: int, steps: int, name: str = "lengths") 
         if not all(isinstance(n, int) and not isinstance(n, bool) for n in lengths):
             raise TypeError(f"{name} must hold integers; convert with lengths.long() or int(n)")
         lengths = torch.tensor(lengths, dtype=torch.int64)
-    need_tensor(name, lengths, "pass a list or an integer tensor [B]")
-    if lengths.dtype == torch.bool or lengths.is_floating_point() or lengths.is_complex():
-        raise TypeError(f"{name} must hold integers, got {lengths.dtype}; convert with lengths.long()")
-    if lengths.shape != (batch,):
-        raise InputError(f"{name} has shape {tuple(lengths.shape)}, expected ({batch},): one length for each batch row")
-    lengths = lengths.to("cpu", torch.int64)
+    lengths = _integers(lengths, batch, name).to("cpu", torch.int64).contiguous()  # kernels read them as they lie
     if not torch.compiler.is_compiling():  # there the backend, which never reads behind T, is the only guard
         values = lengths.tolist()
         if values and not 0 <= min(values) <= max(values) <= steps:
             row, bad = next((row, n) for row, n in enumerate(values) if not 0 <= n <= steps)
             remedy = "clamp it" if bad < 0 else f"clamp it, or pad the input to {bad} steps"
             raise InputError(f"{name}[{row}]={bad} is outside [0, T={steps}]; {remedy}")
+    return lengths
+
+
+def checked_lengths(lengths: Any, x: Tensor, batch: int, steps: int, name: str = "lengths") -> Tensor:
+    """`lengths` of the rows of x: on x's device if it is a tensor of that GPU, otherwise as `lengths_on_cpu` has them.
+
+    To look at values on a GPU is to wait for it, so only FASTSEQ_CHECK=1 in the environment does: otherwise whoever
+    uses them takes those outside [0, T] for 0 or T.
+    """
+    if not isinstance(lengths, Tensor) or lengths.device.type == "cpu" or lengths.device != x.device:
+        return lengths_on_cpu(lengths, batch, steps, name)
+    if not torch.compiler.is_compiling() and os.environ.get("FASTSEQ_CHECK") == "1":
+        lengths_on_cpu(lengths, batch, steps, name)
+    lengths = _integers(lengths, batch, name)
+    return (lengths if lengths.dtype in (torch.int32, torch.int64) else lengths.long()).contiguous()
+
+
+def _integers(lengths: Any, batch: int, name: str) -> Tensor:
+    """`lengths` if it is an integer tensor [B]."""
+    need_tensor(name, lengths, "pass a list or an integer tensor [B]")
+    if lengths.dtype == torch.bool or lengths.is_floating_point() or lengths.is_complex():
+        raise TypeError(f"{name} must hold integers, got {lengths.dtype}; convert with lengths.long()")
+    if lengths.shape != (batch,):
+        raise InputError(f"{name} has shape {tuple(lengths.shape)}, expected ({batch},): one length for each batch row")
     return lengths
 
 

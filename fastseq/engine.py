@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .autocast import output_dtype
 from .backends.call import RnnCall
-from .checks import check_call, check_cell, lengths_on_cpu, need_tensor
+from .checks import check_call, check_cell, checked_lengths, need_tensor
 from .dispatch import Call, choose, forced
 from .errors import InputError
 
@@ -117,7 +117,7 @@ def as_asked(call: RnnCall, check: Check) -> tuple[RnnCall, torch.dtype | None]:
     compute = call.weights[0].dtype if call.steps == 1 else autocast
     state = call.input.dtype if call.h0 is None else call.h0.dtype
     kind = "cell" if check is check_cell else "padded" if call.batch_sizes is None else "packed"
-    return _cast(call, compute), output_dtype(call.cell, kind, autocast, state, call.proj_size)
+    return _cast(call, compute), output_dtype(call.device.type, call.cell, kind, autocast, state, call.proj_size)
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
@@ -156,7 +156,7 @@ def _run_packed(call: RnnCall, x: PackedSequence, backend: str, lengths: Any) ->
 def set_lengths(call: RnnCall, lengths: Any) -> None:
     """Lengths of the rows of a padded call."""
     if call.input.dim() == 3:  # otherwise the check of the whole call says what is wrong
-        call.lengths = lengths_on_cpu(lengths, call.batch, call.steps)
+        call.lengths = checked_lengths(lengths, call.input, call.batch, call.steps)
 
 
 def set_packed(call: RnnCall, x: PackedSequence, lengths: Any) -> None:

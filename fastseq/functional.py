@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .backends.call import GATES, RnnCall
 from .backends.decoder_call import AttentionCall, DecoderCall
-from .checks import lengths_on_cpu, need_tensor
+from .checks import checked_lengths, need_tensor
 from .decoding import run_attention, run_decoder
 from .engine import run, run_cell
 from .errors import InputError
@@ -211,7 +211,7 @@ def reverse(
     if lengths is None:
         return x.flip(1)
     batch, steps = x.shape[:2]
-    ends = lengths_on_cpu(lengths, batch, steps).to(x.device)[:, None]
+    ends = checked_lengths(lengths, x, batch, steps).to(x.device).clamp(0, steps)[:, None]
     places = torch.arange(steps, device=x.device)
     return x[torch.arange(batch, device=x.device)[:, None], torch.where(places < ends, ends - 1 - places, places)]
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import lengths_on_cpu, need_tensor
+from .checks import checked_lengths, need_tensor
 from .errors import InputError
 from .modules.encoder import Encoder
 from .spec import Memory
@@ -22,7 +22,7 @@ def check_source(src: Any, lengths: Any, encoder: nn.Module) -> None:
     if src.dim() < 2:
         return  # the encoder says it
     if lengths is not None:
-        lengths_on_cpu(lengths, src.shape[0], src.shape[1], "src_lengths")
+        checked_lengths(lengths, src, src.shape[0], src.shape[1], "src_lengths")
         return
     padding = getattr(encoder.embedding, "padding_idx", None)
     if padding is not None and src.device.type == "cpu" and bool((src[:, -1] == padding).any()):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from .checks import lengths_on_cpu, need_tensor
+from .checks import checked_lengths, need_tensor
 from .errors import InputError
 
 __all__ = [
@@ -297,7 +297,7 @@ class DecoderSpec:
 
 def prefix_mask(lengths: Any, out: Tensor) -> Tensor:
     """[B, S] bool of `out` [B, S, D], True before each row's length."""
-    ends = lengths_on_cpu(lengths, out.shape[0], out.shape[1]).to(out.device)
+    ends = checked_lengths(lengths, out, out.shape[0], out.shape[1]).to(out.device)
     return torch.arange(out.shape[1], device=out.device) < ends[:, None]
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, ClassVar
 
-from torch import Tensor, device
+from torch import Tensor, device, dtype
 
 __all__ = ["GATES", "RnnCall", "kind_of"]
 
@@ -30,7 +30,7 @@ class RnnCall:
     h0: Tensor | None  # [L*D, B, P]; a cell: [B, H]; None: zeros
     c0: Tensor | None  # [L*D, B, H]; a cell: [B, H]; None: zeros, and always for the GRUs
     weights: list[Tensor]  # L*D times w_ih [G*H, I], w_hh [G*H, P] (, b_ih [G*H], b_hh [G*H]) (, w_hr [P, H])
-    lengths: Tensor | None = None  # [B] int64 on the CPU, within [0, T], in any order
+    lengths: Tensor | None = None  # [B], any order: int64 on the CPU, in [0, T]; or on the input's GPU, unchecked
     batch_sizes: Tensor | None = None  # [T] int64 on the CPU, not increasing: the input is packed
     has_bias: bool = True
     num_layers: int = 1
@@ -52,6 +52,10 @@ class RnnCall:
     @property
     def device(self) -> device:
         return self.input.device
+
+    @property
+    def dtype(self) -> dtype:
+        return self.input.dtype
 
     @property
     def hidden_size(self) -> int:

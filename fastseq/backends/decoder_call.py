@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from torch import Tensor, device
+from torch import Tensor, device, dtype
 
 from ..spec import AttentionParams, DecoderParams, DecoderSpec, DecoderState, DropoutMasks, Keys
 from .call import GATES, kind_of
@@ -33,6 +33,23 @@ class AttentionCall:
     def device(self) -> device:
         return self.query.device
 
+    @property
+    def dtype(self) -> dtype:
+        return self.query.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        """A, the units that keys and queries meet in."""
+        return 0 if self.keys.keys is None else self.keys.keys.shape[-1]
+
+    @property
+    def batch(self) -> int:
+        return self.query.shape[0]
+
+    @property
+    def steps(self) -> int:
+        return self.query.shape[1]
+
     def kind(self) -> tuple[Any, ...]:
         """What calls of one kind share: options, shapes, dtypes, devices."""
         return self.window, self.need_weights, _kinds((self.query, self.keys, self.params))
@@ -59,6 +76,18 @@ class DecoderCall:
     @property
     def device(self) -> device:
         return self.y.device
+
+    @property
+    def dtype(self) -> dtype:
+        return self.y.dtype
+
+    @property
+    def batch(self) -> int:
+        return self.y.shape[0]
+
+    @property
+    def steps(self) -> int:
+        return self.y.shape[1]
 
     @property
     def hidden_size(self) -> int:

@@ -65,7 +65,8 @@ def layer(
         return _packed_layer(cell, x, h0, c0, weights, batch_sizes, bidirectional)
     xs, mask = wide(x.transpose(0, 1) if batch_first else x), None
     if lengths is not None:
-        mask = (torch.arange(xs.shape[0])[:, None] < lengths).to(xs.device)[:, :, None]  # [T, B, 1]
+        steps = torch.arange(xs.shape[0], device=lengths.device)
+        mask = (steps[:, None] < lengths).to(xs.device)[:, :, None]  # [T, B, 1]
         xs = torch.where(mask, xs, 0.0)  # behind a length may stand NaN, and backward would multiply it by 0
     runs = []
     for d, w in enumerate(Weights.split(weights, 2 if bidirectional else 1)):

@@ -86,6 +86,7 @@ def _states(call: RnnCall) -> list[Tensor]:
 def _padded(call: RnnCall, lengths: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Rows of several lengths, packed and unpacked again; a row of length 0 gives zeros and its initial state."""
     x, states = call.input, _states(call)
+    lengths = lengths.cpu().clamp(0, call.steps)  # where packing needs them; those of a GPU nobody has checked
     empty = (lengths == 0).to(x.device)[:, None]  # [B, 1]
     rows = empty[:, None] if call.batch_first else empty
     some_empty = 0 in lengths.tolist()

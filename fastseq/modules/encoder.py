@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from ..backends.call import RnnCall
-from ..checks import lengths_on_cpu, need_tensor
+from ..checks import checked_lengths, need_tensor
 from ..config import described, part
 from ..engine import run
 from ..errors import InputError
@@ -91,7 +91,7 @@ class Encoder(nn.Module):
             raise InputError(
                 f"{what} has shape {shape}; expected [B, S, I] with I={self.input_size}, input_size{remedy}"
             )
-        ends = None if lengths is None else lengths_on_cpu(lengths, shape[0], shape[1])
+        ends = None if lengths is None else checked_lengths(lengths, out, shape[0], shape[1])
         states: list[LayerState] = []
         for index, layer in enumerate(self.layers):
             below = dropout(out, self.dropout, self.training) if index else out

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..backends.decoder_call import DecoderCall
-from ..checks import lengths_on_cpu
+from ..checks import checked_lengths
 from ..config import described, part
 from ..errors import InputError
 from ..functional import Lengths
@@ -211,7 +211,7 @@ class Seq2Seq(nn.Module):
         """Checked ids [B, T]; behind their lengths, which nobody looks at, pad_id."""
         check_kind(name, ids)
         if lengths is not None:
-            ends = lengths_on_cpu(lengths, ids.shape[0], ids.shape[1], f"{name}_lengths").to(ids.device)
+            ends = checked_lengths(lengths, ids, ids.shape[0], ids.shape[1], f"{name}_lengths").to(ids.device)
             ids = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) >= ends[:, None], self.pad_id)
         check_range(name, ids, self.vocab_size, "vocab_size - 1")
         return ids
@@ -233,7 +233,7 @@ class Seq2Seq(nn.Module):
                 f"tgt[{row}] begins with {int(tgt[row, 0])}; expected bos_id={self.bos_id}: the loss itself shifts tgt"
             )
         if lengths is not None:
-            ends = lengths_on_cpu(lengths, tgt.shape[0], tgt.shape[1], "tgt_lengths").to(tgt.device)
+            ends = checked_lengths(lengths, tgt, tgt.shape[0], tgt.shape[1], "tgt_lengths").to(tgt.device)
             padding = torch.arange(1, tgt.shape[1], device=tgt.device) >= ends[:, None]
         elif self.pad_id in (self.eos_id, self.bos_id):
             raise InputError(f"pad_id={self.pad_id} is also bos or eos, so padding cannot be told; pass tgt_lengths")
