@@ -1,13 +1,28 @@
 """What every test starts from: one seed and one thread; the thread count and ISA variant are put back."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastseq import _native
+from fastseq import _gpus, _native
 from fastseq.ops import decoder_native
+
+collect_ignore = []
+if (
+    os.environ.get("TRITON_INTERPRET") != "1"
+):  # fixed when a kernel is decorated: those tests have a process of their own
+    collect_ignore.append("interpreted")
+NO_GPU = None if os.environ.get("FASTSEQ_REHEARSE") == "1" else _gpus.no_gpu()
+if NO_GPU is not None:
+    collect_ignore.append("gpu")
+
+
+def pytest_report_header() -> str:
+    return "tests/gpu: " + ("collected" if NO_GPU is None else f"left out, for want of a GPU: {NO_GPU}")
+
 
 needs_native = pytest.mark.skipif(_native.C is None, reason=str(_native.reason))
 

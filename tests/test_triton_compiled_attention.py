@@ -1,0 +1,127 @@
+"""The attention kernels compiled for every device they are shipped to, on a machine without one."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from fastseq.kernels import attention, launch
+from fastseq.kernels.devices import DEVICES, Device
+from fastseq.kernels.launch import Launch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+import fastseq.ops.attention  # noqa: F401  (the operators)
+from tests.compiled import check, compile_key
+
+DEVICE = {device.name: device for device in DEVICES}
+H200 = DEVICE["H200"]
+
+
+def launches(
+    device: Device,
+    dtype: torch.dtype,
+    additive: bool,
+    sizes: Sequence[int],  # B, k, T, S, A, D
+    mask: bool = True,
+    backward: bool = True,
+    weights: bool = True,
+) -> list[Launch]:
+    """What forward and backward would start on `device`. weights: their gradient is given too."""
+    with FakeTensorMode(), launch.recording(device) as noted:
+        inputs = operands(dtype, additive, sizes, mask)
+        context, saved = attention.forward(*inputs, backward)
+        if backward:
+            attention.backward(context, saved if weights else None, *inputs, saved)
+    return noted
+
+
+def operands(dtype: torch.dtype, additive: bool, sizes: Sequence[int], mask: bool) -> tuple[Any, ...]:
+    """q, keys, memory, mask, v."""
+    B, k, T, S, A, D = sizes
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="cuda")
+
+    return (new(B * k, T, A), new(B, S, A), new(B, S, D), new(B, S, dtype=torch.bool) if mask else None,
+            new(A) if additive else None)  # fmt: skip
+
+
+@pytest.mark.parametrize("additive", [True, False], ids=["additive", "dot"])
+@pytest.mark.parametrize(
+    "sizes", [(4, 2, 9, 70, 35, 33), (0, 1, 9, 70, 35, 33), (4, 1, 0, 70, 35, 33), (4, 1, 9, 0, 35, 33)]
+)
+def test_results_are_what_the_operator_promises(additive: bool, sizes: Sequence[int]) -> None:
+    """Shapes, dtypes and layout of the fake kernels, which torch.compile believes."""
+
+    def traits(results: Sequence[Tensor]) -> list[Any]:
+        return [(t.shape, t.dtype, t.device, t.stride()) for t in results]
+
+    with FakeTensorMode(), launch.recording(H200):
+        inputs = operands(torch.bfloat16, additive, sizes, mask=True)
+        for save in (False, True):
+            found = attention.forward(*inputs, save)
+            assert traits(found) == traits(torch.ops.fastseq.attention_forward(*inputs, save))
+        context, weights = found
+        for grads in ((context, weights), (context, None), (None, weights)):
+            d = attention.backward(*grads, *inputs, weights)
+            assert traits(d) == traits(torch.ops.fastseq.attention_backward(*grads, *inputs, weights))
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fits_every_device(device: Device, dtype: torch.dtype) -> None:
+    """Shared memory, registers, no spills. Sizes of a usual decoder, both forms, with a mask."""
+    for one in launches(device, dtype, True, (4, 2, 9, 70, 512, 512)):
+        check(one, device)
+
+
+@pytest.mark.parametrize("name", ["RTX 3090", "H200", "MI300X"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fits_odd_sizes_and_few_queries(name: str, dtype: torch.dtype) -> None:
+    """Loads of single elements need most registers."""
+    device = DEVICE[name]
+    for one in launches(device, dtype, True, (4, 1, 9, 70, 35, 33), mask=False, weights=False):
+        check(one, device)
+    for one in launches(device, dtype, True, (4, 1, 1, 70, 512, 512), backward=False)[:1]:
+        check(one, device)
+
+
+def test_fits_fp16_the_largest_sizes_and_tf32() -> None:
+    for dtype, A, D in ((torch.float16, 512, 512), (torch.float32, 2048, 2048)):
+        for one in launches(H200, dtype, True, (4, 1, 9, 70, A, D)):
+            check(one, H200)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        noted = launches(H200, torch.float32, False, (4, 1, 9, 70, 512, 512))
+        assert [one.constants.get("PRECISION") for one in noted] == ["tf32", "tf32", "tf32", None]
+        for one in noted:
+            check(one, H200)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("additive", [True, False], ids=["additive", "dot"])
+def test_few_compilations(additive: bool) -> None:
+    """Batch, steps and positions are run-time values: at most 4 for forward and 4 for backward."""
+    draw = random.Random(0)
+    keys: tuple[set[Any], set[Any]] = (set(), set())
+    for _ in range(200):
+        sizes = (draw.randint(1, 200), draw.choice((1, 1, 5)), draw.choice((1, 16, draw.randint(1, 300))),
+                 draw.choice((1, 16, draw.randint(1, 2000))), 512, 256)  # fmt: skip
+        noted = launches(H200, torch.bfloat16, additive, sizes)
+        for index, one in enumerate(noted):
+            keys[index >= 2].add((one.kernel, compile_key(one, H200)))
+    assert [*map(len, keys)] == ([3, 4] if additive else [2, 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "fast"),
+    [("H200", torch.bfloat16, True), ("H200", torch.float16, False), ("H200", torch.float32, False),
+     ("MI300X", torch.bfloat16, False)],
+)  # fmt: skip
+def test_fast_tanh_is_for_bf16_on_cuda(name: str, dtype: torch.dtype, fast: bool) -> None:
+    noted = launches(DEVICE[name], dtype, True, (4, 1, 9, 70, 64, 64))
+    scores, *_, d_q, d_keys = noted
+    assert [one.constants["FAST_TANH"] for one in (scores, d_q, d_keys)] == [fast] * 3

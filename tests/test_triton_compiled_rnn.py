@@ -1,0 +1,170 @@
+"""The recurrent kernels as GPUs would be given them: compiled ahead of time for each known device, without one.
+
+Each shape class of the table is compiled for some of the devices, with cells and options taking turns; all of them
+crossed, in half an hour, by `python -m tests.test_triton_compiled_rnn [device]`.
+"""
+
+import itertools
+import random
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+pytest.importorskip("triton")
+
+from fastseq.kernels import launch, rnn, rnn_cell
+from fastseq.kernels.devices import DEVICES, Device
+from fastseq.kernels.launch import Launch
+from fastseq.kernels.rnn_batch import Batch
+
+from fastseq.ops.step import StepShape
+from tests.compiled import check, compile_key, compile_launch, faults
+
+GATES = {"lstm": 4, "gru": 3}
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+class Shape(NamedTuple):
+    """What decides which kernel runs and how it is compiled. B and T do not."""
+
+    cell: str
+    dtype: torch.dtype
+    hidden: int
+    tf32: bool = False
+    one_step: bool = False
+    bidirectional: bool = False
+    rows: str = "full"  # "lengths", "packed"
+
+
+CLASSES = (  # dtype, H, TF32, one step
+    (BF16, 16, False, False), (BF16, 64, False, False), (BF16, 128, False, False), (BF16, 1024, False, False),
+    (BF16, 100, False, False), (BF16, 500, False, False),
+    (FP32, 32, False, False), (FP32, 64, False, False), (FP32, 512, False, False), (FP32, 50, False, False),
+    (FP32, 16, True, False), (FP32, 64, True, False), (FP32, 512, True, False), (FP32, 333, True, False),
+    (BF16, 256, False, True), (FP32, 256, False, True), (BF16, 100, False, True),
+)  # fmt: skip
+
+
+def shapes() -> Iterator[Shape]:
+    """All of them."""
+    for (dtype, hidden, tf32, one_step), cell in itertools.product(CLASSES, GATES):
+        if one_step:
+            yield Shape(cell, dtype, hidden, tf32, True)
+        else:
+            for two, rows in itertools.product((False, True), ("full", "lengths", "packed")):
+                yield Shape(cell, dtype, hidden, tf32, False, two, rows)
+
+
+def launches(shape: Shape, device: Device, B: int = 8, T: int = 3, features: int = 48) -> list[Launch]:
+    """What a training step of this shape starts on `device`."""
+    dirs, hidden, lstm = 2 if shape.bidirectional else 1, shape.hidden, shape.cell == "lstm"
+    with FakeTensorMode(), launch.recording(device) as started, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cudnn, "allow_tf32", shape.tf32)
+
+        def new(*sizes: int, dtype: torch.dtype = shape.dtype) -> Tensor:
+            return torch.empty(sizes, dtype=dtype, device="cuda")
+
+        def states(*sizes: int) -> tuple[Tensor, Tensor | None]:
+            return new(*sizes), new(*sizes) if lstm else None
+
+        G = GATES[shape.cell] * hidden
+        weights = [new(*size) for size in ((G, features), (G, hidden), (G,), (G,))] * dirs
+        if shape.one_step:
+            step, x, (h0, c0) = (
+                StepShape(shape.cell, B, features, (B, hidden), None),
+                new(B, features),
+                states(B, hidden),
+            )
+            results, gates, cells = rnn_cell.forward(step, x, h0, c0, weights, True)
+            rnn_cell.backward(step, [True] * 4, results, x, h0, c0, weights, gates, cells)
+            return started
+        packed, ints = shape.rows == "packed", torch.int64
+        x, (h0, c0) = new(T * B, features) if packed else new(T, B, features), states(dirs, B, hidden)
+        lengths = new(B, dtype=ints) if shape.rows == "lengths" else None
+        if packed:  # of fake batch_sizes nobody knows the values
+            batch = Batch(T, B, T * B, 0, 1, new(T, dtype=ints), new(B, dtype=ints))
+            patch.setattr(rnn.Batch, "of", lambda *args: batch)
+        options = (lengths, None, False, shape.bidirectional)
+        out, h_n, c_n, gates, cells = rnn.forward(shape.cell, x, h0, c0, weights, *options, True)
+        rnn.backward(shape.cell, out, h_n, c_n, x, h0, c0, weights, *options, out, gates, cells, [True] * 4)
+    return started
+
+
+def turns() -> list[tuple[Device, list[Shape]]]:
+    """For each device one shape of every third class, so that each class meets two devices at least."""
+    found = []
+    for index, device in enumerate(DEVICES):
+        own = [[s for s in shapes() if (s.dtype, s.hidden, s.tf32, s.one_step) == kind] for kind in CLASSES]
+        mine = [(k, of_class) for k, of_class in enumerate(own) if (index + k) % 3 == 0]
+        found.append((device, [of_class[(index * 5 + k) % len(of_class)] for k, of_class in mine]))
+    return found
+
+
+@pytest.mark.parametrize(("device", "own"), turns(), ids=lambda value: value.name if isinstance(value, Device) else "")
+def test_classes_fit_their_devices(device: Device, own: list[Shape]) -> None:
+    """Shared memory within the device's, no register spilled, at most as many as it has."""
+    for shape in own:
+        for started in launches(shape, device):
+            check(started, device)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("device", [d for d in DEVICES if d.arch in (90, "gfx942")], ids=lambda d: d.name)
+def test_one_step_with_an_fp32_state(cell: str, device: Device) -> None:
+    """As streaming hands it on, beside an input in 16 bits."""
+    with FakeTensorMode(), launch.recording(device) as started:
+        x, h0 = (torch.empty(8, n, dtype=dtype, device="cuda") for n, dtype in ((48, BF16), (64, torch.float32)))
+        c0 = torch.empty_like(h0) if cell == "lstm" else None
+        G = GATES[cell] * 64
+        weights = [torch.empty(size, dtype=BF16, device="cuda") for size in ((G, 48), (G, 64), (G,), (G,))]
+        step = StepShape(cell, 8, 48, (8, 64), None)
+        results, gates, cells = rnn_cell.forward(step, x, h0, c0, weights, True)
+        rnn_cell.backward(step, [True] * 4, results, x, h0, c0, weights, gates, cells)
+    assert len(started) == 2
+    for one in started:
+        check(one, device)
+
+
+def test_a_kernel_too_large_is_noticed() -> None:
+    """W_hh of 256 units does not fit one program, nor its registers."""
+    device = DEVICES[1]
+    (started, _) = launches(Shape("lstm", BF16, 64), device)
+    large = started._replace(constants=started.constants | {"H": 128, "BLOCK_UNITS": 128}, unshared=False, warps=2)
+    wrong = " ".join(faults(compile_launch(large, device), device))
+    assert "bytes of shared memory, RTX 3090 has 101376" in wrong
+    assert "spills in a hot loop" in wrong
+
+
+@pytest.mark.parametrize("cell", GATES)
+@pytest.mark.parametrize(("hidden", "one_step"), [(64, False), (512, False), (64, True)])
+def test_few_compilations(cell: str, hidden: int, one_step: bool) -> None:
+    """A module that sees ever new B and T is compiled once forward and once backward."""
+    draw, device, keys = random.Random(0), DEVICES[3], set()
+    sizes = [(1, 1), (16, 16), (1, 64), (4096, 2), *((draw.randint(1, 300), draw.randint(1, 300)) for _ in range(46))]
+    for B, T in sizes:
+        for started in launches(Shape(cell, BF16, hidden, one_step=one_step, rows="lengths"), device, B, T):
+            keys.add((started.kernel, compile_key(started, device)))
+    assert len(keys) == 2
+
+
+def test_grid_is_resident() -> None:
+    """A grid with a barrier has one program a compute unit at most; where it has none, a step is a launch."""
+    for device in DEVICES:
+        started = launches(Shape("lstm", BF16, 1024), device, B=256, T=5)
+        if device.cooperative:
+            assert [(s.grid, s.cooperative) for s in started] == [((device.units,), True)] * 2
+        else:
+            assert len(started) == 5 + 6  # backward's last step is the initial state's gradient
+            assert not any(s.cooperative for s in started)
+
+
+if __name__ == "__main__":
+    for device, shape in itertools.product([d for d in DEVICES if d.name in (sys.argv[1:] or d.name)], shapes()):
+        for started in launches(shape, device):
+            wrong = faults(compile_launch(started, device), device)
+            print("FAULT" if wrong else "fits", device.name, *shape, started.kernel.__name__, *wrong, flush=True)
