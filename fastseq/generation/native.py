@@ -60,7 +60,7 @@ def run_native(call: DecoderCall, of: Vocabulary, request: Request, backend: str
     if found.weights is None:
         longest = int(found.lengths.max())
         return GenerateOutput(found.tokens[:, :, :longest], found.lengths, found.scores, None)
-    rows = torch.arange(options.batch_size)[:, None, None] * options.copies
+    rows = torch.arange(options.batch_size, device=found.trail.device)[:, None, None] * options.copies
     return assembled(
         options, found.scores, found.tokens, found.lengths, rows + found.trail, found.weights.float().transpose(0, 1)
     )
