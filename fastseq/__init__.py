@@ -15,6 +15,7 @@ from .modules import GRU, LSTM, Attention, Bridge, Decoder, Encoder, GRUCell, Lo
 from .patch import patch
 from .saving import load, save
 from .spec import DecoderOutput, DecoderSpec, DecoderState, Keys, Memory
+from .warmup import warmup
 
 __all__ = [
     "GRU",
@@ -46,6 +47,7 @@ __all__ = [
     "pictures",
     "save",
     "use_backend",
+    "warmup",
 ]
 
 dynamo.install()

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 import fastseq
-from fastseq import _native, crossover, dispatch
+from fastseq import _gpus, _native, crossover, dispatch
 
 LOST = {
     "cpu": "LSTM and GRU on the CPU run on stock PyTorch: no speed-up, no fused variable length, no fused cells",
+    "triton": "on a GPU decoders run as a Python loop over steps, and rows with lengths are packed on the host",
     "torch": "float64, projections and large LSTMs run on slower backends",
     "reference": "no double backward, no torch.func transforms",
 }
@@ -34,6 +35,17 @@ def _machine() -> Iterator[tuple[str, str]]:
         yield "features", f"{torch.backends.cpu.get_cpu_capability()}, says torch"
         yield "ISA", "none, there is no native module"
     yield "threads", f"{torch.get_num_threads()}; torch.set_num_threads and OMP_NUM_THREADS choose"
+    yield from _gpus_here()
+
+
+def _gpus_here() -> Iterator[tuple[str, str]]:
+    reason = _gpus.no_gpu()
+    if reason is not None:
+        yield "GPU", f"none: {reason}"
+        return
+    for index in range(torch.cuda.device_count()):
+        yield f"GPU {index}", _gpus.told(index)
+    yield "", _gpus.software()
 
 
 def _backends() -> Iterator[tuple[str, str]]:
@@ -47,10 +59,21 @@ def _backends() -> Iterator[tuple[str, str]]:
 def _choice() -> Iterator[tuple[str, str]]:
     yield "auto", "takes the first that can run the call:"
     for rule in crossover.RULES:
-        yield f"  {rule.backend}", rule.because
+        if rule.gpu is None or rule.gpu in _names():
+            yield f"  {rule.backend}", f"{'on a GPU, ' if rule.device == 'cuda' else ''}{rule.because}"
     yield "  else", ", ".join(name for name in crossover.DEFAULT if dispatch.load(name).unavailable() is None)
-    yield "", "No crossover was measured on this machine: these are the built-in rules. From a source tree,"
-    yield "", "`python -m benchmarks run` times every backend here; backend= and fastseq.use_backend choose one."
+    if not any(rule.gpu in _names() for rule in crossover.RULES):
+        yield "", "No crossover was measured on this machine: these are the built-in rules."
+    yield (
+        "",
+        "From a source tree, `python -m benchmarks run` times every backend here, and on a GPU `python -m benchmarks",
+    )
+    yield "", "tune` writes what it measures where `auto` reads it; backend= and fastseq.use_backend choose one."
+
+
+def _names() -> set[str]:
+    """Of the GPUs here."""
+    return {_gpus.gpu_name(index) for index in range(torch.cuda.device_count())}
 
 
 def _cpu_name() -> str:

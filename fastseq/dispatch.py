@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from . import _triton
+from ._gpus import gpu_name
 from .backends.call import RnnCall
 from .backends.decoder_call import AttentionCall, DecoderCall
 from .crossover import ANY, DEFAULT, RULES, Rule
@@ -26,9 +28,9 @@ class Operator(NamedTuple):
     refuses: str = "refuses"  # the modules' name for why they cannot run a call
 
 
-_DECODERS = {"cpu": "decoder_cpu", "reference": "decoder_reference"}
+_DECODERS = {"cpu": "decoder_cpu", "triton": "decoder_triton", "reference": "decoder_reference"}
 OPERATORS = {
-    "rnn": Operator("recurrent layer", {"cpu": "cpu", "torch": "stock", "reference": "reference"}),
+    "rnn": Operator("recurrent layer", {"cpu": "cpu", "triton": "triton", "torch": "stock", "reference": "reference"}),
     "decoder": Operator("attention decoder", _DECODERS),
     "attention": Operator("attention of several queries", _DECODERS, "refuses_attention"),
 }
@@ -103,7 +105,7 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-for _constant in (forced, _import, _threads):
+for _constant in (forced, _import, _threads, gpu_name, _triton.interprets, _triton.unavailable):
     setattr(_constant, "_dynamo_marked_constant", True)  # noqa: B010  (torch.compile asks once, while it traces)
 
 
@@ -138,21 +140,30 @@ def candidates(call: Call) -> Iterator[tuple[str, str]]:
         yield "torch", "torch.jit traces PyTorch's operators only"
     transformed = not compiling and torch._C._functorch.peek_interpreter_stack() is not None
     for rule in RULES:
-        if isinstance(call, RnnCall) and fits(rule, call) and not (transformed and rule.backend == "torch"):
+        if fits(rule, call) and not (transformed and rule.backend == "torch"):
             yield rule.backend, rule.because
     for name in DEFAULT:
         if not (transformed and name == "torch"):  # its operators have no batching rule
             yield name, "first that can run the call"
 
 
-def fits(rule: Rule, call: RnnCall) -> bool:
+def fits(rule: Rule, call: Call) -> bool:
     """Whether `call` is within all bounds of `rule`."""
-    if call.cell not in rule.cells or str(call.input.dtype).removeprefix("torch.") not in rule.dtypes:
+    if rule.operator != call.OPERATOR or str(call.dtype).removeprefix("torch.") not in rule.dtypes:
+        return False
+    if rule.device is not None and rule.device != call.device.type:
+        return False
+    if rule.gpu is not None and rule.gpu != gpu_name(call.device.index):
         return False
     if rule.grad is not None and rule.grad != torch.is_grad_enabled():
         return False
-    if rule.lengths is not None and rule.lengths == (call.lengths is None and call.batch_sizes is None):
-        return False
+    if isinstance(call, RnnCall):
+        if call.cell not in rule.cells:
+            return False
+        if rule.lengths is not None and rule.lengths == (call.lengths is None and call.batch_sizes is None):
+            return False
+        if rule.packed is not None and rule.packed == (call.batch_sizes is None):
+            return False
     if not rule.hidden[0] <= call.hidden_size < rule.hidden[1]:
         return False
     if not rule.threads[0] <= _threads() < rule.threads[1]:

@@ -23,7 +23,7 @@ def chosen(module: nn.Module, x: torch.Tensor = X, **kwargs: object) -> str | No
 
 
 def test_backends_are_named_with_their_reasons() -> None:
-    assert list(fastseq.backends()) == ["cpu", "torch", "reference"]
+    assert list(fastseq.backends()) == ["cpu", "triton", "torch", "reference"]
     assert fastseq.backends()["torch"] is None
     assert fastseq.backends()["reference"] is None
     assert fastseq.backends is not sys.modules["fastseq.backends"]
@@ -156,7 +156,9 @@ def test_explain_tells_of_every_backend() -> None:
     assert told.chosen is None
     assert told[0].reason
     call = RnnCall("gru_reset_before", X, None, None, list(nn.GRU(I, H).parameters()))
-    assert fastseq.explain(call)[1].reason == "torch has no GRU with the reset gate before the product"
+    assert {v.backend: v.reason for v in fastseq.explain(call)}[
+        "torch"
+    ] == "torch has no GRU with the reset gate before the product"
     with pytest.raises(fastseq.InputError, match="4 features"):
         fastseq.explain(fastseq.LSTM(I, H), X[..., :4])
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastseq import _native
+from fastseq.__main__ import LOST
 from tests.conftest import needs_native
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +54,33 @@ def test_import_works_without_anything_optional() -> None:
     said = python(without(*optional) + code)
     assert "not built" in said
     assert "FASTSEQ_NATIVE" in said
+
+
+BLOCKED = (
+    "import sys\n"
+    "class Blocker:\n"
+    "    def find_spec(self, name, path=None, target=None):\n"
+    "        if name.partition('.')[0] == 'triton': raise ModuleNotFoundError(name)\n"
+    "sys.meta_path.insert(0, Blocker())\n"
+)
+
+
+def test_triton_is_not_needed() -> None:
+    """Neither to import, nor to run, nor to be told of the machine."""
+    said = python(
+        BLOCKED + "import torch, fastseq, runpy\n"
+        "fastseq.LSTM(3, 4)(torch.zeros(2, 1, 3))\n"
+        "runpy.run_module('fastseq', run_name='__main__')\n"
+        "try: fastseq.LSTM(3, 4, backend='triton')(torch.zeros(2, 1, 3))\n"
+        "except fastseq.InputError as error: print(error)"
+    )
+    assert "absent: triton is not installed; pip install triton" in said
+    assert "backend='triton' cannot run this call: triton is not installed" in said
+
+
+def test_triton_is_not_imported_unasked() -> None:
+    code = "import runpy, sys; runpy.run_module('fastseq', run_name='__main__')"
+    assert python(f"{code}; print('triton' in sys.modules)").splitlines()[-1] == "False"
 
 
 def test_explicit_cpu_backend_without_the_extension_is_refused() -> None:
@@ -103,4 +131,4 @@ def test_machine_report(missing: tuple[str, ...]) -> None:
     said = python(without(*missing) + "import runpy; runpy.run_module('fastseq', run_name='__main__')")
     for word in ("fastseq", "torch", "CPU", "ISA", "threads", "reference", "auto"):
         assert word in said
-    assert ("lost:" in said) == bool(missing or _native.C is None)
+    assert (f"lost: {LOST['cpu']}" in said) == bool(missing or _native.C is None)
