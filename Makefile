@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := build/native
 SANITIZE := build/sanitize
 
-.PHONY: demo test bench native strict lint sanitize pytest clean
+.PHONY: demo test bench native strict lint sanitize pytest clean gpu gpu-build gpu-test gpu-bench
 .DEFAULT_GOAL := test
 
 demo: $(STAMPS)/demo native
@@ -22,6 +22,7 @@ bench: $(STAMPS)/dev native
 test: lint sanitize pytest
 
 pytest: $(STAMPS)/dev strict | lint sanitize # the summary line comes last
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted $(ARGS)
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMPS)/dev
@@ -40,6 +41,14 @@ strict: $(NATIVE)/build.ninja
 sanitize: $(SANITIZE)/build.ninja
 	$(BIN)/cmake --build $(SANITIZE)
 	$(SANITIZE)/fastseq_native_test
+
+# On a machine with a GPU, by the Python that has PyTorch for it, without network: docs/gpu.md.
+OUT ?= build/gpu
+gpu:
+	$(PYTHON) -m benchmarks.gpu all $(OUT)
+
+gpu-build gpu-test gpu-bench:
+	$(PYTHON) -m benchmarks.gpu $(@:gpu-%=%) $(OUT)
 
 clean:
 	rm -rf build dist *.egg-info fastseq/_C.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,4 +1,4 @@
-"""`python -m benchmarks run | report | list`: fastseq beside its peers on this machine."""
+"""`python -m benchmarks run | report | list | tune`: fastseq beside its peers on this machine."""
 
 import argparse
 import math
@@ -13,14 +13,17 @@ from pathlib import Path
 
 import torch
 
-from . import ceilings, readme
+from . import ceilings, readme, tune
+from .gpu.sets import GPU_SETS
 from .machine import describe
-from .registry import OPT_IN, PEERS, SETS, Entry
+from .registry import OPT_IN, PEERS, Entry
+from .registry import SETS as CPU_SETS
 from .report import disturbed, print_report, row_line
 from .results import Report, Row
 from .runner import Runner
 from .timing import Effort
 
+SETS = CPU_SETS | GPU_SETS
 IMPORT_SETS = ("import", "full")  # of all the measurements, the one that is no row
 SECOND_CHANCE_S = 240.0  # for all disturbed rows together
 FAST = Effort(seconds=0.3, least=3, most=15)
@@ -29,6 +32,8 @@ FAST = Effort(seconds=0.3, least=3, most=15)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and do."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["tune"]:
+        sys.exit(tune.main(arguments[1:]))
     options = _parser().parse_args(arguments)
     if options.command != "report":
         options.set = options.set or ["readme"]  # argparse would add to a default
@@ -113,6 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     runs = commands.add_parser("run", help="measure and print the tables")
     lists = commands.add_parser("list", help="name the cases")
     shows = commands.add_parser("report", help="print the tables of an earlier run")
+    commands.add_parser(
+        "tune", help="measure tile sizes and auto's crossovers on a GPU, and write them", add_help=False
+    )
     for command in (runs, lists):
         command.add_argument("--set", action="append", choices=SETS, help="repeatable; default: readme")
         command.add_argument(

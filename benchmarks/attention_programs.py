@@ -13,9 +13,9 @@ from fastseq.spec import AttentionParams, Keys
 
 from .decoder_cases import AttentionCase
 from .decoder_problem import AttentionProblem
-from .programs import Program, chosen_backend, program_of
+from .programs import Program, chosen_backend, compiled, program_of
 
-__all__ = ["fastseq_program", "plain_program", "sdpa_program", "sdpa_refuses"]
+__all__ = ["compiled_plain_program", "fastseq_program", "plain_program", "sdpa_program", "sdpa_refuses"]
 
 # query [B, T, H], keys and memory [B, S, H], the weights by name -> contexts [B, T, H]
 Attend = Callable[[Tensor, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
@@ -23,7 +23,10 @@ Attend = Callable[[Tensor, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 
 def plain_program(problem: AttentionProblem) -> Program:
     """The formula, operator by operator, for all queries at once."""
+    return _program(_formula(problem), problem, "plain")
 
+
+def _formula(problem: AttentionProblem) -> Attend:
     def attend(query: Tensor, keys: Tensor, memory: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         if weights:
             asked = linear(query, weights["w_query"])
@@ -33,7 +36,12 @@ def plain_program(problem: AttentionProblem) -> Program:
         masked = scores.masked_fill(~problem.mask[:, None], torch.finfo(scores.dtype).min)
         return torch.bmm(masked.softmax(-1), memory)
 
-    return _program(attend, problem, "plain")
+    return attend
+
+
+def compiled_plain_program(problem: AttentionProblem) -> Program:
+    """torch.compile of the formula."""
+    return compiled(_program(torch.compile(_formula(problem), dynamic=False), problem, "plain.compile"))
 
 
 def sdpa_refuses(case: AttentionCase) -> str | None:

@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
+from fastseq import _gpus
+
 __all__ = ["GATES", "Case", "LayerCase", "named", "spread"]
 
 GATES = {"lstm": 4, "gru": 3}
@@ -21,6 +23,7 @@ class Case(ABC):
     kind: ClassVar[str]  # its key in `kinds.KINDS`
     mode: str  # "forward" | "train"
     dtype: str  # "float32" | "float64" | "bfloat16" | "autocast" (fp32 tensors, autocast to bfloat16)
+    device: str  # "cpu" | "cuda"
 
     @property
     @abstractmethod
@@ -43,7 +46,7 @@ class Case(ABC):
 
     def unavailable(self) -> str | None:
         """What this machine lacks for it."""
-        return None
+        return _gpus.no_gpu() if self.device == "cuda" else None
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,13 @@ class LayerCase(Case):
     dtype: str = "float32"
     rows: str = "full"  # "lengths": padded, from T/4 to T steps; "packed": the same rows in a PackedSequence
     hx: bool = False
+    device: str = "cpu"
 
     def __str__(self) -> str:
         return named(
             self.op, self.mode, f"T{self.T}", f"B{self.B}", f"I{self.I}", f"H{self.H}",
             self.layers > 1 and f"L{self.layers}", self.bidirectional and "bi", self.dtype != "float32" and self.dtype,
-            self.rows != "full" and self.rows, self.hx and "hx",
+            self.rows != "full" and self.rows, self.hx and "hx", self.device != "cpu" and self.device,
         )  # fmt: skip
 
     @property

@@ -69,11 +69,13 @@ class DecoderCase(TeacherForced):
     H: int
     dtype: str = "float32"
     rows: str = "full"  # "lengths": sources of S/4 to S positions, by a mask; a full mask otherwise
+    device: str = "cpu"
 
     def __str__(self) -> str:
         return named(
             self.attention, self.cell, self.mode, f"S{self.S}", f"T{self.T}", f"B{self.B}", f"H{self.H}",
-            self.rows != "full" and self.rows,
+            self.rows != "full" and self.rows, self.dtype != "float32" and self.dtype,
+            self.device != "cpu" and self.device,
         )  # fmt: skip
 
     @property
@@ -97,9 +99,13 @@ class CorpusCase(TeacherForced):
     count: int = 8  # batches, spread evenly over the corpus's by size
     B: int = corpus.ROWS  # rows of each that are kept
     dtype: str = "float32"
+    device: str = "cpu"
 
     def __str__(self) -> str:
-        return named(self.attention, self.cell, self.mode, self.source, f"x{self.count}", f"B{self.B}", f"H{self.H}")
+        return named(
+            self.attention, self.cell, self.mode, self.source, f"x{self.count}", f"B{self.B}", f"H{self.H}",
+            self.dtype != "float32" and self.dtype, self.device != "cpu" and self.device,
+        )  # fmt: skip
 
     @property
     def batches(self) -> list[Lengths]:
@@ -110,7 +116,7 @@ class CorpusCase(TeacherForced):
         return replace(self, count=2, B=3, H=6)
 
     def unavailable(self) -> str | None:
-        return corpus.SOURCES[self.source].unavailable()
+        return super().unavailable() or corpus.SOURCES[self.source].unavailable()
 
 
 @dataclass(frozen=True)
@@ -126,11 +132,13 @@ class AttentionCase(Case):
     H: int
     dtype: str = "float32"
     rows: str = "full"  # as in DecoderCase
+    device: str = "cpu"
 
     def __str__(self) -> str:
         return named(
             self.score, self.mode, f"S{self.S}", f"T{self.T}", f"B{self.B}", f"H{self.H}",
-            self.rows != "full" and self.rows,
+            self.rows != "full" and self.rows, self.dtype != "float32" and self.dtype,
+            self.device != "cpu" and self.device,
         )  # fmt: skip
 
     @property

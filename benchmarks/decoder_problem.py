@@ -36,13 +36,13 @@ class DecoderProblem:
     def draw(cls, case: TeacherForced, seed: int = 0) -> "DecoderProblem":
         """The same values for every dtype of the same shapes, rounded to it."""
         g, dtype = torch.Generator().manual_seed(seed), DTYPES[case.dtype]
-        weights = uniform(loop_of(case), case.H, dtype, g)
+        weights = {name: w.to(case.device) for name, w in uniform(loop_of(case), case.H, dtype, g).items()}
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=g).to(dtype)
+            return torch.randn(shape, generator=g).to(case.device, dtype)
 
         def batch(lengths: Lengths) -> Batch:
-            mask, there = _until(lengths.source), _until(lengths.target)
+            mask, there = (_until(of).to(case.device) for of in lengths)
             y, grad = (normal(*there.shape, case.H) for _ in range(2))
             return Batch(y, normal(*mask.shape, case.H), mask, grad * there[:, :, None])
 
@@ -73,11 +73,11 @@ class AttentionProblem:
         g, dtype, H = torch.Generator().manual_seed(seed), DTYPES[case.dtype], case.H
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(shape, generator=g) * scale).to(dtype)
+            return (torch.randn(shape, generator=g) * scale).to(case.device, dtype)
 
         additive = case.score == "additive"
         weights = {"w_query": normal(H, H, scale=H**-0.5), "v": normal(H, scale=H**-0.5)} if additive else {}
-        mask = _until(case.lengths.source)
+        mask = _until(case.lengths.source).to(case.device)
         query, grad = (normal(case.B, case.T, H) for _ in range(2))
         keys = normal(*mask.shape, H, scale=1.0 if additive else H**-0.5)
         return cls(case, weights, query, keys, normal(*mask.shape, H), mask, grad)

@@ -14,9 +14,10 @@ from fastseq.spec import AttentionParams, CellParams, DecoderParams, DecoderSpec
 
 from .decoder_cases import TeacherForced
 from .decoder_problem import Batch, DecoderProblem, loop_of
+from .graphs import graphed
 from .programs import Program, Results, chosen_backend, compiled, program_of
 
-__all__ = ["compile_refuses", "compiled_loop_program", "fastseq_program", "loop_program"]
+__all__ = ["compile_refuses", "compiled_loop_program", "fastseq_program", "graphed_loop_program", "loop_program"]
 
 Weights = Mapping[str, Tensor]  # of the loop's module, by its names
 Decode = Callable[[Tensor, Tensor, Tensor], Tensor]  # y [B, T, H], memory [B, S, H], mask [B, S] -> [B, T, H]
@@ -39,6 +40,11 @@ def compiled_loop_program(problem: DecoderProblem) -> Program:
     return compiled(_program(decode, dict(loop.named_parameters()), problem, "loop.compile"))
 
 
+def graphed_loop_program(problem: DecoderProblem) -> Program:
+    """The loop captured in a CUDA graph, forward and, in training, backward: one launch for all of its kernels."""
+    return graphed(loop_program(problem))
+
+
 def fastseq_program(problem: DecoderProblem, backend: str) -> Program:
     """fastseq's decoder with `backend=` forced, or "auto"; the program says which one runs."""
     train, spec = problem.case.mode == "train", _spec(problem.case)
@@ -58,7 +64,7 @@ def fastseq_program(problem: DecoderProblem, backend: str) -> Program:
 def _loop(problem: DecoderProblem) -> nn.Module:
     loop = loop_of(problem.case)
     loop.load_state_dict(problem.weights)
-    return loop.train(problem.case.mode == "train")
+    return loop.to(problem.case.device).train(problem.case.mode == "train")
 
 
 def _spec(case: TeacherForced) -> DecoderSpec:

@@ -2,14 +2,16 @@
 
 import torch
 
+from .cases import Case, LayerCase
+from .cudnn import tf32
 from .kinds import exact_program
 from .problem import Problem
 from .programs import Program, Results
 
-__all__ = ["Unequal", "check", "truth_of"]
+__all__ = ["Unequal", "check", "precision", "truth_of"]
 
 # Of a result's largest value. This tells a wrong computation from a right one; the tests hold kernels to rounding.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 2**-4, "autocast": 2**-4}
+TOLERANCE = {"float32": 1e-4, "tf32": 2**-6, "bfloat16": 2**-4, "autocast": 2**-4}
 
 
 class Unequal(AssertionError):
@@ -19,6 +21,11 @@ class Unequal(AssertionError):
 def truth_of(problem: Problem) -> Results:
     """Outputs and, for training, every gradient, in float64."""
     return _results(exact_program(problem.in_float64()))
+
+
+def precision(case: Case) -> str:
+    """A key of TOLERANCE: the case's dtype, or TF32 where torch's flags allow that for it."""
+    return "tf32" if isinstance(case, LayerCase) and tf32(case) else case.dtype
 
 
 def check(program: Program, truth: Results, dtype: str) -> None:

@@ -26,11 +26,13 @@ class GenerateCase(Case):
     H: int
     V: int
     dtype: str = "float32"
+    device: str = "cpu"
 
     def __str__(self) -> str:
         return named(
-            self.attention, self.cell, self.search, f"S{self.S}", f"T{self.T}", f"B{self.B}", f"H{self.H}", f"V{self.V}"
-        )
+            self.attention, self.cell, self.search, f"S{self.S}", f"T{self.T}", f"B{self.B}", f"H{self.H}",
+            f"V{self.V}", self.device != "cpu" and self.device,
+        )  # fmt: skip
 
     @property
     def search(self) -> str:

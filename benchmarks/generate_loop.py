@@ -55,8 +55,8 @@ class SearchLoop(nn.Module, ABC):
     def greedy(self, memory: Tensor, mask: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         """The likeliest token after another."""
         read, state = self.read(memory, mask), self.start(memory.new_zeros(len(memory), self.hidden))
-        tokens = torch.full((len(memory),), BOS)
-        ended = torch.zeros(len(memory), dtype=torch.bool)
+        tokens = torch.full((len(memory),), BOS, device=memory.device)
+        ended = torch.zeros(len(memory), dtype=torch.bool, device=memory.device)
         chosen, gained = [], []
         for _ in range(steps):
             logits, state = self.step(tokens, state, *read)
@@ -74,9 +74,9 @@ class SearchLoop(nn.Module, ABC):
         """The k likeliest beginnings go on; a row is done when k hypotheses have ended that none of them beats."""
         batch = len(memory)
         read, state = self.read(memory, mask), self.start(memory.new_zeros(batch * k, self.hidden))
-        tokens = torch.full((batch * k,), BOS)
-        ids = torch.full((batch * k, steps), PAD)
-        first = torch.arange(batch)[:, None] * k
+        tokens = torch.full((batch * k,), BOS, device=memory.device)
+        ids = torch.full((batch * k, steps), PAD, device=memory.device)
+        first = torch.arange(batch, device=memory.device)[:, None] * k
         scores = memory.new_zeros(batch, k)
         scores[:, 1:] = -torch.inf  # all beams are the same so far
         whole = None
@@ -163,8 +163,8 @@ class Whole:
     def __init__(self, memory: Tensor, ids: Tensor, k: int) -> None:
         batch = len(memory)
         self.scores = memory.new_full((batch, k), -torch.inf)
-        self.ids = torch.full((batch, k, ids.shape[1]), PAD)
-        self.done = torch.zeros(batch, dtype=torch.bool)
+        self.ids = ids.new_full((batch, k, ids.shape[1]), PAD)
+        self.done = torch.zeros(batch, dtype=torch.bool, device=ids.device)
 
     def add(self, scores: Tensor, ids: Tensor) -> None:
         """scores [B, n], -inf for none, of ids [B, n, T]; rows that are done take no more."""

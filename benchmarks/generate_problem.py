@@ -33,8 +33,9 @@ class GenerateProblem:
         weights["embedding.weight"] = torch.randn(case.V, case.H, generator=g).to(dtype)
         weights["output.weight"] *= SHARPNESS
         weights["output.bias"][EOS] = NEVER
-        memory = torch.randn(case.B, case.S, case.H, generator=g).to(dtype)
-        return cls(case, weights, memory, torch.ones(case.B, case.S, dtype=torch.bool))
+        weights = {name: w.to(case.device) for name, w in weights.items()}
+        memory = torch.randn(case.B, case.S, case.H, generator=g).to(case.device, dtype)
+        return cls(case, weights, memory, torch.ones(case.B, case.S, dtype=torch.bool, device=case.device))
 
     def in_float64(self) -> "GenerateProblem":
         """The same values, to be computed without rounding."""

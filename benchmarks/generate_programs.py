@@ -48,7 +48,7 @@ def compiled_loop_program(problem: GenerateProblem) -> Program:
 def fastseq_program(problem: GenerateProblem, backend: str) -> Program:
     """`generate` of a model whose decoder has `backend=` forced, or "auto"; the program says which one runs."""
     case, model = problem.case, _model(problem, backend)
-    src = torch.zeros(case.B, case.S, dtype=torch.int64)
+    src = torch.zeros(case.B, case.S, dtype=torch.int64, device=case.device)
     with torch.no_grad():
         chosen = chosen_backend(fastseq.explain(model, src, src[:, :1]), backend)
 
@@ -62,7 +62,7 @@ def fastseq_program(problem: GenerateProblem, backend: str) -> Program:
 def _loop(problem: GenerateProblem) -> SearchLoop:
     loop = loop_of(problem.case)
     loop.load_state_dict(problem.weights)
-    return loop.eval()
+    return loop.to(problem.case.device).eval()
 
 
 def _loop_program(loop: SearchLoop, problem: GenerateProblem, backend: str) -> Program:
@@ -79,7 +79,7 @@ def _model(problem: GenerateProblem, backend: str) -> fastseq.Seq2Seq:
     if "decoder.attention.v" in weights:
         weights["decoder.attention.v"] = weights["decoder.attention.v"][0]
     model.load_state_dict(weights)
-    return model.eval()
+    return model.to(problem.case.device).eval()
 
 
 def _decoder(case: GenerateCase, backend: str) -> fastseq.Decoder:

@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 
 import fastseq
-from fastseq import _native
+from fastseq import _gpus, _native
 
 __all__ = ["describe"]
 
 
 def describe() -> dict[str, str]:
     """Names and versions, as text."""
-    return {
+    gpu = {} if _gpus.no_gpu() else _gpu()
+    return gpu | {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": f"{_cpu()}, {os.cpu_count()} logical",
         "isa": "none" if _native.C is None else _native.C.isa(),
@@ -29,6 +30,27 @@ def describe() -> dict[str, str]:
         "onnxruntime": _version("onnxruntime"),
         "load": f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown",
     }
+
+
+def _gpu() -> dict[str, str]:
+    """The current GPU, what drives it, its clocks now, and whether TF32 is allowed where fp32 is asked for."""
+    backends = torch.backends
+    return {
+        "gpu": _gpus.told(torch.cuda.current_device()),
+        "software": f"{_gpus.software()}, cuDNN {backends.cudnn.version()}",
+        "clocks": _clocks(),
+        "tf32": f"layers (cudnn.allow_tf32) {backends.cudnn.allow_tf32}, "
+        f"all else (cuda.matmul.allow_tf32) {backends.cuda.matmul.allow_tf32}",
+    }
+
+
+def _clocks() -> str:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "unknown: no nvidia-smi"
+    asked = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,persistence_mode"
+    done = subprocess.run([tool, f"--query-gpu={asked}", "--format=csv,noheader"], capture_output=True, text=True)
+    return f"{asked}: {done.stdout.strip()}" if done.returncode == 0 else f"unknown: {done.stderr.strip()}"
 
 
 def _cpu() -> str:

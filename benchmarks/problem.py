@@ -37,7 +37,7 @@ class LayerProblem:
     weights: dict[str, Tensor]  # a torch.nn module's state_dict
     x: Tensor  # [T, B, I]; a cell: [B, I]
     hx: tuple[Tensor, ...]  # () | (h,) | (h, c): [L*D, B, H]; a cell: [B, H]
-    lengths: Tensor | None  # [B]
+    lengths: Tensor | None  # [B], where the host packs by them
     grads: tuple[Tensor, ...]  # of the first outputs, in the order of `flatten`
 
     @classmethod
@@ -49,7 +49,7 @@ class LayerProblem:
         weights = uniform(module, case.H, dtype, g)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=g).to(dtype)
+            return torch.randn(shape, generator=g).to(case.device, dtype)
 
         lead = () if case.is_cell else (case.layers * directions,)
         x = normal(case.B, case.I) if case.is_cell else normal(case.T, case.B, case.I)

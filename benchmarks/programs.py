@@ -14,6 +14,7 @@ import fastseq
 from fastseq.explain import Explanation
 
 from .cases import LayerCase
+from .cudnn import algorithm
 from .problem import LayerProblem, flatten, module_of
 
 __all__ = [
@@ -45,6 +46,7 @@ class Program:
     grad: bool
     backend: str  # which implementation runs
     note: str = ""
+    first: float = 0.0  # seconds of the first call, compilations included, where that was timed
 
 
 def program_of(
@@ -82,6 +84,8 @@ def compiled(program: Program) -> Program:
     try:
         with torch.set_grad_enabled(program.grad):
             program.step()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
     except torch._dynamo.exc.TorchDynamoException as error:
         raise NotRunnable(f"torch.compile raised {type(error).__name__}") from error
     return replace(program, note=f"compiled in {time.perf_counter() - begin:.1f} s")
@@ -89,7 +93,8 @@ def compiled(program: Program) -> Program:
 
 def torch_program(problem: LayerProblem) -> Program:
     """Stock torch.nn. Where the case has lengths it packs and pads, as its user has to."""
-    return _module_program(_load(module_of(nn, problem.case), problem), problem, _packing_call, "torch.nn")
+    program = _module_program(_load(module_of(nn, problem.case), problem), problem, _packing_call, "torch.nn")
+    return replace(program, note=algorithm(problem.case) or "")
 
 
 def fastseq_program(problem: LayerProblem, backend: str) -> Program:
@@ -119,15 +124,17 @@ def compiled_program(problem: LayerProblem) -> Program:
 
 def _load(module: nn.Module, problem: LayerProblem) -> nn.Module:
     module.load_state_dict(problem.weights)
-    return module.train(problem.case.mode == "train")
+    return module.to(problem.case.device).train(problem.case.mode == "train")
 
 
 def _lengths(problem: LayerProblem) -> Tensor | None:
-    return problem.lengths if problem.case.rows == "lengths" else None
+    if problem.case.rows != "lengths" or problem.lengths is None:
+        return None
+    return problem.lengths.to(problem.case.device)
 
 
 def _precision(problem: LayerProblem) -> AbstractContextManager[Any]:
-    return torch.autocast("cpu", torch.bfloat16) if problem.case.dtype == "autocast" else nullcontext()
+    return torch.autocast(problem.case.device, torch.bfloat16) if problem.case.dtype == "autocast" else nullcontext()
 
 
 def _arguments(problem: LayerProblem, hx: list[Tensor]) -> tuple[Any, Any]:
@@ -136,24 +143,31 @@ def _arguments(problem: LayerProblem, hx: list[Tensor]) -> tuple[Any, Any]:
     return x, None if not hx else tuple(hx) if problem.case.cell == "lstm" else hx[0]
 
 
-Call = Callable[[Any, Any, Any, LayerProblem], list[Tensor]]
+Call = Callable[[Any, Any, Any], list[Tensor]]  # of module, x, hx
 
 
-def _lengths_call(module: Any, x: Any, hx: Any, problem: LayerProblem) -> list[Tensor]:
-    if problem.case.rows == "lengths":
-        return flatten(module(x, hx, lengths=problem.lengths))
-    return flatten(module(x, hx))
+def _lengths_call(problem: LayerProblem) -> Call:
+    """Lengths lie where the input does, as a user's would."""
+    lengths = _lengths(problem)
+    if lengths is None:
+        return lambda module, x, hx: flatten(module(x, hx))
+    return lambda module, x, hx: flatten(module(x, hx, lengths=lengths))
 
 
-def _packing_call(module: Any, x: Any, hx: Any, problem: LayerProblem) -> list[Tensor]:
-    if problem.case.rows == "lengths":
+def _packing_call(problem: LayerProblem) -> Call:
+    """Lengths lie where packing wants them, on the host."""
+
+    def pack_and_pad(module: Any, x: Any, hx: Any) -> list[Tensor]:
         out, state = module(pack_padded_sequence(x, cast(Tensor, problem.lengths), enforce_sorted=False), hx)
         return [pad_packed_sequence(out, total_length=problem.case.T)[0], *flatten(state)]
-    return flatten(module(x, hx))
+
+    return pack_and_pad if problem.case.rows == "lengths" else lambda module, x, hx: flatten(module(x, hx))
 
 
-def _module_program(module: Any, problem: LayerProblem, call: Call, backend: str) -> Program:
-    train = problem.case.mode == "train"
+def _module_program(
+    module: Any, problem: LayerProblem, call_of: Callable[[LayerProblem], Call], backend: str
+) -> Program:
+    call, train = call_of(problem), problem.case.mode == "train"
     x, hx = _arguments(problem, [h.detach().requires_grad_(train) for h in problem.hx])
     data = x if isinstance(x, Tensor) else x.data
     data.requires_grad_(train)
@@ -162,8 +176,8 @@ def _module_program(module: Any, problem: LayerProblem, call: Call, backend: str
 
     def forward() -> list[Tensor]:
         if problem.case.dtype != "autocast":
-            return call(module, x, hx, problem)
+            return call(module, x, hx)
         with _precision(problem):
-            return call(module, x, hx, problem)
+            return call(module, x, hx)
 
     return program_of(forward, leaves, problem.grads, train, backend)

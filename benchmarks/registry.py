@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from . import attention_programs, decoder_programs, generate_programs, onnx_program, programs
+from . import attention_programs, decoder_programs, generate_programs, graphs, onnx_program, programs
 from .cases import Case, LayerCase
 from .decoder_cases import WIDTHS, AttentionCase, CorpusCase, DecoderCase
 from .generate_cases import GenerateCase
@@ -79,12 +79,18 @@ PEERS = {
     "loop.compile": Peer(
         _compiled_loop, "torch.compile of the loop", LOOPS, refuses=decoder_programs.compile_refuses
     ),
+    "loop.graph": Peer(
+        decoder_programs.graphed_loop_program, "CUDA graph of the loop", LOOPS[:2], refuses=graphs.refuses
+    ),
     "plain": Peer(attention_programs.plain_program, "plain PyTorch", ("attention",)),
+    "plain.compile": Peer(
+        attention_programs.compiled_plain_program, "torch.compile of plain PyTorch", ("attention",)
+    ),
     "sdpa": Peer(
         attention_programs.sdpa_program, "PyTorch's sdpa", ("attention",), refuses=attention_programs.sdpa_refuses
     ),
 }  # fmt: skip
-for _ours in OURS:
+for _ours in (*OURS, "triton"):
     _build = fastseq_program(_ours)
     PEERS |= {
         _ours: Peer(_build, f"fastseq ({_ours})", tuple(KINDS)),
@@ -92,7 +98,7 @@ for _ours in OURS:
         f"{_ours}.full": Peer(_build, "our full length", form=_full_length, scale=_real_share),
         f"{_ours}.1thread": Peer(_build, "our one thread", threads=1),
     }
-OPT_IN = {"torch.compile", "loop.compile"}  # minutes of compilation: run only when --peers names it
+OPT_IN = {"torch.compile", "loop.compile", "plain.compile"}  # minutes of compilation: run only when --peers names it
 
 OPS, MODES = ("lstm", "gru"), ("forward", "train")
 DECODER_SHAPES = ((1, 256, 20), (32, 128, 20), (32, 256, 30), (64, 512, 30))  # B, H, and S = T

@@ -63,11 +63,16 @@ def row_line(row: Row) -> str:
         if timing not in shown.values():  # `cpu` where `auto` ran just that
             shown[name] = timing
     times = [
-        f"{name}{'' if name == t.backend else f'={t.backend}'} {_quantity(t, row)} {t.note}".rstrip()
+        f"{name}{'' if name == t.backend else f'={t.backend}'} {_quantity(t, row)} {_about(t)}".rstrip()
         for name, t in shown.items()
     ]
     head = row.name if row.calm in (None, 1) else f"{row.name} (calm {row.calm:.0%})"
     return "  ".join([head, *times, *(f"{r.peer}/{r.ours} {_ratio(r)}" for r in row.ratios if r.ours in shown)])
+
+
+def _about(timing: Timing) -> str:
+    first = [f"first call {timing.first:.2f} s"] if timing.first else []
+    return "; ".join([*first, *([timing.note] if timing.note else [])])
 
 
 def _quantity(timing: Timing, row: Row) -> str:

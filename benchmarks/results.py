@@ -8,7 +8,7 @@ from .cases import Case
 from .ceilings import Ceiling
 from .kinds import case_from_dict, case_to_dict
 
-__all__ = ["SCHEMA", "Ratio", "Report", "Row", "Timing"]
+__all__ = ["SCHEMA", "Ratio", "Report", "Row", "Timing", "row_from_dict", "row_to_dict"]
 
 SCHEMA = 1  # raised whenever a field changes its meaning or goes
 
@@ -23,6 +23,7 @@ class Timing:
     q80: float
     samples: int
     note: str = ""
+    first: float = 0.0  # seconds of the first call, compilations included; 0: not timed
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Report:
     schema: int = SCHEMA
 
     def to_json(self) -> str:
-        rows = [asdict(row) | {"case": case_to_dict(row.case)} for row in self.rows]
+        rows = [row_to_dict(row) for row in self.rows]
         return json.dumps(asdict(self) | {"rows": rows}, indent=1)
 
     @classmethod
@@ -76,10 +77,16 @@ class Report:
             raise ValueError(f"schema {d.get('schema')} of the results; this version reads {SCHEMA}: run them again")
         seconds = None if d["import_s"] is None else Timing(**d["import_s"])
         ceilings = [Ceiling(**c) for c in d["ceilings"]]
-        return cls(d["environment"], ceilings, d["absent"], [_row(r) for r in d["rows"]], seconds)
+        return cls(d["environment"], ceilings, d["absent"], [row_from_dict(r) for r in d["rows"]], seconds)
 
 
-def _row(d: dict[str, Any]) -> Row:
+def row_to_dict(row: Row) -> dict[str, Any]:
+    """For JSON."""
+    return asdict(row) | {"case": case_to_dict(row.case)}
+
+
+def row_from_dict(d: dict[str, Any]) -> Row:
+    """The inverse."""
     timings = {name: Timing(**t) for name, t in d["timings"].items()}
     case, ratios = case_from_dict(d["case"]), tuple(Ratio(**r) for r in d["ratios"])
     return Row(

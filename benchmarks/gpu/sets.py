@@ -1,0 +1,114 @@
+"""The rows of `gpu-bench`, most important first: what fastseq promises on a GPU, and what stands beside it."""
+
+from dataclasses import replace
+from itertools import product
+
+from ..cases import Case, LayerCase
+from ..decoder_cases import WIDTHS, AttentionCase, CorpusCase, DecoderCase
+from ..generate_cases import GenerateCase
+from ..registry import MODES, OPS, Entry, Pairs
+
+__all__ = ["AIMS", "GPU_SETS", "IN_ORDER", "MEAN_AIMS", "rehearsed"]
+
+OURS = ("auto", "triton")
+MEAN_AIMS = {("gpu-calls", "forward"): 1.3, ("gpu-calls", "train"): 1.3}  # of the geometric mean
+AIMS = {  # by set, mode and peer: least ratio of every row
+    ("gpu-decoder", "train", "loop"): 8.0,
+    ("gpu-decoder", "train", "loop.graph"): 2.0,
+    ("gpu-attention bfloat16", "forward", "plain"): 4.0,
+    ("gpu-attention bfloat16", "train", "plain"): 3.5,
+    ("gpu-attention float32", "forward", "plain"): 2.5,
+    ("gpu-attention float32", "train", "plain"): 2.0,
+    ("gpu-small", "forward", "torch.nn"): 1.0,
+    ("gpu-small", "train", "torch.nn"): 1.0,
+    ("gpu-calls", "forward", "torch.nn"): 0.98,
+    ("gpu-calls", "train", "torch.nn"): 0.98,
+    ("gpu-varlen", "forward", "torch.nn"): 5.0,
+    ("gpu-varlen", "train", "torch.nn"): 5.0,
+    ("gpu-generate", "forward", "loop"): 8.0,
+    ("gpu-corpus", "train", "loop"): 5.0,
+}
+HALF_FIRST = ("bfloat16", "float32")
+
+
+def _against(*peers: str) -> Pairs:
+    return tuple(product(OURS, peers))
+
+
+def _entries(name: str, cases: list[Case], *peers: str) -> tuple[Entry, ...]:
+    return tuple(Entry(name, replace(case, device="cuda"), _against(*peers), (1,)) for case in cases)  # type: ignore[type-var]
+
+
+def _decoder() -> list[Case]:
+    """The row that matters most is the first: Bahdanau's decoder, training, bf16."""
+    order = product(HALF_FIRST, WIDTHS, ("train", "forward"))
+    return [DecoderCase(a, "lstm", mode, 64, 64, 64, 512, dtype) for dtype, a, mode in order]
+
+
+def _attention() -> list[Case]:
+    return [AttentionCase("additive", mode, 64, 64, 64, 512, dtype) for dtype, mode in product(HALF_FIRST, MODES)]
+
+
+def _small() -> list[Case]:
+    """Layers whose weights fit one program."""
+    sizes = (("bfloat16", 128), ("bfloat16", 64), ("float32", 64))
+    return [
+        LayerCase(op, mode, 128, b, h, h, dtype=dtype)
+        for (dtype, h), op, mode, b in product(sizes, OPS, MODES, (64, 8))
+    ]
+
+
+def _calls() -> list[Case]:
+    """One step with a state."""
+    order = product((64, 8, 1), (512, 256, 64), MODES, OPS, ("_cell", ""))
+    return [LayerCase(op + end, mode, 1, b, h, h, hx=True) for b, h, mode, op, end in order]
+
+
+def _varlen() -> list[Case]:
+    order = product((256, 512, 64), OPS, MODES)
+    return [LayerCase(op, mode, 128, 64, h, h, dtype="bfloat16", rows="lengths") for h, op, mode in order]
+
+
+def _generate() -> list[Case]:
+    """At shapes whose tokens no rounding changes (docs/benchmarks.md)."""
+    return [GenerateCase(a, "lstm", 1, s, 30, b, 256, 1000) for (b, s), a in product(((32, 30), (1, 20)), WIDTHS)]
+
+
+def _corpus() -> list[Case]:
+    return [CorpusCase(a, "lstm", "train", "multi30k", 512, dtype="bfloat16") for a in WIDTHS]
+
+
+def _large() -> list[Case]:
+    """Where the vendor is expected to win: what `auto` must leave to it."""
+    order = product((256, 512, 1024), OPS, MODES)
+    return [LayerCase(op, mode, 128, 64, h, h, dtype="bfloat16") for h, op, mode in order]
+
+
+GPU_SETS: dict[str, tuple[Entry, ...]] = {
+    "gpu-decoder": _entries("gpu-decoder", _decoder(), "loop", "loop.graph"),
+    "gpu-attention": _entries("gpu-attention", _attention(), "plain"),
+    "gpu-small": _entries("gpu-small", _small(), "torch.nn"),
+    "gpu-calls": _entries("gpu-calls", _calls(), "torch.nn"),
+    "gpu-varlen": _entries("gpu-varlen", _varlen(), "torch.nn"),
+    "gpu-generate": _entries("gpu-generate", _generate(), "loop"),
+    "gpu-corpus": _entries("gpu-corpus", _corpus(), "loop"),
+    "gpu-large": _entries("gpu-large", _large(), "torch.nn"),
+    "gpu-compiled": (
+        *_entries("gpu-compiled", _attention()[:2], "plain.compile"),
+        *_entries("gpu-compiled", _decoder()[1:2], "loop.compile"),
+        *_entries("gpu-compiled", _decoder()[:1], "loop.compile"),
+    ),
+}
+# A row of each kind stands before the long tails, so that a stage cut short has seen everything once.
+HEADS = {"gpu-decoder": 8, "gpu-attention": 4, "gpu-small": 8, "gpu-calls": 12, "gpu-varlen": 4, "gpu-generate": 2,
+         "gpu-corpus": 2, "gpu-large": 0, "gpu-compiled": 1}  # fmt: skip
+IN_ORDER: tuple[Entry, ...] = (
+    *(entry for name, entries in GPU_SETS.items() for entry in entries[: HEADS[name]]),
+    *(entry for name, entries in GPU_SETS.items() for entry in entries[HEADS[name] :]),
+)
+
+
+def rehearsed(entry: Entry) -> Entry:
+    """The same row, of few numbers, on the CPU: the first way through without a GPU."""
+    pairs = tuple((ours, peer) for ours, peer in entry.pairs if peer != "loop.graph" and ours != "triton")
+    return replace(entry, case=replace(entry.case.small(), device="cpu"), pairs=pairs)  # type: ignore[type-var]

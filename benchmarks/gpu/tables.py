@@ -1,0 +1,79 @@
+"""The short tables at the end of `gpu-bench`; of a bench.jsonl: `python -m benchmarks.gpu show FILE`."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from .. import corpus
+from ..decoder_cases import CorpusCase
+from ..registry import PEERS
+from ..results import Ratio, Row, Timing
+from ..stats import geometric_mean
+from ..tables import Table
+from .sets import AIMS, MEAN_AIMS
+
+__all__ = ["aim", "epoch_ratio", "rows_table", "sets_table"]
+
+EPOCH = 453  # batches of Multi30k's training pairs, of which a case has some: benchmarks/corpus.py
+
+
+def rows_table(rows: Sequence[Row]) -> Table:
+    """A line for each ratio: what ran, both times, the first call, and the aim."""
+    lines = []
+    for row in rows:
+        for ratio in row.ratios:
+            ours, peer = row.timings[ratio.ours], row.timings[ratio.peer]
+            if ratio.ours == "triton" and row.timings.get("auto") == ours:
+                continue  # one measurement under two names
+            epoch = epoch_ratio(row, ratio)
+            shown = f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+            shown += "" if epoch is None else f", epoch with compilation {epoch:.2f}"
+            mine = f"{ratio.ours}={ours.backend}", _time(ours), f"{ours.first:.1f}"
+            lines.append([str(row.case), *mine, ratio.peer, _time(peer), peer.note, shown, aim(row, ratio)])
+    head = ("case", "ours", "ms [20 %, 80 %]", "first s", "peer", "ms [20 %, 80 %]", "note", "peer/ours [95 %]", "aim")
+    return Table("rows", head, lines)
+
+
+def sets_table(rows: Sequence[Row]) -> Table:
+    """Geometric mean and minimum of each set, mode and peer."""
+    groups: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for row in rows:
+        for ratio in row.ratios:
+            groups[_group(row), row.case.mode, ratio.ours, PEERS[ratio.peer].label].append(ratio.median)
+    lines = [
+        [*key, str(len(v)), f"{geometric_mean(v):.2f}", f"{min(v):.2f}", _mean_aim(key, v)] for key, v in groups.items()
+    ]
+    return Table("peer's time over ours", ("set", "mode", "ours", "peer", "rows", "mean", "min", "aim"), lines)
+
+
+def _mean_aim(key: tuple[str, ...], values: Sequence[float]) -> str:
+    least = MEAN_AIMS.get((key[0], key[1]))
+    return "" if least is None else f"mean {least:g}{' (missed)' if geometric_mean(values) < least else ''}"
+
+
+def aim(row: Row, ratio: Ratio) -> str:
+    """What the project aims at for this row, and whether it is missed."""
+    least = AIMS.get((_group(row), row.case.mode, ratio.peer))
+    if least is None or (row.set == "gpu-decoder" and row.case.dtype != "bfloat16"):
+        return ""
+    reached = epoch_ratio(row, ratio)
+    return f"{least:g}{' (missed)' if (ratio.median if reached is None else reached) < least else ''}"
+
+
+def epoch_ratio(row: Row, ratio: Ratio) -> float | None:
+    """Of a whole epoch's time, first calls and their compilations included; None but of a corpus."""
+    if not isinstance(row.case, CorpusCase):
+        return None
+    ours, peer = (_epoch(row.case, row.timings[name]) for name in (ratio.ours, ratio.peer))
+    return peer / ours
+
+
+def _epoch(case: CorpusCase, timing: Timing) -> float:
+    return timing.median * EPOCH / case.count * case.B / corpus.ROWS + max(0.0, timing.first - timing.median)
+
+
+def _group(row: Row) -> str:
+    return f"{row.set} {row.case.dtype}" if row.set == "gpu-attention" else row.set
+
+
+def _time(timing: Timing) -> str:
+    return f"{timing.median * 1e3:.3g} [{timing.q20 * 1e3:.3g}, {timing.q80 * 1e3:.3g}]"

@@ -1,0 +1,31 @@
+"""A small case of every kernel, for compute-sanitizer: `compute-sanitizer python -m tests.gpu.sanitized`."""
+
+import torch
+
+import fastseq
+from tests.gpu.place import BACKEND, DEVICE
+
+
+def main() -> None:
+    """Forward and backward of a layer of either kind of kernel, a cell, an attention and a decoder."""
+    x = torch.randn(3, 5, 7, device=DEVICE)
+    lengths = torch.tensor([3, 0, 1, 2, 3]).to(DEVICE)
+    for hidden in (9, 150):
+        for kind in (fastseq.LSTM, fastseq.GRU):
+            module = kind(7, hidden, bidirectional=True, backend=BACKEND).to(DEVICE)
+            module(x, lengths=lengths)[0].sum().backward()
+    fastseq.LSTMCell(7, 9, backend=BACKEND).to(DEVICE)(x[0])[0].sum().backward()
+    memory = fastseq.Memory(torch.randn(5, 6, 11, device=DEVICE), torch.rand(5, 6, device=DEVICE) < 0.7)
+    y = torch.randn(5, 3, 7, device=DEVICE)
+    attention = fastseq.Attention(7, 11, 13, backend=BACKEND).to(DEVICE)
+    attention(y, attention.prepare(memory))[0].sum().backward()
+    for preset in (fastseq.Decoder.bahdanau, fastseq.Decoder.luong):
+        decoder = preset(7, 9, memory_size=11, bridge="zero", backend=BACKEND).to(DEVICE)
+        decoder(y, memory).output.sum().backward()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main()

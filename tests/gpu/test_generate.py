@@ -1,0 +1,53 @@
+"""Searches on a GPU: the tokens that the same model finds in float64 on the CPU."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import fastseq
+from tests.gpu.place import BACKEND, DEVICE
+from tests.seq2seq_models import PRESETS, in_float64, model, same
+
+SRC = torch.arange(4)[:, None]
+SOME = [
+    k for k, (name, _) in enumerate(PRESETS) if name in ("bahdanau", "luong", "gnmt", "conditional_gru", "sutskever")
+]
+
+
+def there(of: fastseq.Seq2Seq) -> fastseq.Seq2Seq:
+    moved = copy.deepcopy(of).to(DEVICE)
+    moved.decoder.backend = BACKEND
+    return moved
+
+
+def back(found: fastseq.GenerateOutput) -> fastseq.GenerateOutput:
+    return fastseq.GenerateOutput(*(None if t is None else t.cpu() for t in found))
+
+
+@pytest.mark.parametrize("index", SOME)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 4, "num_return_sequences": 2}], ids=["greedy", "beam"])
+def test_tokens(index: int, options: dict[str, Any]) -> None:
+    name, changes = PRESETS[index]
+    of = model(name, **changes)
+    options = options | {"max_new_tokens": 9, "return_weights": of.decoder.attention is not None}
+    same(back(there(of).generate(SRC.to(DEVICE), **options)), in_float64(of, SRC, **options))
+
+
+@pytest.mark.parametrize("most", [40, 21])
+def test_a_long_search_repeats_its_graph(most: int) -> None:
+    """Past the step that is recorded and the first look of the host; a second search has a graph of its own."""
+    of = model("luong")
+    moved = there(of)
+    for new in (most, most - 3):
+        options = {"max_new_tokens": new, "min_new_tokens": new - 5}
+        same(back(moved.generate(SRC.to(DEVICE), **options)), in_float64(of, SRC, **options))
+
+
+def test_sampling_draws_from_the_generator_it_is_given() -> None:
+    moved, options = there(model()), {"do_sample": True, "max_new_tokens": 9}
+    first, again = (
+        moved.generate(SRC.to(DEVICE), generator=torch.Generator(DEVICE).manual_seed(4), **options) for _ in range(2)
+    )
+    assert torch.equal(first.sequences, again.sequences)
