@@ -107,6 +107,6 @@ def forward(
         constants["BLOCK_D"] = fitted(constants["BLOCK_D"], features)
         constants["PRECISION"] = launch.precision(q.dtype, launch.tf32_allowed(q, "matmul"))
         args = (scores, memory, mask, context, weights if save else None, queries, source)
-        grid = (batch * -(-queries // constants["BLOCK_M"]), -(-features // constants["BLOCK_D"]))
+        grid = (batch * launch.cdiv(queries, constants["BLOCK_M"]), launch.cdiv(features, constants["BLOCK_D"]))
         launch.run(q, Launch(attention_context_kernel, grid, args, constants, config.warps, config.stages))
     return context, weights

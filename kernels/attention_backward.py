@@ -124,12 +124,12 @@ def _pair_gradients(
         "A": units, "OF_KEYS": of_keys, "BACKWARD": additive_backward, "FAST_TANH": fast_tanh(own.dtype, device)
     } | config.constants  # fmt: skip
     constants["BLOCK_A"] = fitted(constants["BLOCK_A"], units)
-    blocks = batch * -(-rows // constants["BLOCK_P"])
+    blocks = batch * launch.cdiv(rows, constants["BLOCK_P"])
     d_own = own.new_empty(own.shape, dtype=dtype)
     d_v = own.new_empty((blocks if of_keys else 0, units), dtype=torch.float32)
     if blocks:
         args = (own, other, d_scores, v, d_own, d_v if of_keys else None, mask, rows, other.shape[1])
-        grid = (blocks, -(-units // constants["BLOCK_A"]))
+        grid = (blocks, launch.cdiv(units, constants["BLOCK_A"]))
         launch.run(own, Launch(attention_pairs_kernel, grid, args, constants, config.warps, config.stages))
     return d_own, d_v.sum(0) if of_keys else d_v
 
@@ -197,7 +197,7 @@ def _score_gradients(
     if d_scores.numel():
         config = configs.choose("attention_softmax_backward", weights.dtype, memory.shape[2], launch.device_of(weights))
         args = (seen, d_weights, weights, mask, d_scores, queries, source)
-        grid = (batch * -(-queries // config.blocks["m"]),)
+        grid = (batch * launch.cdiv(queries, config.blocks["m"]),)
         launch.run(
             weights,
             Launch(attention_softmax_backward_kernel, grid, args, config.constants, config.warps, config.stages),

@@ -178,7 +178,7 @@ def masked_scores(
         "A": units, "TILE": TILES[form], "FAST_TANH": fast_tanh(q.dtype, device),
         "PRECISION": launch.precision(q.dtype, launch.tf32_allowed(q, "matmul")),
     }  # fmt: skip
-    grid = (batch * -(-queries // blocks["BLOCK_M"]), -(-source // blocks["BLOCK_S"]))
+    grid = (batch * launch.cdiv(queries, blocks["BLOCK_M"]), launch.cdiv(source, blocks["BLOCK_S"]))
     args = (q, keys, v, mask, scores, queries, source)
     launch.run(q, Launch(attention_scores_kernel, grid, args, constants | blocks, config.warps, config.stages))
     return scores
@@ -187,6 +187,6 @@ def masked_scores(
 def _by_unit(t: Tensor, block: int) -> Tensor:
     """[B, R, A] as [B, A, R padded to blocks]; the pads are not set."""
     batch, rows, units = t.shape
-    turned = t.new_empty((batch, units, -(-rows // block) * block))
+    turned = t.new_empty((batch, units, launch.cdiv(rows, block) * block))
     torch.ops.aten.copy_(turned.narrow(2, 0, rows), t.transpose(1, 2))  # the method asks CUDA, of fake tensors too
     return turned

@@ -19,7 +19,7 @@ from .configs import Config
 from .decoder_backward import Found, Given, decoder_backward
 from .decoder_forward import Made, Read, Work, decoder_forward
 from .decoder_plan import Blocks, Static, static
-from .launch import Launch, aligned, device_of, precision, run, tf32_allowed, without_autocast
+from .launch import Launch, aligned, cdiv, device_of, precision, run, tf32_allowed, without_autocast
 from .scores import as_bytes, fast_tanh
 
 __all__ = ["backward", "forward"]
@@ -125,9 +125,9 @@ def _run(
 
 def _most_tiles(z: Static, rows: int, source: int) -> int:
     """Of any phase, forward or backward."""
-    n, blocks = -(-rows // z.blocks.n), z.blocks
-    across = -(-max(z.H, z.A, z.D, z.R) // blocks.u)
-    return max(n * across, rows * -(-source // blocks.s), rows * -(-z.D // blocks.d), rows * -(-z.A // blocks.a))
+    of = z.blocks
+    products = cdiv(rows, of.n) * cdiv(max(z.H, z.A, z.D, z.R), of.u)
+    return max(products, rows * max(cdiv(source, of.s), cdiv(z.D, of.d), cdiv(z.A, of.a)))
 
 
 def backward(

@@ -26,6 +26,7 @@ __all__ = [
     "allow",
     "behind",
     "budget",
+    "check_backward_changes_nothing",
     "check_layer",
     "check_second",
     "compare",
@@ -345,3 +346,17 @@ def check_second(layer: Layer, problem: Problem) -> None:
     truth, allowed = budget(problem, second)
     torch.set_num_threads(problem.case.threads)
     compare(second(layer, problem), truth, allowed)
+
+
+def check_backward_changes_nothing(way: Layer, problem: Problem) -> None:
+    """A second backward gives the same bits, and inputs, outputs and their gradients stay as they were."""
+    leaves = {n: t.clone().requires_grad_() for n, t in problem.tensors.items()}
+    outputs = problem.call(way, leaves)
+    before = {n: o.detach().clone() for n, o in outputs.items()}
+    grads = {n: g.clone() for n, g in problem.grads.items()}
+    first = differentiate(outputs, grads, leaves)
+    for name, d in differentiate(outputs, grads, leaves).items():
+        assert torch.equal(d, first[name]), name
+    for now, then in ((outputs, before), (leaves, problem.tensors), (grads, problem.grads)):
+        for name, t in then.items():
+            assert torch.equal(now[name].nan_to_num(), t.nan_to_num()), name

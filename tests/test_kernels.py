@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastseq import _native
-from tests.oracle import Case, Problem, Results, check_layer, differentiate, run
+from tests.oracle import Case, Problem, Results, check_backward_changes_nothing, check_layer, differentiate, run
 
 if _native.C is None:
     pytest.skip(str(_native.reason), allow_module_level=True)
@@ -215,17 +215,7 @@ def test_the_same_bits_every_time(case: Case, threads: int) -> None:
 @any_case
 def test_backward_changes_nothing(case: Case) -> None:
     """Backward leaves inputs, outputs and what was saved as they were: a second one gives the same."""
-    problem = Problem.draw(case)
-    leaves = {n: t.clone().requires_grad_() for n, t in problem.tensors.items()}
-    outputs = problem.call(rnn_layer, leaves)
-    before = {n: o.detach().clone() for n, o in outputs.items()}
-    grads = {n: g.clone() for n, g in problem.grads.items()}
-    first = differentiate(outputs, grads, leaves)
-    for name, d in differentiate(outputs, grads, leaves).items():
-        assert torch.equal(d, first[name]), name
-    for now, then in ((outputs, before), (leaves, problem.tensors), (grads, problem.grads)):
-        for name, t in then.items():
-            assert torch.equal(now[name].nan_to_num(), t.nan_to_num()), name
+    check_backward_changes_nothing(rnn_layer, Problem.draw(case))
 
 
 @pytest.mark.parametrize("cell", CELLS)

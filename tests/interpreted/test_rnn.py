@@ -14,7 +14,17 @@ from fastseq.kernels import cells, configs, devices, launch, rnn, rnn_sequence, 
 from torch import Tensor
 
 from fastseq.ops import rnn as ops
-from tests.oracle import Case, Mismatch, Problem, Results, check_layer, check_second, differentiate, run
+from tests.oracle import (
+    Case,
+    Mismatch,
+    Problem,
+    Results,
+    check_backward_changes_nothing,
+    check_layer,
+    check_second,
+    differentiate,
+    run,
+)
 
 layer = partial(ops.rnn_layer, on="triton")
 CELLS = ("lstm", "gru")
@@ -196,17 +206,7 @@ def test_a_bad_value_stays_in_its_row(way: str, case: Case, name: str) -> None:
 @any_pair
 def test_backward_changes_nothing(way: str, case: Case) -> None:
     """Backward leaves inputs, outputs and what was saved as they were: a second one gives the same."""
-    problem = Problem.draw(case)
-    leaves = {n: t.clone().requires_grad_() for n, t in problem.tensors.items()}
-    outputs = problem.call(layer, leaves)
-    before = {n: o.detach().clone() for n, o in outputs.items()}
-    grads = {n: g.clone() for n, g in problem.grads.items()}
-    first = differentiate(outputs, grads, leaves)
-    for name, d in differentiate(outputs, grads, leaves).items():
-        assert torch.equal(d, first[name]), name
-    for now, then in ((outputs, before), (leaves, problem.tensors), (grads, problem.grads)):
-        for name, t in then.items():
-            assert torch.equal(now[name].nan_to_num(), t.nan_to_num()), name
+    check_backward_changes_nothing(layer, Problem.draw(case))
 
 
 @pytest.mark.parametrize("cell", CELLS)
