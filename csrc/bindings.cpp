@@ -30,6 +30,13 @@ SequencePlan plan(int64_t steps, int64_t rows, Address lengths, Address batch_si
                      : SequencePlan::padded(steps, rows, static_cast<const int64_t*>(at(lengths)));
 }
 
+// `plan`'s order with the layer's resets, a view of bool; address 0: none.
+Sequence with_resets(const SequencePlan& plan, const View& resets) {
+  Sequence sequence = plan.view();
+  sequence.resets = static_cast<const bool*>(resets.data), sequence.reset_step = resets.step, sequence.reset_row = resets.row;
+  return sequence;
+}
+
 // Where direction d of a layer finds its part of the layer's tensors; all but x and the weights are [D, ...] and contiguous.
 struct Part {
   int64_t element, state, gates, cells;
@@ -55,8 +62,9 @@ struct Weights {
 
 void forward(int cell, int dtype, bool state_is_f32, int64_t steps, int64_t rows, int64_t tokens, int64_t input, int64_t hidden,
              Address lengths, Address batch_sizes, const py::tuple& x, const py::tuple& out, const py::tuple& weights, int directions,
-             Address h0, Address c0, Address h_n, Address c_n, Address gates, Address cells, int threads) {
+             Address h0, Address c0, Address h_n, Address c_n, Address gates, Address cells, int threads, const py::tuple& resets) {
   const Shape shape = shape_of(cell, dtype, state_is_f32, input, hidden);
+  const View segments = view(resets);
   ForwardPass passes[2];
   for (int d = 0; d < directions; ++d) {
     const Part part(shape, rows, tokens, d);
@@ -71,14 +79,16 @@ void forward(int cell, int dtype, bool state_is_f32, int64_t steps, int64_t rows
   }
   const py::gil_scoped_release released;
   const SequencePlan order = plan(steps, rows, lengths, batch_sizes);
-  kernels(shape.dtype).forward(shape, order.view(), passes, directions, threads);
+  kernels(shape.dtype).forward(shape, with_resets(order, segments), passes, directions, threads);
 }
 
 void backward(int cell, int dtype, bool state_is_f32, int64_t steps, int64_t rows, int64_t tokens, int64_t input, int64_t hidden,
               Address lengths, Address batch_sizes, const py::tuple& x, const py::tuple& out, const py::tuple& d_out,
               const py::tuple& d_x, const py::tuple& weights, int directions, Address h0, Address c0, Address d_h_n, Address d_c_n,
-              Address gates, Address cells, Address d_h0, Address d_c0, const py::tuple& d_weights, int threads) {
+              Address gates, Address cells, Address d_h0, Address d_c0, const py::tuple& d_weights, int threads,
+              const py::tuple& resets) {
   const Shape shape = shape_of(cell, dtype, state_is_f32, input, hidden);
+  const View segments = view(resets);
   BackwardPass passes[2];
   for (int d = 0; d < directions; ++d) {
     const Part part(shape, rows, tokens, d);
@@ -102,7 +112,7 @@ void backward(int cell, int dtype, bool state_is_f32, int64_t steps, int64_t row
   }
   const py::gil_scoped_release released;
   const SequencePlan order = plan(steps, rows, lengths, batch_sizes);
-  kernels(shape.dtype).backward(shape, order.view(), passes, directions, threads);
+  kernels(shape.dtype).backward(shape, with_resets(order, segments), passes, directions, threads);
 }
 
 // One step without the tuples of a layer: cells and T=1 layers pay for every argument. `out` 0: the state is the output.

@@ -9,7 +9,7 @@ from torch import Tensor
 from .backends.call import GATES, RnnCall
 from .errors import InputError
 
-__all__ = ["check_call", "check_cell", "checked_lengths", "lengths_on_cpu", "need_tensor"]
+__all__ = ["check_call", "check_cell", "check_resets", "checked_lengths", "lengths_on_cpu", "need_tensor"]
 
 CASTS = (torch.float32, torch.bfloat16, torch.float16)  # what autocast converts
 DTYPES = (*CASTS, torch.float64)
@@ -62,6 +62,17 @@ def _integers(lengths: Any, batch: int, name: str) -> Tensor:
     return lengths
 
 
+def check_resets(resets: Any, x: Tensor) -> None:
+    """Raise InputError or TypeError unless `resets` is bool, of x's leading dimensions, on its device."""
+    lead = tuple(x.shape[:-1])
+    if need_tensor("resets", resets, "pass a bool tensor, True = a segment begins").dtype != torch.bool:
+        raise InputError(f"resets is {resets.dtype}, expected torch.bool, True = a segment begins; pass resets.bool()")
+    if resets.shape != lead:
+        raise InputError(f"resets has shape {_shape(resets)}, expected {lead}: the input's without its features")
+    if resets.device != x.device:
+        raise InputError(f"resets is on {resets.device}, input on {x.device}; move it: .to({str(x.device)!r})")
+
+
 def check_call(call: RnnCall, autocast: torch.dtype | None) -> None:
     """Raise InputError or TypeError unless `call`, of a layer stack, is sound."""
     x = need_tensor("input", call.input, "or a PackedSequence")
@@ -71,6 +82,8 @@ def check_call(call: RnnCall, autocast: torch.dtype | None) -> None:
     _check_weights(call)
     if call.steps == 0:
         raise InputError("input has T=0 steps; at least one is needed (rows may have length 0: use lengths=)")
+    if call.resets is not None:
+        check_resets(call.resets, x)
     rows = call.num_layers * (2 if call.bidirectional else 1)
     _check_inputs(call, autocast, (rows, call.batch), call.proj_size or call.hidden_size)
 

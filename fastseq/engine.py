@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .autocast import output_dtype
 from .backends.call import RnnCall
-from .checks import check_call, check_cell, checked_lengths, need_tensor
+from .checks import check_call, check_cell, check_resets, checked_lengths, need_tensor
 from .dispatch import Call, choose, forced
 from .errors import InputError
 
@@ -36,16 +36,21 @@ Check = Callable[[RnnCall, torch.dtype | None], None]  # check_call or check_cel
 Plan = Callable[..., Any]  # takes a call, gives its results
 
 
-def run(call: RnnCall, backend: str, lengths: Any = None) -> tuple[Any, tuple[Tensor, ...]]:
-    """A layer stack on all that torch.nn takes: a padded or unbatched tensor, or a PackedSequence. lengths: [B]."""
+def run(call: RnnCall, backend: str, lengths: Any = None, resets: Any = None) -> tuple[Any, tuple[Tensor, ...]]:
+    """A layer stack on all that torch.nn takes: a padded or unbatched tensor, or a PackedSequence.
+
+    lengths: [B]. resets: bool, the input's leading dimensions.
+    """
     x = call.input
     if isinstance(x, Tensor) and x.dim() != 2:
         if lengths is not None:
             set_lengths(call, lengths)
+        if resets is not None:
+            call.resets = resets
         return plan(call, backend, _plan_layers)(call)
     if isinstance(x, PackedSequence):
-        return _run_packed(call, x, backend, lengths)
-    set_batched(call, lengths)
+        return _run_packed(call, x, backend, lengths, resets)
+    set_batched(call, lengths, resets)
     out, state = run(call, backend)
     return out.squeeze(0 if call.batch_first else 1), tuple(s.squeeze(1) for s in state)
 
@@ -132,7 +137,7 @@ def _cast(call: RnnCall, dtype: torch.dtype) -> RnnCall:
         call.cell, call.input.to(dtype), None if call.h0 is None else call.h0.to(dtype),
         None if call.c0 is None else call.c0.to(dtype), [w.to(dtype) for w in call.weights], call.lengths,
         call.batch_sizes, call.has_bias, call.num_layers, call.dropout, call.training, call.bidirectional,
-        call.batch_first, call.proj_size,
+        call.batch_first, call.proj_size, call.resets,
     )  # fmt: skip
 
 
@@ -145,8 +150,10 @@ def _run_cast(rnn: Plan, compute: torch.dtype, output: torch.dtype, call: RnnCal
         return tuple(s.to(output) for s in (head, *rest))
 
 
-def _run_packed(call: RnnCall, x: PackedSequence, backend: str, lengths: Any) -> tuple[Any, tuple[Tensor, ...]]:
-    set_packed(call, x, lengths)
+def _run_packed(
+    call: RnnCall, x: PackedSequence, backend: str, lengths: Any, resets: Any
+) -> tuple[Any, tuple[Tensor, ...]]:
+    set_packed(call, x, lengths, resets)
     out, state = plan(call, backend, _plan_layers)(call)
     if x.unsorted_indices is not None:
         state = tuple(s.index_select(1, x.unsorted_indices) for s in state)
@@ -159,10 +166,12 @@ def set_lengths(call: RnnCall, lengths: Any) -> None:
         call.lengths = checked_lengths(lengths, call.input, call.batch, call.steps)
 
 
-def set_packed(call: RnnCall, x: PackedSequence, lengths: Any) -> None:
+def set_packed(call: RnnCall, x: PackedSequence, lengths: Any, resets: Any) -> None:
     """Packed input: hx comes in the caller's row order, kernels want that of the packing."""
     if lengths is not None:
         raise InputError("lengths with a PackedSequence, which has its own; pass one of the two")
+    if resets is not None:
+        raise InputError("resets with a PackedSequence; pad it (pad_packed_sequence) and pass lengths= beside resets=")
     call.input, call.batch_sizes, order, _ = x
     if order is not None:
         if call.h0 is not None:
@@ -171,12 +180,16 @@ def set_packed(call: RnnCall, x: PackedSequence, lengths: Any) -> None:
             call.c0 = need_tensor("c0", call.c0).index_select(1, order)
 
 
-def set_batched(call: RnnCall, lengths: Any) -> None:
+def set_batched(call: RnnCall, lengths: Any, resets: Any) -> None:
     """Unbatched input [T, I] and hx [L*D, .] as a batch of one row."""
     if lengths is not None:
         raise InputError("lengths with an unbatched input; cut it instead: input[:length]")
     x = need_tensor("input", call.input, "or a PackedSequence")
-    call.input = x.unsqueeze(0 if call.batch_first else 1)
+    row = 0 if call.batch_first else 1
+    if resets is not None:
+        check_resets(resets, x)
+        call.resets = resets.unsqueeze(row)
+    call.input = x.unsqueeze(row)
     call.h0, call.c0 = _add_row("h0", call.h0, 1), _add_row("c0", call.c0, 1)
 
 

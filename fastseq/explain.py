@@ -38,12 +38,12 @@ class Explanation(tuple[Verdict, ...]):
     __repr__ = __str__
 
 
-def explain(target: Any, input: Any = None, hx: Any = None, *, lengths: Any = None) -> Explanation:
+def explain(target: Any, input: Any = None, hx: Any = None, *, lengths: Any = None, resets: Any = None) -> Explanation:
     """For each backend: chosen, or the reason why not, were `target(input, hx, lengths=lengths)` called here and now.
 
     target: a fastseq LSTM, GRU, LSTMCell or GRUCell, one of torch.nn as `accelerate` would run it, a module that itself
     makes its call, by as_call(input, hx) (Encoder, whose first layer is looked at: x; Decoder: y and memory; Attention:
-    query and keys), or a call, such as decoder.as_call(y, keys, state).
+    query and keys), or a call, such as decoder.as_call(y, keys, state). resets go to an LSTM or GRU as lengths do.
     Raises what the call itself would raise for a wrong input.
 
     >>> print(fastseq.explain(torch.nn.LSTM(4, 8), torch.zeros(3, 2, 4)))
@@ -51,24 +51,24 @@ def explain(target: Any, input: Any = None, hx: Any = None, *, lengths: Any = No
     named = engine.prefer(check_name(getattr(target, "backend", "auto")))
     as_call = getattr(target, "as_call", None)
     if as_call is not None:
-        if lengths is not None:
-            raise TypeError(f"{type(target).__name__} takes no lengths")
+        if lengths is not None or resets is not None:
+            raise TypeError(f"{type(target).__name__} takes no {'resets' if lengths is None else 'lengths'}")
         target = as_call(input, hx)
     if isinstance(target, (DecoderCall, AttentionCall)):
         return _verdicts(decoding.as_asked(target), named)
     if isinstance(target, RnnCall):
         call, cell = target, target.input.dim() == 2 and target.batch_sizes is None
     else:
-        call, cell = _call(target, input, hx, lengths)
+        call, cell = _call(target, input, hx, lengths, resets)
     asked, _ = engine.as_asked(call, check_cell if cell else check_call)
     return _verdicts(asked, named)
 
 
-def _call(module: nn.Module, input: Any, hx: Any, lengths: Any) -> tuple[RnnCall, bool]:
+def _call(module: nn.Module, input: Any, hx: Any, lengths: Any, resets: Any) -> tuple[RnnCall, bool]:
     """The module's call as `engine` would have it, and whether it is a cell's."""
     if isinstance(module, (nn.LSTMCell, nn.GRUCell)):
-        if lengths is not None:
-            raise TypeError("a cell takes no lengths")
+        if lengths is not None or resets is not None:
+            raise TypeError(f"a cell takes no {'resets' if lengths is None else 'lengths'}")
         call = (
             lstm_cell_call(module, input, hx) if isinstance(module, nn.LSTMCell) else gru_cell_call(module, input, hx)
         )
@@ -81,11 +81,13 @@ def _call(module: nn.Module, input: Any, hx: Any, lengths: Any) -> tuple[RnnCall
         )
     call = lstm_call(module, input, hx) if isinstance(module, nn.LSTM) else gru_call(module, input, hx)
     if isinstance(input, PackedSequence):
-        engine.set_packed(call, input, lengths)
+        engine.set_packed(call, input, lengths, resets)
     elif input.dim() == 2:
-        engine.set_batched(call, lengths)
-    elif lengths is not None:
-        engine.set_lengths(call, lengths)
+        engine.set_batched(call, lengths, resets)
+    else:
+        call.resets = resets
+        if lengths is not None:
+            engine.set_lengths(call, lengths)
     return call, False
 
 

@@ -44,6 +44,7 @@ def lstm(
     weights: Sequence[Tensor],
     *,
     lengths: Lengths = ...,
+    resets: Tensor | None = ...,
     bidirectional: bool = ...,
     batch_first: bool = ...,
     dropout: float = ...,
@@ -56,6 +57,7 @@ def lstm(
     weights: Sequence[Tensor],
     *,
     lengths: Lengths = None,  # [B], any order, any integer dtype
+    resets: Tensor | None = None,  # bool, the input's leading dimensions
     bidirectional: bool = False,
     batch_first: bool = False,
     dropout: float = 0.0,  # between layers, when training
@@ -65,6 +67,8 @@ def lstm(
     """LSTM layers (Hochreiter and Schmidhuber 1997; forget gate of Gers et al. 2000): (output, (h_n, c_n)).
 
     Output has D*P features in the input's layout; behind a row's length it is 0, and h_n, c_n are its last states.
+    Where resets is True a segment of the row begins: the state, hx included, is zeroed before that step, and the
+    reverse direction's before the step in front of it, so that segments give what they give alone.
     Raises InputError or TypeError, naming the argument.
     """
     h0, c0 = state_pair(hx)
@@ -73,7 +77,7 @@ def lstm(
     call = RnnCall(
         "lstm", input, h0, c0, flat, None, None, bias, layers, dropout, training, bidirectional, batch_first, proj
     )  # fmt: skip
-    out, (h, c) = run(call, backend, lengths)
+    out, (h, c) = run(call, backend, lengths, resets)
     return out, (h, c)
 
 
@@ -96,6 +100,7 @@ def gru(
     weights: Sequence[Tensor],
     *,
     lengths: Lengths = ...,
+    resets: Tensor | None = ...,
     bidirectional: bool = ...,
     batch_first: bool = ...,
     dropout: float = ...,
@@ -109,6 +114,7 @@ def gru(
     weights: Sequence[Tensor],
     *,
     lengths: Lengths = None,
+    resets: Tensor | None = None,
     bidirectional: bool = False,
     batch_first: bool = False,
     dropout: float = 0.0,
@@ -118,13 +124,13 @@ def gru(
 ) -> tuple[Any, Tensor]:
     """GRU layers: (output, h_n). reset_after=False is Cho et al. 2014, eq. 5-8; True is torch.nn.GRU and cuDNN.
 
-    Output and faults as for `lstm`.
+    Output, lengths, resets and faults as for `lstm`.
     """
     cell = gru_name(reset_after)
     flat = list(weights)
     bias, layers, _ = _structure(cell, flat, 2 if bidirectional else 1)
     call = RnnCall(cell, input, hx, None, flat, None, None, bias, layers, dropout, training, bidirectional, batch_first)
-    out, (h,) = run(call, backend, lengths)
+    out, (h,) = run(call, backend, lengths, resets)
     return out, h
 
 

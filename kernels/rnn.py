@@ -28,13 +28,14 @@ def forward(
     c0: Tensor | None,
     weights: Sequence[Tensor],  # D times w_ih [G*H, I], w_hh [G*H, H] (, b_ih, b_hh)
     lengths: Tensor | None,  # [B]
+    resets: Tensor | None,  # [T, B] bool, [B, T] if batch_first
     batch_sizes: Tensor | None,  # [T] int64 on the CPU
     batch_first: bool,
     bidirectional: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """out, h_n, c_n of an LSTM, and with `save` gates [D, tokens, 4, H] and an LSTM's cells [D, tokens, H] in fp32."""
-    kind, batch = CELLS[cell], Batch.of(x, lengths, batch_sizes, batch_first)
+    kind, batch = CELLS[cell], Batch.of(x, lengths, resets, batch_sizes, batch_first)
     h0, c0 = _states(h0, c0)
     w_ih, w_hh, b_ih, b_hh = _split(weights, bidirectional)
     dirs, hidden = len(w_hh), w_hh[0].shape[1]
@@ -56,18 +57,17 @@ def forward(
         "PRECISION": _precision(x),
     }  # fmt: skip
     products = (inputs, *_pair(w_hh), *_pair(b_ih), *_pair(b_hh))
-    places = (batch.lengths, batch.starts)
     config = find("rnn_sequence_forward", x.dtype, hidden, device_of(x))
     if config is not None:
         h_n = like.new_empty(shape)
         c_n = like.new_empty(shape) if kind.cell_state else None
-        args = (*products, h0, c0, *places, out, h_n, c_n, gates, cells)
+        args = (*products, h0, c0, *batch.places, out, h_n, c_n, gates, cells)
         _run_sequence(rnn_sequence.forward_kernel, x, args, batch, constants, config)
     else:
         h_n = like.new_zeros(shape) if h0 is None else h0.clone()
         carry = _started(c0 if kind.cell_state else h0, shape, x)
         exchange = x.new_zeros((2, *shape)) if h0 is None else torch.stack((h0, h0)).to(x.dtype)
-        args = (*products, *places, exchange, carry, out, h_n, gates, cells)
+        args = (*products, *batch.places, exchange, carry, out, h_n, gates, cells)
         _run_steps("forward", x, args, batch, batch.T, constants)
         c_n = carry.to(h_n.dtype) if kind.cell_state else None
     return out, h_n, c_n, gates, cells
@@ -83,6 +83,7 @@ def backward(
     c0: Tensor | None,
     weights: Sequence[Tensor],
     lengths: Tensor | None,
+    resets: Tensor | None,
     batch_sizes: Tensor | None,
     batch_first: bool,
     bidirectional: bool,
@@ -92,7 +93,7 @@ def backward(
     needs: Sequence[bool],  # x, h0, c0, weights
 ) -> list[Tensor]:
     """d_x, d_h0, d_c0, then one a weight; those not needed are empty."""
-    kind, batch = CELLS[cell], Batch.of(x, lengths, batch_sizes, batch_first)
+    kind, batch = CELLS[cell], Batch.of(x, lengths, resets, batch_sizes, batch_first)
     w_ih, w_hh, b_ih, _ = _split(weights, bidirectional)
     dirs, hidden = len(w_hh), w_hh[0].shape[1]
     d_h0, d_c0 = (
@@ -133,7 +134,7 @@ def _recurrence_backward(
         "COLUMNS": kind.columns, "CELL_STATE": kind.cell_state, "DIRECT": kind.direct, "DIRECTIONS": dirs, "H": hidden,
         "PRECISION": _precision(out),
     }  # fmt: skip
-    saved = (h0, c0, batch.lengths, batch.starts, out, gates, cells if kind.cell_state else None, d_gates, h_before)
+    saved = (h0, c0, *batch.places, out, gates, cells if kind.cell_state else None, d_gates, h_before)
     config = find("rnn_sequence_backward", out.dtype, hidden, device_of(out))
     if config is not None:
         args = (d_out, d_h_n, d_c_n, *w, *saved, d_h0, d_c0)

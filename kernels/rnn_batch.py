@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .launch import aligned
 
-__all__ = ["Batch", "before", "bias_rows", "lengths_of", "load_either", "token"]
+__all__ = ["Batch", "before", "bias_rows", "lengths_of", "load_either", "starts_anew", "token"]
 
 
 class Batch(NamedTuple):
@@ -26,9 +26,12 @@ class Batch(NamedTuple):
     row: int
     starts: Tensor | None = None  # [T] int64: packed
     lengths: Tensor | None = None  # [B] int32 or int64, clamped to [0, T] by the kernels; None: T
+    resets: Tensor | None = None  # [tokens] uint8: where segments begin
 
     @classmethod
-    def of(cls, x: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None, batch_first: bool) -> "Batch":
+    def of(
+        cls, x: Tensor, lengths: Tensor | None, resets: Tensor | None, batch_sizes: Tensor | None, batch_first: bool
+    ) -> "Batch":
         """That of x [T, B, I], [B, T, I] if batch_first, or packed [N, I] with batch_sizes [T] on the CPU."""
         if batch_sizes is not None:
             return cls._packed(x, batch_sizes)
@@ -36,11 +39,13 @@ class Batch(NamedTuple):
             lengths = aligned(lengths.to(x.device, non_blocking=True))
             if lengths.dtype not in (torch.int32, torch.int64):
                 lengths = lengths.long()
+        if resets is not None:
+            resets = aligned(resets.view(torch.uint8))
         if batch_first:
             rows, steps = x.shape[:2]
-            return cls(steps, rows, steps * rows, 1, steps, lengths=lengths)
+            return cls(steps, rows, steps * rows, 1, steps, lengths=lengths, resets=resets)
         steps, rows = x.shape[:2]
-        return cls(steps, rows, steps * rows, rows, 1, lengths=lengths)
+        return cls(steps, rows, steps * rows, rows, 1, lengths=lengths, resets=resets)
 
     @classmethod
     def _packed(cls, x: Tensor, batch_sizes: Tensor) -> "Batch":
@@ -63,6 +68,11 @@ class Batch(NamedTuple):
     def sizes(self) -> tuple[int, ...]:
         """The kernels' T, B, tokens, step, row."""
         return self.T, self.B, self.tokens, self.step, self.row
+
+    @property
+    def places(self) -> tuple[Tensor | None, ...]:
+        """Their lengths, starts, resets."""
+        return self.lengths, self.starts, self.resets
 
     @property
     def ragged(self) -> bool:
@@ -103,6 +113,17 @@ def before(t, d, length):
     """([rows] the step before step t in direction d, whether it is one; otherwise the initial state is before t)."""
     t = tl.where(d == 0, t - 1, t + 1)
     return t, (t >= 0) & (t < length)
+
+
+@triton.jit
+def starts_anew(resets, t, d, length, there, rows, starts, step, row):
+    """[rows]: which of those that are `there` start from zeros at step t of direction d.
+
+    Where a segment begins, forward; in reverse at its end, before which the next one begins, within the row's length.
+    """
+    begin = tl.where(d == 0, t, t + 1)
+    there &= begin < length
+    return tl.load(resets + token(begin, rows, there, starts, step, row), there, 0) != 0
 
 
 @triton.jit

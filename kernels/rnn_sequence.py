@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .blocks import dot
-from .rnn_batch import before, bias_rows, lengths_of, load_either, token
+from .rnn_batch import before, bias_rows, lengths_of, load_either, starts_anew, token
 
 __all__ = ["backward_kernel", "forward_kernel"]
 
@@ -28,6 +28,7 @@ def forward_kernel(
     c0,
     lengths,  # [B] or None
     starts,  # [T] or None
+    resets,  # [tokens] uint8 or None: not 0 where a segment begins
     out,  # [tokens, D, H], 0 behind the lengths
     h_n,  # [D, B, H]
     c_n,  # the same, or None
@@ -82,6 +83,10 @@ def forward_kernel(
         here = active[:, None] & units_in[None, :]
         at = token(t, rows, active, starts, step, row)
         p_input = inputs + (d * tokens + at)[:, None] * (GATES * H) + units[None, :]
+        if resets is not None:
+            anew = starts_anew(resets, t, d, length, active, rows, starts, step, row)
+            h = tl.where(anew[:, None], 0.0, h)
+            c = tl.where(anew[:, None], 0.0, c)
         h_in = h.to(w_hh.dtype.element_ty)
         pre = ()
         for k in tl.static_range(COLUMNS):
@@ -119,6 +124,7 @@ def backward_kernel(
     c0,
     lengths,
     starts,
+    resets,
     out,  # [tokens, D, H]
     gates,  # [D, tokens, COLUMNS, H]
     cells,  # [D, tokens, H] fp32 or None
@@ -174,9 +180,14 @@ def backward_kernel(
         at = token(t, rows, active, starts, step, row)
         earlier, is_step = before(t, d, length)
         is_step &= active
+        is_first = active & ~is_step
+        if resets is not None:
+            anew = starts_anew(resets, t, d, length, active, rows, starts, step, row)
+            is_step &= ~anew
+            is_first &= ~anew
         earlier_at = token(earlier, rows, is_step, starts, step, row)
         from_step = is_step[:, None] & units_in[None, :]
-        from_initial = (active & ~is_step)[:, None] & units_in[None, :]
+        from_initial = is_first[:, None] & units_in[None, :]
         grad = dh
         if d_out is not None:
             p_out = d_out + (at * DIRECTIONS + d)[:, None] * H + units[None, :]
@@ -208,6 +219,9 @@ def backward_kernel(
                 new_dh = dot(of_column, weights[HIDDEN[k]], new_dh, PRECISION)
         dh = tl.where(active[:, None], new_dh, dh)
         carry = tl.where(active[:, None], new_carry, carry)
+        if resets is not None:
+            dh = tl.where(anew[:, None], 0.0, dh)
+            carry = tl.where(anew[:, None], 0.0, carry)
     if d_h0 is not None:
         if DIRECT:
             dh += carry

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .blocks import dot, product, wait_for_all
-from .rnn_batch import before, bias_rows, lengths_of, load_either, token
+from .rnn_batch import before, bias_rows, lengths_of, load_either, starts_anew, token
 
 __all__ = ["backward_kernel", "forward_kernel"]
 
@@ -27,6 +27,7 @@ def forward_kernel(
     b_hh_reverse,
     lengths,  # [B] or None
     starts,  # [T] or None
+    resets,  # [tokens] uint8 or None: not 0 where a segment begins
     exchange,  # [2, D, B, H]: h before step s at s % 2; at 0 the initial one
     carry,  # [D, B, H] fp32: c of a cell with a cell state, otherwise h; at first the initial one
     out,  # [tokens, D, H], 0 behind the lengths
@@ -89,10 +90,13 @@ def forward_kernel(
                 pre = pre + (column,)
             size = B.to(tl.int64) * DIRECTIONS * H
             p_last = exchange + s % 2 * size
+            goes_on = rows_in
+            if resets is not None:
+                goes_on = rows_in & ~starts_anew(resets, t, d, length, active, rows, starts, step, row)
             pre = product(
-                pre, HIDDEN, p_last + d * B * H, H, rows, rows_in, w, H, 1, units, units_in, H, H, BLOCK_K, PRECISION
+                pre, HIDDEN, p_last + d * B * H, H, rows, goes_on, w, H, 1, units, units_in, H, H, BLOCK_K, PRECISION
             )
-            kept = tl.load(carry + state_at, tile_in, 0.0)
+            kept = tl.load(carry + state_at, goes_on[:, None] & units_in[None, :], 0.0)
             new_h, new_c, saved = CELL(pre, kept, kept)
             if CELL_STATE:
                 tl.store(carry + state_at, new_c, here)
@@ -125,6 +129,7 @@ def backward_kernel(
     c0,
     lengths,
     starts,
+    resets,
     out,  # [tokens, D, H]
     gates,  # [D, tokens, COLUMNS, H]
     cells,  # [D, tokens, H] fp32 or None
@@ -175,12 +180,15 @@ def backward_kernel(
             later = tl.where(d == 0, t + 1, tl.minimum(t, length) - 1)  # at s = T the row's first step of all
             is_later = (later >= 0) & (later < length)
             later_at = token(later, rows, is_later, starts, step, row)
+            arrives = is_later
+            if resets is not None:
+                arrives = is_later & ~starts_anew(resets, later, d, length, is_later, rows, starts, step, row)
             w = w_hh
             if DIRECTIONS == 2:
                 if d == 1:
                     w = w_hh_reverse
             dh = _through_gates(
-                d_gates + (d * tokens + later_at) * (COLUMNS * H), is_later, w, units, units_in, HIDDEN, PLACE, COLUMNS,
+                d_gates + (d * tokens + later_at) * (COLUMNS * H), arrives, w, units, units_in, HIDDEN, PLACE, COLUMNS,
                 H, BLOCK_ROWS, BLOCK_UNITS, BLOCK_K, PRECISION,
             )  # fmt: skip
             if d_h_n is not None:
@@ -200,9 +208,14 @@ def backward_kernel(
                 saved = saved + (tl.load(p_gates + k * H, here, 0.0).to(tl.float32),)
             earlier, is_step = before(t, d, length)
             is_step &= active
+            is_first = active & ~is_step
+            if resets is not None:
+                anew = starts_anew(resets, t, d, length, active, rows, starts, step, row)
+                is_step &= ~anew
+                is_first &= ~anew
             earlier_at = token(earlier, rows, is_step, starts, step, row)
             from_step = is_step[:, None] & units_in[None, :]
-            from_initial = (active & ~is_step)[:, None] & units_in[None, :]
+            from_initial = is_first[:, None] & units_in[None, :]
             if (not CELL_STATE) or (h_before is not None):
                 out_at = (earlier_at * DIRECTIONS + d)[:, None] * H + units[None, :]
                 h_in = load_either(out, out_at, from_step, h0, state_at, from_initial)
@@ -216,6 +229,8 @@ def backward_kernel(
                 d_pre, new_carry = CELL(saved, c_in, after, dh, kept)
             else:
                 d_pre, new_carry = CELL(saved, h_in, h_in, dh, kept)
+            if resets is not None:
+                new_carry = tl.where(anew[:, None], 0.0, new_carry)
             tl.store(carry + state_at, new_carry, here)
             p_grads = d_gates + (d * tokens + at)[:, None] * (COLUMNS * H) + units[None, :]
             for k in tl.static_range(COLUMNS):

@@ -9,7 +9,7 @@ Letters: T steps, B rows, I features, H units, D directions, N tokens of a packe
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -68,9 +68,10 @@ class Case:
     batch_first: bool = False
     state: torch.dtype | None = None  # of h0 and c0; None: dtype
     threads: int = 1
+    resets: bool = False  # segments begin within the rows; not of packed ones
 
     def __str__(self) -> str:
-        flags = [f for f in ("bidirectional", "hx", "bias", "batch_first") if getattr(self, f)]
+        flags = [f for f in ("bidirectional", "hx", "bias", "batch_first", "resets") if getattr(self, f)]
         name = str(self.dtype).removeprefix("torch.")
         shape = f"T{self.T}-B{self.B}-I{self.I}-H{self.H}"
         return "-".join([self.cell, name, shape, self.rows, *flags, f"threads{self.threads}"])
@@ -85,6 +86,7 @@ class Problem:
     grads: dict[str, Tensor]  # of out, h_n, (c_n)
     lengths: Tensor | None = None
     batch_sizes: Tensor | None = None
+    resets: Tensor | None = None  # in x's layout
 
     @classmethod
     def draw(cls, case: Case, seed: int = 0) -> "Problem":
@@ -122,7 +124,9 @@ class Problem:
             tensors[f"w_hh.{d}"] = normal(gates * hidden, hidden, scale=hidden**-0.5)
             for name in ("b_ih", "b_hh") if case.bias else ():
                 tensors[f"{name}.{d}"] = normal(gates * hidden, scale=0.5)
-        return cls(case, tensors, grads, lengths, batch_sizes)
+        assert not (case.resets and case.rows == "packed")
+        resets = torch.rand(lead, generator=g) < 0.3 if case.resets else None  # behind the lengths as well: for nobody
+        return cls(case, tensors, grads, lengths, batch_sizes, resets)
 
     def near(self, seed: int) -> "Problem":
         """The same problem with every value changed by about a hundredth."""
@@ -133,7 +137,7 @@ class Problem:
 
         tensors = {n: shake(t) for n, t in self.tensors.items()}
         grads = {n: shake(t) for n, t in self.grads.items()}
-        return Problem(self.case, tensors, grads, self.lengths, self.batch_sizes)
+        return replace(self, tensors=tensors, grads=grads)
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype of a result: states and their gradients have that of the state given, all else the input's."""
@@ -144,8 +148,8 @@ class Problem:
         """out, h_n and c_n of `layer` on these tensors."""
         weights = [t for name, t in tensors.items() if name[:2] in ("w_", "b_")]
         out, h_n, c_n = layer(
-            self.case.cell, tensors["x"], tensors.get("h0"), tensors.get("c0"), weights, self.lengths, self.batch_sizes,
-            self.case.batch_first, self.case.bidirectional,
+            self.case.cell, tensors["x"], tensors.get("h0"), tensors.get("c0"), weights, self.lengths, self.resets,
+            self.batch_sizes, self.case.batch_first, self.case.bidirectional,
         )  # fmt: skip
         return {"out": out, "h_n": h_n} | ({} if c_n is None else {"c_n": c_n})
 
@@ -163,6 +167,7 @@ def plain(
     c0: Tensor | None,
     weights: list[Tensor],  # D times w_ih, w_hh (, b_ih, b_hh)
     lengths: Tensor | None,  # [B]
+    resets: Tensor | None,  # [T, B], [B, T] if batch_first
     batch_sizes: Tensor | None,  # [T]
     batch_first: bool,
     bidirectional: bool,
@@ -178,10 +183,15 @@ def plain(
         valid = torch.arange(xs.shape[0])[:, None] < (xs.shape[0] if lengths is None else lengths)
         valid = valid.expand(xs.shape[:2])
     xs = torch.where(valid[..., None], xs, 0.0)
+    first = torch.zeros_like(valid)
+    if resets is not None:
+        first = (resets.T if batch_first else resets) & valid
+    last = torch.cat((first[1:], torch.zeros_like(first[:1])))  # the steps before
     dirs = 2 if bidirectional else 1
     per, outs, finals = len(weights) // dirs, [], []
     for d in range(dirs):
-        out, state = _scan(cell, xs, valid[..., None], h0, c0, weights[d * per : (d + 1) * per], d)
+        fresh = (last if d else first)[..., None]
+        out, state = _scan(cell, xs, valid[..., None], fresh, h0, c0, weights[d * per : (d + 1) * per], d)
         outs.append(out)
         finals.append(state)
     out = torch.cat(outs, -1)
@@ -191,15 +201,20 @@ def plain(
 
 
 def _scan(
-    cell: str, xs: Tensor, valid: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], d: int
-) -> tuple[Tensor, list[Tensor]]:
-    """Direction d: (out [T, B, H], [h] or [h, c]). Past a row's end its state stays and its output is 0."""
+    cell: str, xs: Tensor, valid: Tensor, fresh: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor],
+    d: int,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """Direction d: (out [T, B, H], [h] or [h, c]). Past a row's end its state stays and its output is 0.
+
+    valid, fresh [T, B, 1]: the steps that a row has, and those that it begins from 0.
+    """
     w_ih, w_hh, *biases = weights
     b_ih, b_hh = biases or (None, None)
     zeros = xs.new_zeros(xs.shape[1], w_hh.shape[1])
     state = [zeros if s is None else s[d] for s in ((h0, c0) if cell == "lstm" else (h0,))]
     steps: list[Tensor] = [zeros] * len(xs)
     for t in reversed(range(len(xs))) if d else range(len(xs)):
+        state = [s.masked_fill(fresh[t], 0.0) for s in state]
         gx, gh = linear(xs[t], w_ih, b_ih), linear(state[0].to(xs.dtype), w_hh, b_hh)
         if cell == "lstm":
             i, f, g, o = (gx + gh).chunk(4, -1)

@@ -25,8 +25,9 @@ from fastseq.ops.rnn import rnn_layer
 CELLS = ("lstm", "gru")
 ROWS = ("full", "lengths", "packed")
 SMALL = [
-    Case(cell, T=3, B=3, I=2, H=9, rows=rows, bidirectional=two)
-    for cell, rows, two in itertools.product(CELLS, ROWS, (False, True))
+    Case(cell, T=3, B=3, I=2, H=9, rows=rows, bidirectional=two, resets=resets)
+    for cell, rows, two, resets in itertools.product(CELLS, ROWS, (False, True), (False, True))
+    if not (resets and rows == "packed")
 ]
 small_case = pytest.mark.parametrize("case", SMALL, ids=str)
 
@@ -84,7 +85,7 @@ def test_create_graph_when_inputs_are_related(cell: str) -> None:
     gates = GATES[cell]
     x, w = torch.randn(4, 3, 5, requires_grad=True), torch.randn(gates * 5, 5, requires_grad=True)
     h0 = x.mean(0, keepdim=True).tanh()
-    out = rnn_layer(cell, x, h0, h0 if cell == "lstm" else None, [w, w], None, None, False, False)[0]
+    out = rnn_layer(cell, x, h0, h0 if cell == "lstm" else None, [w, w], None, None, None, False, False)[0]
     loss = out.pow(2).sum()
     once = torch.autograd.grad(loss, (x, w), retain_graph=True)
     recorded = torch.autograd.grad(loss, (x, w), create_graph=True)
@@ -223,8 +224,8 @@ def arguments(problem: Problem, save: bool = True) -> tuple[Any, ...]:
     t, case = problem.tensors, problem.case
     weights = [w for n, w in t.items() if n[:2] in ("w_", "b_")]
     return (
-        case.cell, t["x"], t.get("h0"), t.get("c0"), weights, problem.lengths, problem.batch_sizes, case.batch_first,
-        case.bidirectional, save,
+        case.cell, t["x"], t.get("h0"), t.get("c0"), weights, problem.lengths, problem.resets, problem.batch_sizes,
+        case.batch_first, case.bidirectional, save,
     )  # fmt: skip
 
 
@@ -234,6 +235,7 @@ OPERATOR = [
     Case("lstm", rows="full", bidirectional=True, batch_first=True),
     Case("lstm", torch.bfloat16, rows="packed", state=torch.float32),
     Case("gru", rows="full", hx=False, bias=False),
+    Case("lstm", bidirectional=True, resets=True),
 ]
 
 
@@ -260,6 +262,6 @@ def test_opcheck_backward(case: Case, needs: tuple[bool, ...]) -> None:
 
 def test_the_operator_is_the_kernel() -> None:
     """Called through the dispatcher, as compiled code does, it gives the bits of the direct call."""
-    args = arguments(Problem.draw(Case("lstm", rows="lengths", bidirectional=True)))
+    args = arguments(Problem.draw(Case("lstm", rows="lengths", bidirectional=True, resets=True)))
     for a, b in zip(torch.ops.fastseq.rnn_forward(*args)[:3], ops._forward(*args)[:3], strict=True):
         assert torch.equal(a, b)

@@ -15,6 +15,7 @@ LSTM, GRU = fastseq.LSTM(5, 6, 2), fastseq.GRU(5, 6, 2, batch_first=True)
 CELL, GRU_CELL = fastseq.LSTMCell(5, 6), fastseq.GRUCell(5, 6)
 X = torch.zeros(4, 3, 5)  # T=4, B=3; for GRU, which is batch_first, B=4, T=3
 H = torch.zeros(2, 3, 6)
+R = torch.zeros(4, 3).bool()
 PACKED = pack_sequence([torch.zeros(2, 5), torch.zeros(1, 5)])
 
 VALUES: dict[str, tuple[Callable[[], Any], str]] = {  # name: (call, what the message must say)
@@ -51,6 +52,16 @@ VALUES: dict[str, tuple[Callable[[], Any], str]] = {  # name: (call, what the me
     "rank of lengths": (lambda: LSTM(X, lengths=torch.ones(3, 1).long()), r"shape \(3, 1\), expected \(3,\)"),
     "lengths, packed": (lambda: LSTM(PACKED, lengths=[2, 1]), r"PackedSequence, which has its own"),
     "lengths, unbatched": (lambda: LSTM(X[:, 0], lengths=[2]), r"unbatched input; .*input\[:length\]"),
+    "dtype of resets": (lambda: LSTM(X, resets=torch.zeros(4, 3)), r"resets is torch.float32, .*resets.bool\(\)"),
+    "shape of resets": (lambda: LSTM(X, resets=R[:, :2]), r"resets has shape \(4, 2\), expected \(4, 3\)"),
+    "layout of resets": (lambda: GRU(X, resets=R.mT), r"resets has shape \(3, 4\), expected \(4, 3\)"),
+    "resets, unbatched": (lambda: LSTM(X[:, 0], resets=R), r"resets has shape \(4, 3\), expected \(4,\)"),
+    "device of resets": (lambda: GRU(X, resets=R.to("meta")), r"resets is on meta, input on cpu; .*\.to\('cpu'\)"),
+    "resets, packed": (lambda: GRU(PACKED, resets=R), r"resets with a PackedSequence; pad it .*lengths="),
+    "resets on torch": (
+        lambda: fastseq.LSTM(5, 6, backend="torch")(X, resets=R),
+        r"backend='torch' cannot run this call: torch's operators have no resets .*'reference'",
+    ),
     "unknown backend": (
         lambda: fastseq.LSTM(5, 6, backend="gpu"),
         r"unknown backend='gpu'; use one of \['auto', 'cpu'",
@@ -75,6 +86,9 @@ TYPES: dict[str, tuple[Callable[[], Any], str]] = {
     "number for lengths": (lambda: LSTM(X, lengths=3), r"lengths must be a torch.Tensor, got int; pass a list"),
     "lengths of a cell": (lambda: CELL(X[0], lengths=[1]), r"lengths"),
     "backend is no string": (lambda: fastseq.LSTM(5, 6, backend=None), r"backend must be a str, got NoneType"),
+    "list for resets": (lambda: LSTM(X, resets=[True] * 4), r"resets must be a torch.Tensor, got list; pass a bool"),
+    "resets of a cell": (lambda: CELL(X[0], resets=R), r"resets"),
+    "resets of a cell, explained": (lambda: fastseq.explain(CELL, X[0], resets=R), r"a cell takes no resets"),
     "no module": (lambda: fastseq.accelerate(torch.relu), r"torch.nn.Module"),
     "nothing to explain": (lambda: fastseq.explain(nn.Linear(2, 2), X), r"got Linear"),
 }
@@ -106,8 +120,11 @@ def test_wrong_types(name: str) -> None:
 def test_a_good_call_of_the_same_kind_does_not_let_a_bad_one_through(backend: str) -> None:
     """Plans are kept by kind of call: whatever can make a call wrong must be part of the kind."""
     module = fastseq.LSTM(5, 6, 2, backend=backend)
-    module(X, (H, H), lengths=[4, 1, 0])
+    resets = {} if backend == "torch" else {"resets": R}
+    module(X, (H, H), lengths=[4, 1, 0], **resets)
     for bad in (
+        lambda: module(X, (H, H), lengths=[4, 1, 0], resets=R[:2]),
+        lambda: module(X, (H, H), lengths=[4, 1, 0], resets=R.int()),
         lambda: module(X, (H, H), lengths=[4, 1, 5]),
         lambda: module(X, (H, H[:1]), lengths=[4, 1, 0]),
         lambda: module(X, (H.double(), H.double())),

@@ -15,14 +15,16 @@ from fastseq.ops.rnn import rnn_layer
 
 VARIANTS = ("base", "avx2", "avx512", "avx512_bf16")
 CASES = [
-    Case(cell, dtype, *shape, bidirectional=True, rows=rows, threads=threads)
+    Case(cell, dtype, *shape, bidirectional=True, rows=rows, threads=threads, resets=resets)
     for cell, dtype in itertools.product(("lstm", "gru"), (torch.float32, torch.bfloat16))
-    for shape, rows, threads in (
-        ((5, 9, 13, 17), "lengths", 1),
-        ((3, 20, 33, 65), "packed", 2),
-        ((1, 3, 5, 31), "full", 1),
-        ((5, 1, 200, 201), "full", 2),  # weights read where they stand
-        ((5, 3, 201, 20), "lengths", 1),
+    for shape, rows, threads, resets in (
+        ((5, 9, 13, 17), "lengths", 1, False),
+        ((3, 20, 33, 65), "packed", 2, False),
+        ((1, 3, 5, 31), "full", 1, False),
+        ((5, 1, 200, 201), "full", 2, False),  # weights read where they stand
+        ((5, 3, 201, 20), "lengths", 1, False),
+        ((5, 9, 13, 35), "lengths", 2, True),
+        ((5, 1, 200, 201), "full", 1, True),
     )
 ]
 

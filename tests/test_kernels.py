@@ -21,6 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 ROWS = ("full", "lengths", "packed")
 KINDS = list(itertools.product(CELLS, DTYPES, ROWS, (False, True)))  # the last: bidirectional
 FLAGS = list(itertools.product((False, True), repeat=3))  # hx, bias, batch_first
+RESETS = [(*kind, resets) for kind in KINDS for resets in (False, True) if not (resets and kind[2] == "packed")]
 SHAPES = [  # T, B, I, H
     (1, 1, 1, 1),
     (1, 3, 5, 16),  # one step
@@ -43,21 +44,22 @@ SHAPES = [  # T, B, I, H
 def options() -> list[Case]:
     """Everything crossed but the threads, which take turns, at one odd shape."""
     cases = []
-    for (cell, dtype, rows, two), (hx, bias, batch_first) in itertools.product(KINDS, FLAGS):
+    for (cell, dtype, rows, two, resets), (hx, bias, batch_first) in itertools.product(RESETS, FLAGS):
         if not (batch_first and rows == "packed"):
-            cases.append(Case(cell, dtype, 6, 5, 7, 20, two, rows, hx, bias, batch_first, threads=1 + len(cases) % 2))
+            threads = 1 + len(cases) % 2
+            cases.append(Case(cell, dtype, 6, 5, 7, 20, two, rows, hx, bias, batch_first, None, threads, resets))
     return cases
 
 
 def corners() -> list[Case]:
-    """Each shape with each cell, dtype, kind of rows and direction; the other options take turns."""
+    """Each shape with each cell, dtype, kind of rows and direction, with resets or not; other options take turns."""
     turns = itertools.cycle(itertools.product(FLAGS, (2, 1)))
     cases = []
-    for shape, (cell, dtype, rows, two) in itertools.product(SHAPES, KINDS):
+    for shape, (cell, dtype, rows, two, resets) in itertools.product(SHAPES, RESETS):
         (hx, bias, batch_first), threads = next(turns)
         if not (rows == "packed" and shape[1] == 0):  # torch packs no empty batch
             batch_first = batch_first and rows != "packed"
-            cases.append(Case(cell, dtype, *shape, two, rows, hx, bias, batch_first, threads=threads))
+            cases.append(Case(cell, dtype, *shape, two, rows, hx, bias, batch_first, None, threads, resets))
     return cases
 
 
@@ -73,7 +75,12 @@ def test_corner_shapes(case: Case) -> None:
     check_layer(rnn_layer, Problem.draw(case))
 
 
-ANY = [Case(cell, dtype, bidirectional=True, rows=rows) for cell, dtype, rows in itertools.product(CELLS, DTYPES, ROWS)]
+ANY = [
+    Case(cell, dtype, bidirectional=True, rows=rows, resets=resets)
+    for (cell, dtype), (rows, resets) in itertools.product(
+        itertools.product(CELLS, DTYPES), [*((rows, False) for rows in ROWS), ("lengths", True)]
+    )
+]
 any_case = pytest.mark.parametrize("case", ANY, ids=str)
 
 
@@ -188,7 +195,7 @@ def test_a_bad_value_stays_in_its_row(case: Case, name: str, value: float) -> No
     bad = {n: t.clone() for n, t in problem.tensors.items()}
     bad[name][0 if name == "x" and problem.batch_sizes is not None else (0, row)] = value
     got = run(rnn_layer, replace(problem, tensors=bad))
-    assert not got["h_n"][:, row].isfinite().all() or value == torch.inf
+    assert not got["h_n"][:, row].isfinite().all() or value == torch.inf or case.resets
     token_rows = torch.arange(problem.case.B).expand(problem.case.T, -1)
     if problem.batch_sizes is not None:
         token_rows = token_rows[torch.arange(problem.case.B) < problem.batch_sizes[:, None]]

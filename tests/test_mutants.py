@@ -20,11 +20,15 @@ Forward = Callable[..., tuple[Tensor, ...]]
 LSTM = Case("lstm", rows="lengths", bidirectional=True)
 GRU = Case("gru", rows="lengths", bidirectional=True)
 FULL = Case("lstm", bidirectional=True)
+RESETS = Case("lstm", rows="lengths", bidirectional=True, resets=True)
 
 CHECKS: dict[str, Callable[[], None]] = {
     "layer_lstm": lambda: check_layer(ops.rnn_layer, Problem.draw(LSTM)),
     "layer_gru": lambda: check_layer(ops.rnn_layer, Problem.draw(GRU)),
     "layer_bf16": lambda: check_layer(ops.rnn_layer, Problem.draw(Case("gru", torch.bfloat16, rows="lengths"))),
+    "resets_lstm": lambda: check_layer(ops.rnn_layer, Problem.draw(RESETS)),
+    "resets_gru": lambda: check_layer(ops.rnn_layer, Problem.draw(Case("gru", batch_first=True, resets=True))),
+    "resets_second": lambda: check_second(ops.rnn_layer, Problem.draw(Case("gru", T=3, B=3, I=2, H=9, resets=True))),
     "second": lambda: check_second(ops.rnn_layer, Problem.draw(Case("gru", T=3, B=3, I=2, H=9))),
     "onnxruntime": lambda: check_against_onnxruntime(ops.rnn_layer, LSTM, 0),
     "module": lambda: check_module("lstm", 24, "cpu"),  # padded, one layer, with states
@@ -47,6 +51,15 @@ def replaced(*places: int) -> Callable[[Forward], Forward]:
 
     def mutate(f: Forward) -> Forward:
         return lambda *args: f(*(None if k in places else a for k, a in enumerate(args)))
+
+    return mutate
+
+
+def shifted(place: int) -> Callable[[Forward], Forward]:
+    """An argument [T, B], or [B, T], moved by one step or row."""
+
+    def mutate(f: Forward) -> Forward:
+        return lambda *args: f(*(None if a is None else a.roll(1) if k == place else a for k, a in enumerate(args)))
 
     return mutate
 
@@ -82,6 +95,9 @@ MUTANTS: dict[str, tuple[str, Callable[..., Any], set[str]]] = {
     "output_x_1.1": ("_forward", scaled(1.1), {"layer_bf16"}),
     "directions_exchanged": ("_forward", one_way, {"layer_lstm", "layer_gru", "onnxruntime"}),
     "lengths_ignored": ("_forward", replaced(5), {"layer_lstm", "layer_gru", "layer_bf16", "onnxruntime"}),
+    "resets_ignored": ("_forward", replaced(6), {"resets_lstm", "resets_gru", "resets_second"}),
+    "resets_ignored_by_backward": ("_backward", replaced(9), {"resets_lstm", "resets_gru"}),
+    "resets_one_step_late": ("_forward", shifted(6), {"resets_lstm", "resets_gru"}),
     "hx_ignored": ("_forward", replaced(2, 3), {"layer_lstm", "layer_gru", "layer_bf16", "onnxruntime", "module"}),
     "input_gradient_cut": ("_backward", cleared(0), {"layer_lstm", "layer_gru", "layer_bf16", "module"}),
     "state_gradient_cut": ("_backward", cleared(1), {"layer_lstm", "layer_gru", "layer_bf16", "module"}),

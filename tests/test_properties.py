@@ -21,21 +21,21 @@ cells = st.sampled_from(["lstm", "gru"])
 
 
 def functional(
-    cell: str, x: Tensor, h0: Any, c0: Any, weights: list[Tensor], lengths: Any, _: None, *layout: bool
+    cell: str, x: Tensor, h0: Any, c0: Any, weights: list[Tensor], lengths: Any, resets: Any, _: None, *layout: bool
 ) -> Any:
     """fastseq.functional on the cpu backend, as a layer."""
     options: dict[str, Any] = dict(zip(("batch_first", "bidirectional"), layout, strict=True))
+    options |= {"lengths": lengths, "resets": resets, "backend": "cpu"}
     if cell == "gru":
-        return *fastseq.functional.gru(x, h0, weights, lengths=lengths, backend="cpu", **options), None
-    hx = None if h0 is None else (h0, c0)
-    out, (h, c) = fastseq.functional.lstm(x, hx, weights, lengths=lengths, backend="cpu", **options)
+        return *fastseq.functional.gru(x, h0, weights, **options), None
+    out, (h, c) = fastseq.functional.lstm(x, None if h0 is None else (h0, c0), weights, **options)
     return out, h, c
 
 
 @bounded
 @given(
     cell=cells, T=steps, B=rows, I=features, H=units, two=st.booleans(), padded=st.booleans(), hx=st.booleans(),
-    bias=st.booleans(), batch_first=st.booleans(), seed=st.integers(0, 1000),
+    bias=st.booleans(), batch_first=st.booleans(), resets=st.booleans(), seed=st.integers(0, 1000),
 )  # fmt: skip
 def test_any_shape(cell: str, T: int, B: int, two: bool, padded: bool, seed: int, **rest: Any) -> None:
     """Outputs and every gradient, through checks, dispatch and kernel, against the oracle."""
@@ -66,8 +66,10 @@ def strided(t: Tensor, draw: st.DrawFn) -> Tensor:
 @given(data=st.data(), cell=cells, T=steps, B=st.integers(1, 5), H=units, batch_first=st.booleans())
 def test_any_strides(data: st.DataObject, cell: str, T: int, B: int, H: int, batch_first: bool) -> None:
     """However its tensors lie in memory, a call gives the bits of the contiguous one."""
-    problem = Problem.draw(Case(cell, T=T, B=B, H=H, bidirectional=True, batch_first=batch_first))
+    problem = Problem.draw(Case(cell, T=T, B=B, H=H, bidirectional=True, batch_first=batch_first, resets=True))
     expected = run(functional, problem)
+    assert problem.resets is not None
+    problem.resets = strided(problem.resets, data.draw)
     leaves = {n: data.draw(st.composite(lambda draw, t=t: strided(t, draw))()) for n, t in problem.tensors.items()}
     leaves = {n: t.requires_grad_() for n, t in leaves.items()}
     outputs = problem.call(functional, leaves)
@@ -89,14 +91,14 @@ def test_every_row_is_as_if_alone(data: st.DataObject, cell: str, lengths: list[
     x, h = torch.randn(T, len(lengths), I), torch.randn(1, len(lengths), H)
     dtype = data.draw(st.sampled_from([None, torch.uint8, torch.int16, torch.int32, torch.int64]))
     given = lengths if dtype is None else torch.tensor(lengths, dtype=dtype)
-    out, h_n, _ = functional(cell, x, h, h, weights, given, None, False, False)
+    out, h_n, _ = functional(cell, x, h, h, weights, given, None, None, False, False)
     for row, n in enumerate(lengths):
         one = h[:, row : row + 1]
         assert not out[n:, row].count_nonzero()
         if n == 0:
             assert torch.equal(h_n[:, row : row + 1], one)
             continue
-        alone, last, _ = functional(cell, x[:n, row : row + 1], one, one, weights, None, None, False, False)
+        alone, last, _ = functional(cell, x[:n, row : row + 1], one, one, weights, None, None, None, False, False)
         tolerance = 8 * torch.finfo(torch.float32).eps  # another row count, another tile, another order of sums
         assert (out[:n, row] - alone[:, 0]).abs().max() <= tolerance
         assert (h_n[:, row] - last[:, 0]).abs().max() <= tolerance * max(1.0, one.abs().max().item())

@@ -19,17 +19,17 @@ if _native.C is None:
 
 def by_layer(cell: str, x: Tensor, h0: Any, c0: Any, weights: list[Tensor], *rest: Any) -> Any:
     """A layer of one step."""
-    batch_first, bias = rest[2], len(weights) == 4
-    out, (h, *c) = cpu.rnn(RnnCall(cell, x, h0, c0, weights, has_bias=bias, batch_first=batch_first))
+    resets, batch_first, bias = rest[1], rest[3], len(weights) == 4
+    out, (h, *c) = cpu.rnn(RnnCall(cell, x, h0, c0, weights, has_bias=bias, batch_first=batch_first, resets=resets))
     return out, h, c[0] if c else None
 
 
 def by_cell(cell: str, x: Tensor, h0: Any, c0: Any, weights: list[Tensor], *rest: Any) -> Any:
     """A cell, whose h is also the output."""
-    x = x[:, 0] if rest[2] else x[0]
+    x = x[:, 0] if rest[3] else x[0]
     h0, c0 = (None if s is None else s[0] for s in (h0, c0))
     h, *c = cpu.rnn_cell(RnnCall(cell, x, h0, c0, weights, has_bias=len(weights) == 4))
-    return h[:, None] if rest[2] else h[None], h[None], c[0][None] if c else None
+    return h[:, None] if rest[3] else h[None], h[None], c[0][None] if c else None
 
 
 WAYS = (by_layer, by_cell)
@@ -61,6 +61,29 @@ def cases() -> list[Case]:
 def test_step(way: Layer, case: Case) -> None:
     """Outputs and every gradient."""
     check_layer(way, Problem.draw(case))
+
+
+RESETS = [
+    Case(cell, dtype, 1, B, I, H, batch_first=batch_first, resets=True, threads=2)
+    for (cell, dtype), (B, I, H), batch_first in itertools.product(KINDS, SHAPES[1::3], (False, True))  # noqa: E741
+]
+
+
+@pytest.mark.parametrize("case", RESETS, ids=str)
+def test_step_with_resets(case: Case) -> None:
+    """Of one step they choose the initial state, with the bits of a state that was zeroed beforehand."""
+    problem = Problem.draw(case)
+    check_layer(by_layer, problem)
+    assert problem.resets is not None
+    states = {
+        n: problem.tensors[n].masked_fill(problem.resets.reshape(-1, 1), 0)
+        for n in ("h0", "c0")
+        if n in problem.tensors
+    }
+    zeroed = replace(problem, tensors=problem.tensors | states, resets=None)
+    with torch.no_grad():
+        for name, t in zeroed.call(by_layer, zeroed.tensors).items():
+            assert torch.equal(problem.call(by_layer, problem.tensors)[name], t), name
 
 
 ANY = [Case(cell, dtype, 1, 9, 7, 20) for cell, dtype in KINDS]

@@ -38,7 +38,7 @@ class Shape(NamedTuple):
     tf32: bool = False
     one_step: bool = False
     bidirectional: bool = False
-    rows: str = "full"  # "lengths", "packed"
+    rows: str = "full"  # "lengths", "packed", "resets": with lengths and resets
 
 
 CLASSES = (  # dtype, H, TF32, one step
@@ -56,7 +56,7 @@ def shapes() -> Iterator[Shape]:
         if one_step:
             yield Shape(cell, dtype, hidden, tf32, True)
         else:
-            for two, rows in itertools.product((False, True), ("full", "lengths", "packed")):
+            for two, rows in itertools.product((False, True), ("full", "lengths", "packed", "resets")):
                 yield Shape(cell, dtype, hidden, tf32, False, two, rows)
 
 
@@ -85,11 +85,12 @@ def launches(shape: Shape, device: Device, B: int = 8, T: int = 3, features: int
             return started
         packed, ints = shape.rows == "packed", torch.int64
         x, (h0, c0) = new(T * B, features) if packed else new(T, B, features), states(dirs, B, hidden)
-        lengths = new(B, dtype=ints) if shape.rows == "lengths" else None
+        lengths = new(B, dtype=ints) if shape.rows in ("lengths", "resets") else None
+        resets = new(T, B, dtype=torch.bool) if shape.rows == "resets" else None
         if packed:  # of fake batch_sizes nobody knows the values
             batch = Batch(T, B, T * B, 0, 1, new(T, dtype=ints), new(B, dtype=ints))
             patch.setattr(rnn.Batch, "of", lambda *args: batch)
-        options = (lengths, None, False, shape.bidirectional)
+        options = (lengths, resets, None, False, shape.bidirectional)
         out, h_n, c_n, gates, cells = rnn.forward(shape.cell, x, h0, c0, weights, *options, True)
         rnn.backward(shape.cell, out, h_n, c_n, x, h0, c0, weights, *options, out, gates, cells, [True] * 4)
     return started

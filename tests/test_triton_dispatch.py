@@ -98,14 +98,18 @@ def chosen(module: Any, *args: Any, **kwargs: Any) -> str | None:
 @dtypes
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 @pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize(("backend", "rows"), [("auto", "lengths"), ("triton", "lengths"), ("triton", "full")])
+@pytest.mark.parametrize(
+    ("backend", "rows"),
+    [("auto", "lengths"), ("triton", "lengths"), ("triton", "full"), ("auto", "resets"), ("triton", "resets")],
+)
 def test_layers(kind: str, dtype: torch.dtype, batch_first: bool, backend: str, rows: str) -> None:
     options = {"num_layers": 2, "bidirectional": True, "batch_first": batch_first}
     module = faked(lambda: getattr(fastseq, kind)(I, H, backend=backend, **options), dtype)
     lead = (B, T) if batch_first else (T, B)
     lengths = fake(B, dtype=torch.int32) if rows == "lengths" else None
-    assert chosen(module, fake(*lead, I, dtype=dtype), lengths=lengths) == "triton"
-    out, state = module(fake(*lead, I, dtype=dtype), lengths=lengths)
+    resets = fake(*lead, dtype=torch.bool) if rows == "resets" else None
+    assert chosen(module, fake(*lead, I, dtype=dtype), lengths=lengths, resets=resets) == "triton"
+    out, state = module(fake(*lead, I, dtype=dtype), lengths=lengths, resets=resets)
     same(out, (*lead, 2 * H), dtype)
     for s in state if kind == "LSTM" else (state,):
         same(s, (4, B, H), dtype)
@@ -230,7 +234,7 @@ def test_what_backward_gives_for_a_layer(cell: str, dtype: torch.dtype) -> None:
     x, h0 = fake(T, B, I, dtype=dtype), fake(1, B, H, dtype=dtype)
     c0 = h0 if cell == "lstm" else None
     weights = [fake(gates * H, n, dtype=dtype) for n in (I, H)] + [fake(gates * H, dtype=dtype)] * 2
-    options = (weights, None, None, False, False)
+    options = (weights, None, None, None, False, False)
     out, h_n, _, kept, cells = torch.ops.fastseq.rnn_forward(cell, x, h0, c0, *options, True)
     d = torch.ops.fastseq.rnn_backward(cell, out, h_n, None, x, h0, c0, *options, out, kept, cells, [True] * 4)
     for found, of in zip(d, [x, h0, c0, *weights], strict=True):

@@ -21,9 +21,19 @@ struct Sequence {
   const int64_t* offsets;  // [T + 1] tokens before each step; active(t) = offsets[t + 1] - offsets[t]
   const int64_t* order;    // [B] position -> row in the caller's tensors
   bool packed;             // sequence tensors are [N, ...], in token order, instead of [T, B, ...]
+  const bool* resets = nullptr;  // at t * reset_step + row * reset_row: a segment of the row begins at t. Null: none; so if packed
+  int64_t reset_step = 0, reset_row = 0;
 
   FS_ALWAYS_INLINE int64_t active(int64_t t) const { return offsets[t + 1] - offsets[t]; }
   FS_ALWAYS_INLINE int64_t tokens() const { return offsets[steps]; }
+
+  // Whether a row starts from zeros at step t of a direction: its segment begins there, or backwards ends there, where the next one
+  // begins at t + 1. No step that is not there does, nor one behind a row's end.
+  FS_ALWAYS_INLINE bool starts_anew(int64_t t, int64_t position, bool reverse) const {
+    if (!resets) return false;
+    const int64_t begin = t + reverse;
+    return t >= 0 && begin < steps && position < active(begin) && resets[begin * reset_step + order[position] * reset_row];
+  }
 };
 
 struct Shape {

@@ -87,9 +87,10 @@ class Backward {
         with_rows<kTileRows>(end - begin, [&](auto count) { arriving<decltype(count)::value>(from, before, p, begin, arrived); });
         for (int64_t i = begin; i < end; ++i) {
           const int64_t r = own_.row(i);
+          const bool anew = r < active && seq_.starts_anew(t, r, pass_.dir.reverse);
           for (int64_t u = p * kPanel; u < (p + 1) * kPanel && u < H_; u += W) {
             const vf dh = arrived[i - begin][(u - p * kPanel) / W];
-            r < active ? through_cell(t, r, u, dh) : to_initial_state(r, u, dh);
+            r < active ? through_cell(t, r, u, dh, anew) : to_initial_state(r, u, dh);
           }
         }
       });
@@ -103,7 +104,7 @@ class Backward {
     for (int m = 0; m < MR; ++m) {
       const int64_t r = own_.row(begin + m);
       const bool starts = r >= before;
-      gates[m] = starts ? buf_.zeros : buf_.gate_row(seq_.offsets[from] + r);
+      gates[m] = starts || seq_.starts_anew(from, r, pass_.dir.reverse) ? buf_.zeros : buf_.gate_row(seq_.offsets[from] + r);
       pending[m] = starts ? buf_.pending + r * buf_.width + p * kPanel : nullptr;
     }
     vf acc[MR][kVectors];
@@ -115,26 +116,28 @@ class Backward {
     for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA { arrived[m][v] = sum; });
   }
 
-  FS_INLINE void through_cell(int64_t t, int64_t r, int64_t u, vf dh) const {
+  // anew: the row started from zeros at this step, so that nothing goes on to the step before.
+  FS_INLINE void through_cell(int64_t t, int64_t r, int64_t u, vf dh, bool anew) const {
     const int n = lanes(u);
     const int64_t token = seq_.offsets[t] + r;
     if (pass_.d_out.data) dh += load(pass_.d_out.template at<T>(seq_, t, r) + u, n);
-    vf saved[kColumns], dpre[kColumns], after = {}, previous;
+    vf saved[kColumns], dpre[kColumns], after = {}, previous = {};
     for (int j = 0; j < kColumns; ++j) saved[j] = load(static_cast<const T*>(pass_.gates) + (token * kColumns + j) * H_ + u, n);
     const int64_t e = earlier(t);
     const bool has_earlier = e >= 0 && e < seq_.steps && r < seq_.active(e);
     if constexpr (Cell::kCellState) {
       after = load(pass_.cells + token * H_ + u, n);
-      previous = has_earlier ? load(pass_.cells + (seq_.offsets[e] + r) * H_ + u, n)
-                             : load_state<T>(shape_, pass_.dir.c0, seq_.order[r] * H_ + u, n);
-    } else {
+      if (!anew)
+        previous = has_earlier ? load(pass_.cells + (seq_.offsets[e] + r) * H_ + u, n)
+                               : load_state<T>(shape_, pass_.dir.c0, seq_.order[r] * H_ + u, n);
+    } else if (!anew) {
       previous = has_earlier ? load(pass_.out.template at<T>(seq_, e, r) + u, n)
                              : load_state<T>(shape_, pass_.dir.h0, seq_.order[r] * H_ + u, n);
     }
     float* carried = buf_.carry + r * buf_.width + u;
     vf carry = load_vector<vf>(carried);
     Cell::backward(saved, previous, after, dh, carry, dpre);
-    store(carried, carry, W);
+    store(carried, anew ? vf{} : carry, W);
     T* row = reinterpret_cast<T*>(buf_.gate_row(token));
     for (int j = 0; j < kColumns; ++j) {
       T* to = row + j * buf_.gate_units * Dot<T>::kPerUnit + u;

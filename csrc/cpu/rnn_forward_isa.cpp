@@ -139,13 +139,14 @@ class Forward {
     uint32_t* operands[2] = {buf_.operand[0] + r * buf_.depth_h, buf_.operand[1] + r * buf_.depth_h};
     for (uint32_t* operand : operands) operand[buf_.depth_h - 1] = 0;  // the half unit past an odd H
     const int64_t from = seq_.order[r] * H_;
+    const bool anew = !pass_.dir.reverse && seq_.starts_anew(0, r, false);
     for (int64_t p = 0; p < buf_.panels; ++p) {
       const int n = lanes(p);
-      const vf h = load_state<T>(shape_, pass_.dir.h0, from + p * W, n);
+      const vf h = anew ? vf{} : load_state<T>(shape_, pass_.dir.h0, from + p * W, n);
       store(buf_.h + r * width_ + p * W, h, W);
       for (uint32_t* operand : operands) store(reinterpret_cast<T*>(operand) + p * W, h, n);
       if constexpr (Cell::kCellState)
-        store(buf_.c + r * width_ + p * W, load_state<T>(shape_, pass_.dir.c0, from + p * W, n), W);
+        store(buf_.c + r * width_ + p * W, anew ? vf{} : load_state<T>(shape_, pass_.dir.c0, from + p * W, n), W);
     }
   }
 
@@ -280,9 +281,6 @@ class Forward {
     vf h = load_vector<vf>(h_state), c = {};
     if constexpr (Cell::kCellState) c = load_vector<vf>(c_state);
     Cell::forward(pre, h, c, saved);
-    store(h_state, h, W);
-    if constexpr (Cell::kCellState) store(c_state, c, W);
-    store(reinterpret_cast<T*>(buf_.operand[(s + 1) & 1] + r * buf_.depth_h) + u, h, n);
     store(pass_.out.template at<T>(seq_, t, r) + u, h, n);
     if (pass_.gates) {
       const int64_t token = seq_.offsets[t] + r;
@@ -290,6 +288,11 @@ class Forward {
         store(static_cast<T*>(pass_.gates) + (token * Cell::kColumns + j) * H_ + u, saved[j], n);
       if constexpr (Cell::kCellState) store(pass_.cells + token * H_ + u, c, n);
     }
+    // Now and not at the next step, which other threads may read the operand for.
+    if (seq_.starts_anew(pass_.dir.reverse ? t - 1 : t + 1, r, pass_.dir.reverse)) h = c = vf{};
+    store(h_state, h, W);
+    if constexpr (Cell::kCellState) store(c_state, c, W);
+    store(reinterpret_cast<T*>(buf_.operand[(s + 1) & 1] + r * buf_.depth_h) + u, h, n);
   }
 
   void finish() const {

@@ -96,7 +96,7 @@ class Step {
 
 bool is_step(const Shape& shape, const Sequence& seq, const ForwardPass& pass) {
   const bool converts = shape.dtype == DType::bf16 && shape.state_is_f32 && pass.dir.h0;  // the product takes h in T
-  return seq.steps == 1 && seq.rows <= kStepRows && seq.active(0) == seq.rows && !converts;
+  return seq.steps == 1 && seq.rows <= kStepRows && seq.active(0) == seq.rows && !converts && !seq.resets;
 }
 
 void rnn_step(const Shape& shape, const Sequence& seq, const ForwardPass* passes, int directions, int threads) {

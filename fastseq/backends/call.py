@@ -39,13 +39,15 @@ class RnnCall:
     bidirectional: bool = False
     batch_first: bool = False
     proj_size: int = 0
+    resets: Tensor | None = None  # bool, [T, B] or, if batch_first, [B, T]: the state is zeroed before that step
 
     def kind(self) -> tuple[Any, ...]:
         """What calls of one kind share: options, shapes, dtypes, devices."""
         x, h, c = self.input, self.h0, self.c0
         return (
             self.cell, self.has_bias, self.num_layers, self.bidirectional, self.batch_first, self.proj_size,
-            self.lengths is None, None if self.batch_sizes is None else self.batch,
+            self.lengths is None, self.resets is None or kind_of(self.resets),
+            None if self.batch_sizes is None else self.batch,
             kind_of(x), h is None or kind_of(h), c is None or kind_of(c), *map(kind_of, self.weights),
         )  # fmt: skip
 

@@ -28,14 +28,10 @@ def not_fused(call: RnnCall) -> str | None:
 def rnn(call: RnnCall, on: str) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A layer stack on the kernels of backend `on`."""
     x = call.input
-    if (
-        x.dim() == 3
-        and x.shape[1 if call.batch_first else 0] == 1
-        and call.lengths is None
-        and call.num_layers == 1
-        and not call.bidirectional
-        and _steps_directly(call, on)
-    ):
+    one_step = x.dim() == 3 and x.shape[1 if call.batch_first else 0] == 1 and call.lengths is None
+    if one_step and call.resets is not None and not call.bidirectional:
+        _reset(call, call.resets)
+    if one_step and call.num_layers == 1 and not call.bidirectional and _steps_directly(call, on):
         rows, row = (x.shape[0], x.stride(0)) if call.batch_first else (x.shape[1], x.stride(1))
         hidden = call.weights[1].shape[1]
         shape = StepShape(call.cell, rows, row, (1, rows, hidden), (*x.shape[:2], hidden))
@@ -53,8 +49,15 @@ def rnn_cell(call: RnnCall, on: str) -> tuple[Tensor, ...]:
         return rnn_step(shape, x, call.h0, call.c0, call.weights, on)
     h0 = None if call.h0 is None else call.h0[None]
     c0 = None if call.c0 is None else call.c0[None]
-    _, h_n, c_n = rnn_layer(call.cell, x[None], h0, c0, call.weights, None, None, False, False, on)
+    _, h_n, c_n = rnn_layer(call.cell, x[None], h0, c0, call.weights, None, None, None, False, False, on)
     return (h_n[0],) if c_n is None else (h_n[0], c_n[0])
+
+
+def _reset(call: RnnCall, resets: Tensor) -> None:
+    """Of a single forward step resets only choose the initial state: then it is one without them, the short way."""
+    rows = resets.reshape(-1, 1)  # [B, 1]
+    call.h0, call.c0 = (None if s is None else torch.where(rows, 0.0, s) for s in (call.h0, call.c0))
+    call.resets = None
 
 
 def _steps_directly(call: RnnCall, on: str) -> bool:

@@ -56,6 +56,7 @@ def layer(
     c0: Tensor | None,  # [D, B, H]
     weights: Sequence[Tensor],  # D times w_ih, w_hh (, b_ih, b_hh) (, w_hr)
     lengths: Tensor | None,  # [B]
+    resets: Tensor | None,  # [T, B] bool; [B, T] if batch_first
     batch_sizes: Tensor | None,  # [T]
     batch_first: bool,
     bidirectional: bool,
@@ -64,14 +65,16 @@ def layer(
     if batch_sizes is not None:
         return _packed_layer(cell, x, h0, c0, weights, batch_sizes, bidirectional)
     xs, mask = wide(x.transpose(0, 1) if batch_first else x), None
+    begins = None if resets is None else (resets.transpose(0, 1) if batch_first else resets)[:, :, None]  # [T, B, 1]
     if lengths is not None:
         steps = torch.arange(xs.shape[0], device=lengths.device)
         mask = (steps[:, None] < lengths).to(xs.device)[:, :, None]  # [T, B, 1]
         xs = torch.where(mask, xs, 0.0)  # behind a length may stand NaN, and backward would multiply it by 0
+        begins = None if begins is None else begins & mask
     runs = []
     for d, w in enumerate(Weights.split(weights, 2 if bidirectional else 1)):
         state = _initial(cell, None if h0 is None else h0[d], None if c0 is None else c0[d], w, xs[0])
-        runs.append(_scan(STEPS[cell], xs, state, w, mask, reverse=d == 1))
+        runs.append(_scan(STEPS[cell], xs, state, w, mask, begins, reverse=d == 1))
     out = torch.cat([out for out, _ in runs], -1).to(x.dtype)
     finals = [torch.stack(s).to(_state_dtype(h0, x)) for s in zip(*(state for _, state in runs), strict=True)]
     return (out.transpose(0, 1) if batch_first else out), finals[0], finals[1] if cell == "lstm" else None
@@ -136,11 +139,19 @@ Step = Callable[[Tensor, State, Weights], State]  # (x W_ih' + b_ih [B, G*H], st
 STEPS: dict[str, Step] = {"lstm": _lstm, "gru": _gru, "gru_reset_before": _gru_reset_before}
 
 
-def _scan(step: Step, x: Tensor, state: State, w: Weights, mask: Tensor | None, reverse: bool) -> tuple[Tensor, State]:
-    """One direction over x [T, B, I]: (out [T, B, P], final state). Masked steps keep the state and give 0."""
+def _scan(
+    step: Step, x: Tensor, state: State, w: Weights, mask: Tensor | None, begins: Tensor | None, reverse: bool
+) -> tuple[Tensor, State]:
+    """One direction over x [T, B, I]: (out [T, B, P], final state). Masked steps keep the state and give 0.
+
+    begins [T, B, 1]: where a segment begins. Its first step starts from 0; in reverse the last one before it does.
+    """
     gx = linear(x, w.ih, w.b_ih).unbind(0)
     out: list[Tensor] = [x] * len(gx)
     for t in reversed(range(len(gx))) if reverse else range(len(gx)):
+        begin = t + reverse
+        if begins is not None and begin < len(gx):
+            state = tuple(torch.where(begins[begin], 0.0, s) for s in state)
         if mask is None:
             state = step(gx[t], state, w)
             out[t] = state[0]
@@ -166,7 +177,7 @@ def _packed_layer(
     valid = rows < batch_sizes[:, None]  # [T, B]
     place = (batch_sizes.cumsum(0) - batch_sizes)[:, None] + rows  # row b of step t lies at place[t, b]
     padded = x[torch.where(valid, place, 0).to(x.device)]
-    out, h_n, c_n = layer(cell, padded, h0, c0, weights, valid.sum(0), None, False, bidirectional)
+    out, h_n, c_n = layer(cell, padded, h0, c0, weights, valid.sum(0), None, None, False, bidirectional)
     return out.flatten(0, 1)[valid.flatten().nonzero()[:, 0].to(x.device)], h_n, c_n
 
 

@@ -9,7 +9,7 @@ from .call import RnnCall
 
 __all__ = ["Layer", "run"]
 
-# layer(cell, x, h0, c0, weights, lengths, batch_sizes, batch_first, bidirectional) -> (out, h_n, c_n | None)
+# layer(cell, x, h0, c0, weights, lengths, resets, batch_sizes, batch_first, bidirectional) -> (out, h_n, c_n | None)
 # x as in RnnCall with a last dimension of stride 1; h0, c0 [D, B, ·] or None; weights of this layer's D directions;
 # out in x's layout with D*P features; h_n, c_n [D, B, ·].
 Layer = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
@@ -42,7 +42,7 @@ def _layer(
     call: RnnCall, layer: Layer, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     return layer(
-        call.cell, x, h0, c0, weights, call.lengths, call.batch_sizes, call.batch_first, call.bidirectional
+        call.cell, x, h0, c0, weights, call.lengths, call.resets, call.batch_sizes, call.batch_first, call.bidirectional
     )  # fmt: skip
 
 

@@ -23,6 +23,8 @@ def refuses(call: RnnCall) -> str | None:
     """What PyTorch's operators lack."""
     if call.cell == "gru_reset_before":
         return "torch has no GRU with the reset gate before the product"
+    if call.resets is not None:
+        return "torch's operators have no resets within a sequence"
     if torch.compiler.is_compiling():
         if call.lengths is not None:
             return "torch.compile cannot trace torch's packing of rows with lengths"
@@ -115,6 +117,7 @@ def _layer(
     c0: Tensor | None,
     weights: list[Tensor],
     lengths: Tensor,
+    resets: None,
     batch_sizes: None,
     batch_first: bool,
     bidirectional: bool,

@@ -129,9 +129,11 @@ class Encoder(nn.Module):
 class ResetBefore(GRU):
     """fastseq.GRU with the reset gate before the product: Cho et al. 2014, eq. 5 to 8."""
 
-    def forward(self, input: Any, hx: Tensor | None = None, *, lengths: Lengths = None) -> tuple[Any, Tensor]:
-        """(output, h_n); input, lengths and faults as for `LSTM.forward`."""
-        out, (h,) = run(self.as_call(input, hx), self.backend, lengths)
+    def forward(
+        self, input: Any, hx: Tensor | None = None, *, lengths: Lengths = None, resets: Tensor | None = None
+    ) -> tuple[Any, Tensor]:
+        """(output, h_n); input, lengths, resets and faults as for `LSTM.forward`."""
+        out, (h,) = run(self.as_call(input, hx), self.backend, lengths, resets)
         return out, h
 
     def as_call(self, input: Any, hx: Tensor | None = None) -> RnnCall:

@@ -49,7 +49,7 @@ class LSTM(nn.LSTM):
     """torch.nn.LSTM, faster: the same arguments, parameters, state_dict, results and random draws.
 
     backend: "auto" (the fastest that can run the call), or the name of one of `fastseq.backends()`, which then runs or
-    raises InputError. `forward` also takes lengths [B] for padded rows, in any order.
+    raises InputError. `forward` also takes lengths [B] for padded rows, in any order, and resets within a sequence.
     """
 
     backend: str = "auto"  # a class default: instances made by torch.nn have no such attribute
@@ -79,17 +79,22 @@ class LSTM(nn.LSTM):
 
     @overload
     def forward(
-        self, input: Tensor, hx: LstmState | None = ..., *, lengths: Lengths = ...
+        self, input: Tensor, hx: LstmState | None = ..., *, lengths: Lengths = ..., resets: Tensor | None = ...
     ) -> tuple[Tensor, LstmState]: ...
     @overload
     def forward(self, input: PackedSequence, hx: LstmState | None = ...) -> tuple[PackedSequence, LstmState]: ...
-    def forward(self, input: Any, hx: LstmState | None = None, *, lengths: Lengths = None) -> tuple[Any, LstmState]:
+    def forward(
+        self, input: Any, hx: LstmState | None = None, *, lengths: Lengths = None, resets: Tensor | None = None
+    ) -> tuple[Any, LstmState]:
         """(output, (h_n, c_n)) of input [T, B, I] ([B, T, I] if batch_first), [T, I], or a PackedSequence.
 
         lengths [B]: what stands behind a row's length is never read, its output is 0, and h_n, c_n are its last states.
+        resets, bool, the input's leading dimensions: True where a segment of the row begins, such as an episode. The
+        state, hx included, is zeroed before that step; of the reverse direction before the step in front of it. So
+        segments give what they give alone: hx enters the first one, forward, and in reverse the last one.
         Raises InputError or TypeError, naming the argument.
         """
-        return run(lstm_call(self, input, hx), self.backend, lengths)  # type: ignore[return-value]
+        return run(lstm_call(self, input, hx), self.backend, lengths, resets)  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         return super().extra_repr() + backend_repr(self)
@@ -98,7 +103,7 @@ class LSTM(nn.LSTM):
 class GRU(nn.GRU):
     """torch.nn.GRU, faster: the same arguments, parameters, state_dict, results and random draws.
 
-    backend and lengths as for `LSTM`.
+    backend, lengths and resets as for `LSTM`.
     """
 
     backend: str = "auto"
@@ -126,12 +131,16 @@ class GRU(nn.GRU):
         self.backend = backend
 
     @overload
-    def forward(self, input: Tensor, hx: Tensor | None = ..., *, lengths: Lengths = ...) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self, input: Tensor, hx: Tensor | None = ..., *, lengths: Lengths = ..., resets: Tensor | None = ...
+    ) -> tuple[Tensor, Tensor]: ...
     @overload
     def forward(self, input: PackedSequence, hx: Tensor | None = ...) -> tuple[PackedSequence, Tensor]: ...
-    def forward(self, input: Any, hx: Tensor | None = None, *, lengths: Lengths = None) -> tuple[Any, Tensor]:
-        """(output, h_n); input, lengths and faults as for `LSTM.forward`."""
-        out, (h,) = run(gru_call(self, input, hx), self.backend, lengths)
+    def forward(
+        self, input: Any, hx: Tensor | None = None, *, lengths: Lengths = None, resets: Tensor | None = None
+    ) -> tuple[Any, Tensor]:
+        """(output, h_n); input, lengths, resets and faults as for `LSTM.forward`."""
+        out, (h,) = run(gru_call(self, input, hx), self.backend, lengths, resets)
         return out, h
 
     def extra_repr(self) -> str:

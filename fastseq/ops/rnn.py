@@ -18,20 +18,21 @@ __all__ = ["rnn_layer"]
 _COLUMNS = 4  # saved values a unit: i, f, g, o; or r, z, U_n h + b_hn, n
 
 # x [T, B, I], [B, T, I] if batch_first, or packed [N, I]. h0, c0 [D, B, H], in x's dtype or fp32. weights: D times
-# w_ih, w_hh (, b_ih, b_hh). out in x's layout, D * H features; h_n, c_n [D, B, H]. Saved for backward: gates
+# w_ih, w_hh (, b_ih, b_hh). resets [T, B] bool, [B, T] if batch_first: rows start there from zeros, in the reverse
+# direction at the step before. out in x's layout, D * H features; h_n, c_n [D, B, H]. Saved for backward: gates
 # [D, tokens, 4, H] in x's dtype, cells [D, tokens, H] in fp32 (LSTM), tokens = T * B or N; of them the active ones come
 # first, in step order, longest row first.
 _LIBRARY = torch.library.Library("fastseq", "DEF")
 _LIBRARY.define(
-    "rnn_forward(str cell, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? batch_sizes, "
-    "bool batch_first, bool bidirectional, bool save) "
+    "rnn_forward(str cell, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? resets, "
+    "Tensor? batch_sizes, bool batch_first, bool bidirectional, bool save) "
     "-> (Tensor out, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
 )
 # needs: x, h0, c0, weights. Returns d_x, d_h0, d_c0, then one a weight; those not needed are empty.
 _LIBRARY.define(
     "rnn_backward(str cell, Tensor? d_out, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor? h0, Tensor? c0, "
-    "Tensor[] weights, Tensor? lengths, Tensor? batch_sizes, bool batch_first, bool bidirectional, Tensor out, "
-    "Tensor gates, Tensor cells, bool[] needs) -> Tensor[]"
+    "Tensor[] weights, Tensor? lengths, Tensor? resets, Tensor? batch_sizes, bool batch_first, bool bidirectional, "
+    "Tensor out, Tensor gates, Tensor cells, bool[] needs) -> Tensor[]"
 )
 
 
@@ -41,6 +42,13 @@ def _dims(x: Tensor, batch_sizes: Tensor | None, batch_first: bool, rows: int | 
         return batch_sizes.shape[0], int(batch_sizes[0]) if rows is None else rows, 0, x.stride(0)
     step, row = (1, 0) if batch_first else (0, 1)
     return x.shape[step], x.shape[row], x.stride(step), x.stride(row)
+
+
+def _view(t: Tensor | None, batch_sizes: Tensor | None, batch_first: bool, rows: int) -> tuple[int, int, int]:
+    """Address and strides of a step and of a row; zeros for what is not there, None or of no dimension but 0."""
+    if t is None or t.dim() == 1:
+        return 0, 0, 0
+    return (t.data_ptr(), *_dims(t, batch_sizes, batch_first, rows)[2:])
 
 
 def _outputs(
@@ -80,7 +88,7 @@ def _states(h0: Tensor | None, c0: Tensor | None) -> tuple[Tensor | None, Tensor
 
 def _forward(
     cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], lengths: Tensor | None,
-    batch_sizes: Tensor | None, batch_first: bool, bidirectional: bool, save: bool,
+    resets: Tensor | None, batch_sizes: Tensor | None, batch_first: bool, bidirectional: bool, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     assert _native.C is not None
     x, (h0, c0) = _dense(x), _states(h0, c0)
@@ -94,6 +102,7 @@ def _forward(
         x.shape[-1], weights[1].shape[1], address(lengths), address(batch_sizes), (x.data_ptr(), step, row),
         (out.data_ptr(), out_step, out_row), tuple([w.data_ptr() for w in weights]), 2 if bidirectional else 1,
         address(h0), address(c0), h_n.data_ptr(), address(c_n), address(gates), address(cells), torch.get_num_threads(),
+        _view(resets, None, batch_first, rows),
     )  # fmt: skip
     return results
 
@@ -124,8 +133,9 @@ def _gradients(
 
 def _backward(
     cell: str, d_out: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None, x: Tensor, h0: Tensor | None,
-    c0: Tensor | None, weights: Sequence[Tensor], lengths: Tensor | None, batch_sizes: Tensor | None, batch_first: bool,
-    bidirectional: bool, out: Tensor, gates: Tensor, cells: Tensor, needs: Sequence[bool],
+    c0: Tensor | None, weights: Sequence[Tensor], lengths: Tensor | None, resets: Tensor | None,
+    batch_sizes: Tensor | None, batch_first: bool, bidirectional: bool, out: Tensor, gates: Tensor, cells: Tensor,
+    needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     assert _native.C is not None
     x, weights = _dense(x), [w.contiguous() for w in weights]
@@ -138,9 +148,7 @@ def _backward(
     rows = gates.shape[1] // x.shape[1 if batch_first else 0] if batch_sizes is None else int(batch_sizes[0])
 
     def view(t: Tensor | None) -> tuple[int, int, int]:
-        if t is None or t.dim() == 1:  # one of no dimension but 0: not wanted
-            return 0, 0, 0
-        return (t.data_ptr(), *_dims(t, batch_sizes, batch_first, rows)[2:])
+        return _view(t, batch_sizes, batch_first, rows)
 
     d_x, d_h0, d_c0, *d_weights = results
     _native.C.rnn_backward(
@@ -149,12 +157,12 @@ def _backward(
         address(lengths), address(batch_sizes), view(x), view(out), view(d_out), view(d_x),
         tuple([w.data_ptr() for w in weights]), 2 if bidirectional else 1, address(h0), address(c0), address(d_h_n),
         address(d_c_n), gates.data_ptr(), address(cells), d_h0.data_ptr(), d_c0.data_ptr(),
-        tuple([w.data_ptr() for w in d_weights]), torch.get_num_threads(),
+        tuple([w.data_ptr() for w in d_weights]), torch.get_num_threads(), view(resets),
     )  # fmt: skip
     return results
 
 
-def _fake_forward(cell, x, h0, c0, weights, lengths, batch_sizes, batch_first, bidirectional, save):  # type: ignore[no-untyped-def]
+def _fake_forward(cell, x, h0, c0, weights, lengths, resets, batch_sizes, batch_first, bidirectional, save):  # type: ignore[no-untyped-def]
     if batch_sizes is None:
         rows = x.shape[0 if batch_first else 1]
     else:
@@ -165,8 +173,8 @@ def _fake_forward(cell, x, h0, c0, weights, lengths, batch_sizes, batch_first, b
 
 
 def _fake_backward(  # type: ignore[no-untyped-def]
-    cell, d_out, d_h_n, d_c_n, x, h0, c0, weights, lengths, batch_sizes, batch_first, bidirectional, out, gates, cells,
-    needs,
+    cell, d_out, d_h_n, d_c_n, x, h0, c0, weights, lengths, resets, batch_sizes, batch_first, bidirectional, out, gates,
+    cells, needs,
 ):  # fmt: skip
     return _gradients(x, h0, c0, weights, needs, False)
 
@@ -201,14 +209,14 @@ torch.library.register_fake("fastseq::rnn_backward", _fake_backward, lib=_LIBRAR
 
 def _backward_of(ctx: Any, static: tuple[Any, ...], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Gradients of x, h0, c0, then the weights, from what a Function saved."""
-    x, h0, c0, lengths, batch_sizes, out, gates, cells, *weights = ctx.saved_tensors
+    x, h0, c0, lengths, resets, batch_sizes, out, gates, cells, *weights = ctx.saved_tensors
     if all(g is None for g in grads):
         return [None] * (3 + len(weights))
     on, cell, batch_first, bidirectional = static
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
 
         def forward(x, h0, c0, *weights):  # type: ignore[no-untyped-def]
-            return reference.layer(cell, x, h0, c0, weights, lengths, batch_sizes, batch_first, bidirectional)
+            return reference.layer(cell, x, h0, c0, weights, lengths, resets, batch_sizes, batch_first, bidirectional)
 
         return through_reference(forward, (x, h0, c0, *weights), grads)
     needs = ctx.needs
@@ -218,8 +226,8 @@ def _backward_of(ctx: Any, static: tuple[Any, ...], grads: Sequence[Tensor | Non
         run, cells = torch.ops.fastseq.rnn_backward.default, x.new_empty(0) if cells is None else cells
     d_out, d_h_n, d_c_n = grads
     d = run(
-        cell, d_out, d_h_n, d_c_n, x, h0, c0, weights, lengths, batch_sizes, batch_first, bidirectional, out, gates,
-        cells, needs,
+        cell, d_out, d_h_n, d_c_n, x, h0, c0, weights, lengths, resets, batch_sizes, batch_first, bidirectional, out,
+        gates, cells, needs,
     )  # fmt: skip
     return [
         d[0] if needs[0] else None,
@@ -233,61 +241,63 @@ class _RnnLayer(torch.autograd.Function):
     """Old style: about 10 us a call cheaper than the new one."""
 
     @staticmethod
-    def forward(ctx, static, x, h0, c0, lengths, batch_sizes, *weights):  # type: ignore[no-untyped-def]
+    def forward(ctx, static, x, h0, c0, lengths, resets, batch_sizes, *weights):  # type: ignore[no-untyped-def]
         on, cell, batch_first, bidirectional = static
         run = _kernels(on).forward if is_direct((x, *weights)) else torch.ops.fastseq.rnn_forward.default
         out, h_n, c_n, gates, cells = run(
-            cell, x, h0, c0, weights, lengths, batch_sizes, batch_first, bidirectional, True
+            cell, x, h0, c0, weights, lengths, resets, batch_sizes, batch_first, bidirectional, True
         )
-        ctx.save_for_backward(x, h0, c0, lengths, batch_sizes, out, gates, cells, *weights)
+        ctx.save_for_backward(x, h0, c0, lengths, resets, batch_sizes, out, gates, cells, *weights)
         ctx.static = static
         needs = ctx.needs_input_grad
-        ctx.needs = [needs[1], needs[2], needs[3], any(needs[6:])]
+        ctx.needs = [needs[1], needs[2], needs[3], any(needs[7:])]
         ctx.set_materialize_grads(False)
         return out, h_n, c_n
 
     @staticmethod
     def backward(ctx, d_out, d_h_n, d_c_n):  # type: ignore[no-untyped-def]
         d_x, d_h0, d_c0, *d_weights = _backward_of(ctx, ctx.static, (d_out, d_h_n, d_c_n))
-        return None, d_x, d_h0, d_c0, None, None, *d_weights
+        return None, d_x, d_h0, d_c0, None, None, None, *d_weights
 
 
 class _TransformedRnnLayer(torch.autograd.Function):
     """New style, for torch.func: batching rules exist for the operators of `reference` only."""
 
     @staticmethod
-    def forward(static, x, h0, c0, lengths, batch_sizes, *weights):  # type: ignore[no-untyped-def]
+    def forward(static, x, h0, c0, lengths, resets, batch_sizes, *weights):  # type: ignore[no-untyped-def]
         _, cell, batch_first, bidirectional = static
         return torch.ops.fastseq.rnn_forward(
-            cell, x, h0, c0, weights, lengths, batch_sizes, batch_first, bidirectional, True
+            cell, x, h0, c0, weights, lengths, resets, batch_sizes, batch_first, bidirectional, True
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        static, x, h0, c0, lengths, batch_sizes, *weights = inputs
+        static, x, h0, c0, lengths, resets, batch_sizes, *weights = inputs
         out, _, _, gates, cells = output
         ctx.mark_non_differentiable(gates, cells)
-        ctx.save_for_backward(x, h0, c0, lengths, batch_sizes, out, gates, cells, *weights)
+        ctx.save_for_backward(x, h0, c0, lengths, resets, batch_sizes, out, gates, cells, *weights)
         ctx.static = static
         needs = ctx.needs_input_grad
-        ctx.needs = [needs[1], needs[2], needs[3], any(needs[6:])]
+        ctx.needs = [needs[1], needs[2], needs[3], any(needs[7:])]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, d_out, d_h_n, d_c_n, _gates, _cells):  # type: ignore[no-untyped-def]
         d_x, d_h0, d_c0, *d_weights = _backward_of(ctx, ctx.static, (d_out, d_h_n, d_c_n))
-        return None, d_x, d_h0, d_c0, None, None, *d_weights
+        return None, d_x, d_h0, d_c0, None, None, None, *d_weights
 
     @staticmethod
-    def vmap(info, in_dims, static, x, h0, c0, lengths, batch_sizes, *weights):  # type: ignore[no-untyped-def]
+    def vmap(info, in_dims, static, x, h0, c0, lengths, resets, batch_sizes, *weights):  # type: ignore[no-untyped-def]
         _, cell, batch_first, bidirectional = static
 
-        def layer(x, h0, c0, lengths, batch_sizes, *weights):  # type: ignore[no-untyped-def]
-            out, h_n, c_n = reference.layer(cell, x, h0, c0, weights, lengths, batch_sizes, batch_first, bidirectional)
+        def layer(x, h0, c0, lengths, resets, batch_sizes, *weights):  # type: ignore[no-untyped-def]
+            out, h_n, c_n = reference.layer(
+                cell, x, h0, c0, weights, lengths, resets, batch_sizes, batch_first, bidirectional
+            )
             none = x.new_empty(0)
             return out, h_n, none if c_n is None else c_n, none, none
 
-        args = (x, h0, c0, lengths, batch_sizes, *weights)
+        args = (x, h0, c0, lengths, resets, batch_sizes, *weights)
         return torch.vmap(layer, in_dims[1:], randomness=info.randomness)(*args), (0, 0, 0, 0, 0)
 
 
@@ -298,6 +308,7 @@ def rnn_layer(
     c0: Tensor | None,
     weights: Sequence[Tensor],  # D times w_ih [G*H, I], w_hh [G*H, H] (, b_ih, b_hh)
     lengths: Tensor | None,  # [B] int64 on the CPU; on Triton int32 or int64 on x's device
+    resets: Tensor | None,  # [T, B] bool on x's device, [B, T] if batch_first
     batch_sizes: Tensor | None,  # [T] int64 on the CPU
     batch_first: bool,
     bidirectional: bool,
@@ -306,17 +317,21 @@ def rnn_layer(
     """One layer on fused kernels, differentiable: out, h_n, c_n (None for a GRU), as the schema above says."""
     static = (on, cell, batch_first, bidirectional)
     if torch.autograd.forward_ad._current_level >= 0:  # the kernels carry no tangents
-        out, h_n, c_n = reference.layer(cell, x, h0, c0, weights, lengths, batch_sizes, batch_first, bidirectional)
+        out, h_n, c_n = reference.layer(
+            cell, x, h0, c0, weights, lengths, resets, batch_sizes, batch_first, bidirectional
+        )
     elif not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        out, h_n, c_n = _TransformedRnnLayer.apply(static, x, h0, c0, lengths, batch_sizes, *weights)[:3]
+        out, h_n, c_n = _TransformedRnnLayer.apply(static, x, h0, c0, lengths, resets, batch_sizes, *weights)[:3]
     elif torch.is_grad_enabled() and (
         x.requires_grad
         or any(w.requires_grad for w in weights)
         or (h0 is not None and h0.requires_grad)
         or (c0 is not None and c0.requires_grad)
     ):
-        out, h_n, c_n = _RnnLayer.apply(static, *distinct(x, h0, c0, lengths, batch_sizes, *weights))
+        out, h_n, c_n = _RnnLayer.apply(static, *distinct(x, h0, c0, lengths, resets, batch_sizes, *weights))
     else:
         run = _kernels(on).forward if is_direct((x, *weights)) else torch.ops.fastseq.rnn_forward.default
-        out, h_n, c_n, _, _ = run(cell, x, h0, c0, weights, lengths, batch_sizes, batch_first, bidirectional, False)
+        out, h_n, c_n, _, _ = run(
+            cell, x, h0, c0, weights, lengths, resets, batch_sizes, batch_first, bidirectional, False
+        )
     return out, h_n, c_n if cell == "lstm" else None

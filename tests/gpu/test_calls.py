@@ -26,13 +26,13 @@ SHAPES = [
 
 def cell(kind: str, x: Tensor, h0: Any, c0: Any, weights: list[Tensor], *rest: Any) -> Any:
     """As `oracle.plain`, by a cell, whose h is also the output."""
-    x = x[:, 0] if rest[2] else x[0]
+    x = x[:, 0] if rest[3] else x[0]
     state = there(tuple(None if s is None else s[0] for s in (h0, c0)))
     call = RnnCall(kind, there((x,))[0], *state, list(there(tuple(weights))), has_bias=len(weights) == 4)
     assert dispatch.obstacle(BACKEND, call) is None
     h, *c = (s.cpu() for s in dispatch.load(BACKEND).rnn_cell(call))
     out = h.to(x.dtype)
-    return out[:, None] if rest[2] else out[None], h[None], c[0][None] if c else None
+    return out[:, None] if rest[3] else out[None], h[None], c[0][None] if c else None
 
 
 def cases() -> list[Case]:

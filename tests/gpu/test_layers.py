@@ -10,6 +10,7 @@ from tests.gpu.place import BACKEND, DEVICE, DTYPES, layer, there
 from tests.oracle import Case, Problem, check_layer, check_second, plain, run
 
 CELLS, ROWS = ("lstm", "gru"), ("full", "lengths", "packed")
+KINDS = [*((rows, False) for rows in ROWS), ("full", True), ("lengths", True)]  # the second: resets
 SHAPES = [  # T, B, I, H
     (6, 5, 7, 20),
     (1, 3, 5, 16),
@@ -29,10 +30,11 @@ TURNS = itertools.cycle(itertools.product((True, False), repeat=3))
 def cases() -> list[Case]:
     """Each shape with each cell, dtype and kind of rows; the other options take turns."""
     found = []
-    for shape, dtype, cell, rows in itertools.product(SHAPES, DTYPES, CELLS, ROWS):
+    for shape, dtype, cell, (rows, resets) in itertools.product(SHAPES, DTYPES, CELLS, KINDS):
         two, hx, bias = next(TURNS)
         if not (rows == "packed" and shape[1] == 0):  # torch packs no empty batch
-            found.append(Case(cell, dtype, *shape, two, rows, hx, bias, batch_first=hx and rows == "full"))
+            batch_first = hx and rows == "full"
+            found.append(Case(cell, dtype, *shape, two, rows, hx, bias, batch_first, resets=resets))
     return found
 
 

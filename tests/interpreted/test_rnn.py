@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from fastseq.kernels import cells, configs, devices, launch, rnn, rnn_sequence, rnn_steps
+from fastseq.kernels.rnn_batch import token
 from torch import Tensor
 
 from fastseq.ops import rnn as ops
@@ -63,22 +64,27 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 def options(kinds: list[Any]) -> list[Case]:
     """Every kind at one odd shape; the other options take turns."""
-    turns, cases = itertools.cycle(FLAGS), []
-    for cell, dtype, rows, two in kinds:
+    turns, cases = itertools.cycle((*FLAGS, FLAGS[-1])), []  # 9 and the 2 directions share no factor
+    for resets, (cell, dtype, rows, two) in itertools.product((False, True), kinds):
         hx, bias, batch_first = next(turns)
-        cases.append(Case(cell, dtype, 3, 5, 7, 0, two, rows, hx, bias, batch_first and rows != "packed"))
+        if rows != "packed":
+            cases.append(Case(cell, dtype, 3, 5, 7, 0, two, rows, hx, bias, batch_first, resets=resets))
+        elif not resets:
+            cases.append(Case(cell, dtype, 3, 5, 7, 0, two, rows, hx, bias))
     return cases
 
 
 def corners() -> list[Case]:
     """Each shape with each cell and kind of rows; dtypes, directions and the other options take turns."""
     turns, cases = itertools.cycle(itertools.product((FP32, BF16, FP16), (True, False), FLAGS)), []
+    resets = itertools.cycle((True, False, True, False, False))  # all kinds meet both
     for shape, cell, rows in itertools.product(SHAPES, CELLS, ROWS):
         dtype, two, (hx, bias, batch_first) = next(turns)
         for _ in range(4):  # 5 and 48 share no factor: all meet all
             next(turns)
         if shape[1] or rows != "packed":  # torch packs no empty batch
-            cases.append(Case(cell, dtype, *shape, two, rows, hx, bias, batch_first and rows != "packed"))
+            batch_first, some = batch_first and rows != "packed", next(resets) and rows != "packed"
+            cases.append(Case(cell, dtype, *shape, two, rows, hx, bias, batch_first, resets=some))
     return cases
 
 
@@ -102,7 +108,10 @@ def test_corner_shapes(case: Case) -> None:
     check_layer(layer, Problem.draw(case))
 
 
-ANY = [Case(cell, FP32, 3, 5, 4, 13, True, rows) for cell, rows in itertools.product(CELLS, ROWS)]
+ANY = [
+    Case(cell, FP32, 3, 5, 4, 13, True, rows, resets=resets)
+    for cell, (rows, resets) in itertools.product(CELLS, [*((rows, False) for rows in ROWS), ("lengths", True)])
+]
 any_case = pytest.mark.parametrize("case", ANY, ids=str)
 PAIRS = [*(("sequence", c) for c in ANY), *(("steps", replace(c, H=19)) for c in ANY if c.rows == "lengths")]
 any_pair = pytest.mark.parametrize(("way", "case"), PAIRS, indirect=["way"], ids=str)
@@ -194,7 +203,7 @@ def test_a_bad_value_stays_in_its_row(way: str, case: Case, name: str) -> None:
     bad = {n: t.clone() for n, t in problem.tensors.items()}
     bad[name][0 if name == "x" and problem.batch_sizes is not None else (0, row)] = torch.nan
     got = run(layer, replace(problem, tensors=bad))
-    assert not got["h_n"][:, row].isfinite().all()
+    assert not got["h_n"][:, row].isfinite().all() or case.resets
     token_rows = torch.arange(case.B).expand(case.T, -1)
     if problem.batch_sizes is not None:
         token_rows = token_rows[torch.arange(case.B) < problem.batch_sizes[:, None]]
@@ -253,25 +262,42 @@ def before_forwards(t, d, length):
 
 
 @triton.jit
+def never_anew(resets, t, d, length, there, rows, starts, step, row):
+    """Resets are ignored."""
+    return there & (t < 0)
+
+
+@triton.jit
+def anew_forwards(resets, t, d, length, there, rows, starts, step, row):
+    """The reverse direction starts anew at a segment's beginning."""
+    return tl.load(resets + token(t, rows, there, starts, step, row), there, 0) != 0
+
+
+@triton.jit
 def lstm_without_c(pre, h, c):
     """The cell forgets everything."""
     h, c, saved = cells.lstm(pre, h, c * 0)
     return h, c, saved
 
 
-MUTANTS: dict[str, tuple[str, Any]] = {"lengths_of": ("lengths", no_lengths), "before": ("full", before_forwards)}
+MUTANTS: dict[str, tuple[str, str, Any]] = {  # the function of rnn_batch.py, rows, what stands in its place
+    "lengths": ("lengths_of", "lengths", no_lengths),
+    "directions": ("before", "full", before_forwards),
+    "resets": ("starts_anew", "lengths", never_anew),
+    "reversed resets": ("starts_anew", "full", anew_forwards),
+}
 
 
 @both
 @pytest.mark.parametrize("name", MUTANTS)
 def test_fault_in_the_kernels_is_noticed(way: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oracle fails kernels that ignore lengths, or confuse the directions."""
-    rows, fault = MUTANTS[name]
-    problem = Problem.draw(Case("lstm", FP32, 3, 5, 4, HIDDEN[way], True, rows))
+    """The oracle fails kernels that ignore lengths or resets, or confuse the directions."""
+    function, rows, fault = MUTANTS[name]
+    problem = Problem.draw(Case("lstm", FP32, 3, 5, 4, HIDDEN[way], True, rows, resets=function == "starts_anew"))
     check_layer(layer, problem)
     for module in (rnn_sequence, rnn_steps):
         for kernel in (module.forward_kernel, module.backward_kernel):
-            monkeypatch.setitem(kernel.fn.__globals__, name, fault)
+            monkeypatch.setitem(kernel.fn.__globals__, function, fault)
     with pytest.raises(Mismatch):
         check_layer(layer, problem)
 

@@ -17,18 +17,18 @@ from tests.oracle import Case, Layer, Mismatch, Problem, check_layer, check_seco
 
 def by_layer(cell: str, x: Tensor, h0: Any, c0: Any, weights: list[Tensor], *rest: Any) -> Any:
     """A layer of one step."""
-    batch_first, bias = rest[2], len(weights) == 4
-    out, (h, *c) = backend.rnn(RnnCall(cell, x, h0, c0, weights, has_bias=bias, batch_first=batch_first))
+    resets, batch_first, bias = rest[1], rest[3], len(weights) == 4
+    out, (h, *c) = backend.rnn(RnnCall(cell, x, h0, c0, weights, has_bias=bias, batch_first=batch_first, resets=resets))
     return out, h, c[0] if c else None
 
 
 def by_cell(cell: str, x: Tensor, h0: Any, c0: Any, weights: list[Tensor], *rest: Any) -> Any:
     """A cell, whose h is also the output."""
-    x = x[:, 0] if rest[2] else x[0]
+    x = x[:, 0] if rest[3] else x[0]
     h0, c0 = (None if s is None else s[0] for s in (h0, c0))
     h, *c = backend.rnn_cell(RnnCall(cell, x, h0, c0, weights, has_bias=len(weights) == 4))
     out = h.to(x.dtype)
-    return out[:, None] if rest[2] else out[None], h[None], c[0][None] if c else None
+    return out[:, None] if rest[3] else out[None], h[None], c[0][None] if c else None
 
 
 WAYS = (by_layer, by_cell)
@@ -51,6 +51,13 @@ def no_layer(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
 
     if "layer_kernels" not in request.keywords:
         monkeypatch.setattr(rnn, "run", refused)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_step_with_resets(cell: str, batch_first: bool) -> None:
+    """Of one step they choose the initial state."""
+    check_layer(by_layer, Problem.draw(Case(cell, T=1, I=3, H=15, batch_first=batch_first, resets=True)))
 
 
 @pytest.mark.parametrize("way", WAYS)

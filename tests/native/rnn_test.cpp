@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -32,6 +33,7 @@ struct Problem {
   std::vector<int64_t> sizes;  // lengths [rows] or batch sizes [steps]
   bool bias, initial, batch_major, wants_all;
   int64_t gap;  // unused elements between the rows of a sequence tensor
+  bool resets;  // unless packed
   unsigned seed;
 
   explicit Problem(unsigned seed) : seed(seed) {
@@ -50,6 +52,7 @@ struct Problem {
       for (int64_t t = 0, last = rows; t < steps; ++t) sizes.push_back(last = t == 0 ? rows : 1 + random() % last);
     bias = coin(random), initial = coin(random), batch_major = coin(random), wants_all = coin(random);
     gap = random() % 4;
+    resets = kind != packed && coin(random);
   }
 
   SequencePlan plan() const {
@@ -61,7 +64,7 @@ struct Problem {
     return "problem " + std::to_string(seed) + (shape.cell == CellKind::lstm ? " lstm" : " gru") +
            (shape.dtype == DType::f32 ? " f32" : " bf16") + " T=" + std::to_string(steps) + " B=" + std::to_string(rows) +
            " I=" + std::to_string(shape.input) + " H=" + std::to_string(shape.hidden) + " directions=" +
-           std::to_string(directions) + " kind=" + std::to_string(kind);
+           std::to_string(directions) + " kind=" + std::to_string(kind) + (resets ? " resets" : "");
   }
 };
 
@@ -175,6 +178,10 @@ class Run {
     const DType state = p.shape.state_is_f32 ? DType::f32 : p.shape.dtype;
     for (int d = 0; d < p.directions; ++d) sides_.emplace_back(p, s_.tokens(), lstm_ ? 4 : 3, state, random_);
     x_.fill(random_, s_), d_out_.fill(random_, s_);
+    if (!p.resets) return;
+    resets_.reset(new bool[p.steps * p.rows]);
+    for (int64_t i = 0; i < p.steps * p.rows; ++i) resets_[i] = random_() % 3 == 0;
+    s_.resets = resets_.get(), s_.reset_step = p.batch_major ? 1 : p.rows, s_.reset_row = p.batch_major ? p.steps : 1;
   }
 
   Results go() {
@@ -245,6 +252,7 @@ class Run {
   bool lstm_;
   SequenceTensor x_, out_, d_out_, d_x_;
   std::vector<Side> sides_;
+  std::unique_ptr<bool[]> resets_;  // of exactly its size, as every operand
 };
 
 template <class F>
