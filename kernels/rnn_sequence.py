@@ -210,18 +210,19 @@ def backward_kernel(
             )
         else:
             d_pre, new_carry = CELL(saved, h_in, h_in, grad, carry)
+        if resets is not None:
+            new_carry = tl.where(anew[:, None], 0.0, new_carry)
         p_grads = d_gates + (d * tokens + at)[:, None] * (COLUMNS * H) + units[None, :]
         new_dh = tl.zeros((BLOCK_ROWS, BLOCK_UNITS), tl.float32)
         for k in tl.static_range(COLUMNS):
             of_column = d_pre[k].to(d_gates.dtype.element_ty)
             tl.store(p_grads + PLACE[k] * H, of_column, here)
             if HIDDEN[k] >= 0:
+                if resets is not None:  # of the operand: a select of the sums takes 130 registers more
+                    of_column = tl.where(anew[:, None], 0.0, of_column)
                 new_dh = dot(of_column, weights[HIDDEN[k]], new_dh, PRECISION)
         dh = tl.where(active[:, None], new_dh, dh)
         carry = tl.where(active[:, None], new_carry, carry)
-        if resets is not None:
-            dh = tl.where(anew[:, None], 0.0, dh)
-            carry = tl.where(anew[:, None], 0.0, carry)
     if d_h0 is not None:
         if DIRECT:
             dh += carry

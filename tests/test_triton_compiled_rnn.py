@@ -131,6 +131,14 @@ def test_one_step_with_an_fp32_state(cell: str, device: Device) -> None:
         check(one, device)
 
 
+@pytest.mark.parametrize("cell", GATES)
+def test_resets_take_few_registers(cell: str) -> None:
+    """Whatever is selected within the loop: of what backward's products give, it took all, and spilled."""
+    device = next(d for d in DEVICES if d.name == "H200")
+    for started in launches(Shape(cell, FP32, 32, rows="resets"), device):
+        check(started, device)
+
+
 def test_a_kernel_too_large_is_noticed() -> None:
     """W_hh of 256 units does not fit one program, nor its registers."""
     device = DEVICES[1]

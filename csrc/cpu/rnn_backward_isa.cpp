@@ -121,23 +121,24 @@ class Backward {
     const int n = lanes(u);
     const int64_t token = seq_.offsets[t] + r;
     if (pass_.d_out.data) dh += load(pass_.d_out.template at<T>(seq_, t, r) + u, n);
-    vf saved[kColumns], dpre[kColumns], after = {}, previous = {};
+    vf saved[kColumns], dpre[kColumns], after = {}, previous;
     for (int j = 0; j < kColumns; ++j) saved[j] = load(static_cast<const T*>(pass_.gates) + (token * kColumns + j) * H_ + u, n);
     const int64_t e = earlier(t);
     const bool has_earlier = e >= 0 && e < seq_.steps && r < seq_.active(e);
     if constexpr (Cell::kCellState) {
       after = load(pass_.cells + token * H_ + u, n);
-      if (!anew)
-        previous = has_earlier ? load(pass_.cells + (seq_.offsets[e] + r) * H_ + u, n)
-                               : load_state<T>(shape_, pass_.dir.c0, seq_.order[r] * H_ + u, n);
-    } else if (!anew) {
+      previous = has_earlier ? load(pass_.cells + (seq_.offsets[e] + r) * H_ + u, n)
+                             : load_state<T>(shape_, pass_.dir.c0, seq_.order[r] * H_ + u, n);
+    } else {
       previous = has_earlier ? load(pass_.out.template at<T>(seq_, e, r) + u, n)
                              : load_state<T>(shape_, pass_.dir.h0, seq_.order[r] * H_ + u, n);
     }
+    if (anew) previous = vf{};
     float* carried = buf_.carry + r * buf_.width + u;
     vf carry = load_vector<vf>(carried);
     Cell::backward(saved, previous, after, dh, carry, dpre);
-    store(carried, anew ? vf{} : carry, W);
+    store(carried, carry, W);
+    if (anew) store(carried, vf{}, W);
     T* row = reinterpret_cast<T*>(buf_.gate_row(token));
     for (int j = 0; j < kColumns; ++j) {
       T* to = row + j * buf_.gate_units * Dot<T>::kPerUnit + u;

@@ -281,6 +281,10 @@ class Forward {
     vf h = load_vector<vf>(h_state), c = {};
     if constexpr (Cell::kCellState) c = load_vector<vf>(c_state);
     Cell::forward(pre, h, c, saved);
+    store(h_state, h, W);
+    if constexpr (Cell::kCellState) store(c_state, c, W);
+    T* operand = reinterpret_cast<T*>(buf_.operand[(s + 1) & 1] + r * buf_.depth_h) + u;
+    store(operand, h, n);
     store(pass_.out.template at<T>(seq_, t, r) + u, h, n);
     if (pass_.gates) {
       const int64_t token = seq_.offsets[t] + r;
@@ -288,11 +292,11 @@ class Forward {
         store(static_cast<T*>(pass_.gates) + (token * Cell::kColumns + j) * H_ + u, saved[j], n);
       if constexpr (Cell::kCellState) store(pass_.cells + token * H_ + u, c, n);
     }
-    // Now and not at the next step, which other threads may read the operand for.
-    if (seq_.starts_anew(pass_.dir.reverse ? t - 1 : t + 1, r, pass_.dir.reverse)) h = c = vf{};
-    store(h_state, h, W);
-    if constexpr (Cell::kCellState) store(c_state, c, W);
-    store(reinterpret_cast<T*>(buf_.operand[(s + 1) & 1] + r * buf_.depth_h) + u, h, n);
+    if (seq_.starts_anew(pass_.dir.reverse ? t - 1 : t + 1, r, pass_.dir.reverse)) {  // now: later other threads read it
+      store(h_state, vf{}, W);
+      if constexpr (Cell::kCellState) store(c_state, vf{}, W);
+      store(operand, vf{}, n);
+    }
   }
 
   void finish() const {
