@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fastseq.ops import rnn_gpu
+from fastseq.ops.rnn_gpu import CellColumns
+
 from .blocks import tanh
 
 __all__ = ["CELLS", "Cell"]
@@ -30,9 +33,8 @@ class Cell(NamedTuple):
 
     @property
     def PLACE(self) -> tuple[int, ...]:
-        """Where gradients of the columns are stored: those of the input product come first, in its gates' order."""
-        free = iter(range(self.gates, self.columns))
-        return tuple(gate if gate >= 0 else next(free) for gate in self.INPUT)
+        """Where backward stores the gradients of the columns."""
+        return CellColumns(*self[2:7]).PLACE
 
 
 @triton.jit
@@ -72,6 +74,6 @@ def gru_backward(saved, before, after, dh, carry):
 
 
 CELLS = {
-    "lstm": Cell(lstm, lstm_backward, 4, 4, (0, 1, 2, 3), (0, 1, 2, 3), True, False),
-    "gru": Cell(gru, gru_backward, 3, 4, (0, 1, -1, 2), (0, 1, 2, -1), False, True),
+    "lstm": Cell(lstm, lstm_backward, *rnn_gpu.CELLS["lstm"], direct=False),
+    "gru": Cell(gru, gru_backward, *rnn_gpu.CELLS["gru"], direct=True),
 }

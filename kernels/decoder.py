@@ -12,6 +12,7 @@ from fastseq.ops.decoder_native import empty_results
 from fastseq.ops.decoder_products import LoopGradients, all_gradients, asking_states
 from fastseq.ops.decoder_types import COLUMNS, KEPT, LoopSpec, LoopTensors, masked, parts
 from fastseq.ops.linear import product
+from fastseq.ops.rnn_gpu import without_autocast
 
 from . import cells, configs
 from .attention_backward import key_gradients
@@ -19,7 +20,7 @@ from .configs import Config
 from .decoder_backward import Found, Given, decoder_backward
 from .decoder_forward import Made, Read, Work, decoder_forward
 from .decoder_plan import Blocks, Static, static
-from .launch import Launch, aligned, cdiv, device_of, precision, run, tf32_allowed, without_autocast
+from .launch import Launch, aligned, cdiv, device_of, precision, run, tf32_allowed
 from .scores import as_bytes, fast_tanh
 
 __all__ = ["backward", "forward"]

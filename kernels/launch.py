@@ -4,13 +4,15 @@ tensors too, and what was noted can be compiled ahead of time.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+
+from fastseq.ops.rnn_gpu import tf32_flag
 
 from . import devices
 from .devices import Device
@@ -26,7 +28,6 @@ __all__ = [
     "recording",
     "run",
     "tf32_allowed",
-    "without_autocast",
 ]
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when the kernels were decorated
@@ -105,22 +106,10 @@ def cdiv(n: int, size: int) -> int:
 
 
 def tf32_allowed(x: Tensor, operator: str) -> bool:
-    """Whether x's device has TF32 and PyTorch allows it to "rnn", layers as by cuDNN, or to "matmul", all else.
-
-    A flag of before torch 2.9 raises once the user has set one of the newer ones, which know of the older.
-    """
+    """Whether x's device has TF32 and PyTorch allows it to this operator, "rnn" or "matmul"."""
     if device_of(x).backend != "cuda":
         return False
-    of_layers = operator == "rnn"
-    flags: Any = torch.backends.cudnn.rnn if of_layers else torch.backends.cuda.matmul
-    if hasattr(flags, "fp32_precision"):
-        return flags.fp32_precision == "tf32"
-    return torch.backends.cudnn.allow_tf32 if of_layers else flags.allow_tf32
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """For products of PyTorch's on x's device: a backward may be called where autocast is on."""
-    return torch.autocast(x.device.type, enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext()
+    return tf32_flag(operator)
 
 
 def aligned(t: Tensor) -> Tensor:

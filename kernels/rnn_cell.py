@@ -12,13 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastseq.ops.rnn_gpu import cell_gradients
+
 from .blocks import dot, product
 from .cells import CELLS, Cell
 from .configs import Config, choose
 from .devices import Device
 from .launch import Launch, aligned, cdiv, device_of, placed, precision, run, tf32_allowed
 from .rnn_batch import bias_rows
-from .rnn_gradients import weight_gradients
 
 __all__ = ["backward", "forward"]
 
@@ -256,7 +257,7 @@ def backward(
         return [d_x, d_h0, d_c0, *[None] * len(weights)]
     inputs = x.reshape(rows, features)
     before = x.new_zeros((rows, hidden)) if h0 is None else h0.reshape(rows, hidden).to(x.dtype)
-    return [d_x, d_h0, d_c0, *weight_gradients(cell, d_gates, inputs, before, len(weights) > 2)]
+    return [d_x, d_h0, d_c0, *cell_gradients(cell, d_gates, inputs, before, len(weights) > 2)]
 
 
 def _at(t: Tensor | None) -> Tensor | None:

@@ -336,7 +336,7 @@ def test_gradients_of_masks_and_transforms_take_the_reference() -> None:
 def arguments(case: Case) -> tuple[ops.LoopSpec, ops.LoopTensors]:
     call = decoder_call(case)
     plan = fused.plan(call.spec)
-    return plan.loop, fused._loop_tensors(call, plan, call.y)
+    return plan.loop, fused.loop_tensors(call, plan, call.y)
 
 
 no_alias = pytest.mark.filterwarnings("error:.*may not alias")

@@ -20,8 +20,8 @@ pytest.importorskip("triton")
 from fastseq.kernels import launch, rnn, rnn_cell
 from fastseq.kernels.devices import DEVICES, Device
 from fastseq.kernels.launch import Launch
-from fastseq.kernels.rnn_batch import Batch
 
+from fastseq.ops.rnn_gpu import Batch
 from fastseq.ops.step import StepShape
 from tests.compiled import check, compile_key, compile_launch, faults
 
@@ -89,7 +89,7 @@ def launches(shape: Shape, device: Device, B: int = 8, T: int = 3, features: int
         resets = new(T, B, dtype=torch.bool) if shape.rows == "resets" else None
         if packed:  # of fake batch_sizes nobody knows the values
             batch = Batch(T, B, T * B, 0, 1, new(T, dtype=ints), new(B, dtype=ints))
-            patch.setattr(rnn.Batch, "of", lambda *args: batch)
+            patch.setattr(Batch, "of", lambda *args: batch)
         options = (lengths, resets, None, False, shape.bidirectional)
         out, h_n, c_n, gates, cells = rnn.forward(shape.cell, x, h0, c0, weights, *options, True)
         rnn.backward(shape.cell, out, h_n, c_n, x, h0, c0, weights, *options, out, gates, cells, [True] * 4)

@@ -68,7 +68,7 @@ def _steps_directly(call: RnnCall, on: str) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0
         and (x.stride(-1) == 1 or x.shape[-1] == 1)
-        and (h0 is None or ((h0.dtype == x.dtype or on == "triton") and h0.is_contiguous()))
-        and (c0 is None or ((c0.dtype == x.dtype or on == "triton") and c0.is_contiguous()))
+        and (h0 is None or ((h0.dtype == x.dtype or on != "cpu") and h0.is_contiguous()))
+        and (c0 is None or ((c0.dtype == x.dtype or on != "cpu") and c0.is_contiguous()))
         and all(w.is_contiguous() for w in call.weights)
     )

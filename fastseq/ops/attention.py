@@ -14,7 +14,7 @@ from .. import _native
 from ..backends import decoder_reference
 from ..backends.decoder_call import AttentionCall
 from ..spec import AttentionParams, Keys
-from .common import Kernels, address, distinct, is_direct, through_reference, triton_kernels
+from .common import Kernels, address, distinct, gpu_kernels, is_direct, through_reference
 
 __all__ = ["attention"]
 
@@ -108,7 +108,7 @@ _NATIVE = Kernels(_forward, _backward)
 
 
 def _kernels(on: str) -> Kernels:
-    return _NATIVE if on == "cpu" else triton_kernels("attention")
+    return _NATIVE if on == "cpu" else gpu_kernels(on, "attention")
 
 
 _LIBRARY.impl("attention_forward", _forward, "CPU")

@@ -2,37 +2,45 @@
 
 import importlib
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    "CELLS", "Kernels", "address", "distinct", "is_direct", "runs_once", "saves_unseen", "through_reference",
-    "triton_kernels",
+    "CELLS", "PLAIN", "Kernels", "address", "distinct", "gpu_kernels", "is_direct", "runs_once", "saves_unseen",
+    "schema", "through_reference",
 ]  # fmt: skip
 
 CELLS = {"lstm": 0, "gru": 1, "gru_reset_before": 2}
-_PLAIN = {Tensor, torch.nn.Parameter}
+PLAIN = {Tensor, torch.nn.Parameter}
 
 
 class Kernels(NamedTuple):
     """Whose kernels run an operator: both take the arguments of its schema, and give None where that has empty tensors.
 
-    Every operator has those of the CPU and of Triton. Called directly it is told which, `on="cpu"` or `on="triton"`;
-    through its schema, as by torch.compile, the tensors' device decides.
+    Called directly an operator is told which, `on` being a backend's name. Through its schema, as by torch.compile, the
+    tensors' device decides, the CPU's or Triton's, unless the schema's `on` names another.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
 
 
+_GPU = {"triton": "fastseq.kernels", "cuda": "fastseq.cuda"}
+
+
 @lru_cache(maxsize=16)
-def triton_kernels(module: str) -> Kernels:
-    """Those of fastseq.kernels.<module>, which imports Triton."""
-    found = importlib.import_module(f"fastseq.kernels.{module}")
+def gpu_kernels(on: str, module: str) -> Kernels:
+    """Those of this backend's <module>, which may import Triton."""
+    found = importlib.import_module(f"{_GPU[on]}.{module}")
     return Kernels(found.forward, found.backward)
+
+
+def schema(operator: Callable[..., Any], on: str) -> Callable[..., Any]:
+    """An operator of torch.ops.fastseq for kernels of `on`."""
+    return partial(operator, on=on) if on == "cuda" else operator
 
 
 def is_direct(tensors: Sequence[Tensor]) -> bool:
@@ -40,7 +48,7 @@ def is_direct(tensors: Sequence[Tensor]) -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and _PLAIN.issuperset(map(type, tensors))
+        and PLAIN.issuperset(map(type, tensors))
     )
 
 

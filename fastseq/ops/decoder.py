@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backends.decoder_reference import Decoder, Source, steps
 from ..backends.reference import Weights, wide
 from ..spec import AttentionParams, DecoderSpec, DecoderState, DropoutMasks, Keys
-from .common import Kernels, distinct, is_direct, runs_once, saves_unseen, through_reference, triton_kernels
+from .common import Kernels, distinct, gpu_kernels, is_direct, runs_once, saves_unseen, schema, through_reference
 from .decoder_native import complete, empty_results, run_backward, run_forward
 from .decoder_types import GRADIENTS, KEPT, LoopSpec, LoopTensors
 
@@ -33,13 +33,14 @@ _TENSORS = (
     "Tensor[] c0, Tensor[] weights"
 )
 _LIBRARY = torch.library.Library("fastseq", "FRAGMENT")
-_LIBRARY.define(f"decoder_loop({_SPEC}, {_TENSORS}, bool need_weights, bool save) -> Tensor[]")
+_LIBRARY.define(f"decoder_loop({_SPEC}, {_TENSORS}, bool need_weights, bool save, *, str on='') -> Tensor[]")
 # Gradients of: hs of the last cell without its initial state [N, T, H], contexts, outs, weights, the fed value, h_n and
 # c_n of each layer.
 # kept: as KEPT. needs: for each tensor of LoopTensors, flattened. Returns its gradient; those not needed are empty.
 _LIBRARY.define(
     f"decoder_loop_backward({_SPEC}, Tensor? d_hs, Tensor? d_contexts, Tensor? d_outs, Tensor? d_weights, "
-    f"Tensor? d_feed_n, Tensor?[] d_h_n, Tensor?[] d_c_n, {_TENSORS}, Tensor[] kept, bool[] needs) -> Tensor[]"
+    f"Tensor? d_feed_n, Tensor?[] d_h_n, Tensor?[] d_c_n, {_TENSORS}, Tensor[] kept, bool[] needs, "
+    "*, str on='') -> Tensor[]"
 )
 
 
@@ -102,38 +103,44 @@ _NATIVE = Kernels(run_forward, run_backward)
 
 def _kernels(on: str) -> Kernels:
     """Forward takes (loop, tensors, need_weights, save), backward (loop, grads, tensors, kept, needs, consume)."""
-    return _NATIVE if on == "cpu" else triton_kernels("decoder")
+    return _NATIVE if on == "cpu" else gpu_kernels(on, "decoder")
 
 
-def _forward_operator(on: str) -> Any:
-    def forward(*args):  # type: ignore[no-untyped-def]
-        loop, x = LoopSpec(*args[: len(LoopSpec._fields)]), LoopTensors(*args[len(LoopSpec._fields) : -2])
+def _spec(args: Sequence[Any]) -> LoopSpec:
+    """The first of an operator's arguments; of tuples it has made lists."""
+    spec: list[Any] = [tuple(a) if isinstance(a, list) else a for a in args[: len(LoopSpec._fields)]]
+    return LoopSpec(*spec)
+
+
+def _forward_operator(default: str) -> Any:
+    def forward(*args, on=""):  # type: ignore[no-untyped-def]
+        loop, x = _spec(args), LoopTensors(*args[len(LoopSpec._fields) : -2])
         with torch.no_grad():
-            return complete(x.y, _kernels(on).forward(loop, x, *args[-2:]))
+            return complete(x.y, _kernels(on or default).forward(loop, x, *args[-2:]))
 
     return forward
 
 
-def _fake_forward(*args):  # type: ignore[no-untyped-def]
-    loop, x = LoopSpec(*args[: len(LoopSpec._fields)]), LoopTensors(*args[len(LoopSpec._fields) : -2])
+def _fake_forward(*args, on=""):  # type: ignore[no-untyped-def]
+    loop, x = _spec(args), LoopTensors(*args[len(LoopSpec._fields) : -2])
     return complete(x.y, empty_results(loop, x, *args[-2:]))
 
 
 def _split_backward(args: Sequence[Any]) -> tuple[LoopSpec, Sequence[Any], LoopTensors, Sequence[Any], Sequence[bool]]:
     spec, grads = len(LoopSpec._fields), len(LoopSpec._fields) + GRADIENTS
-    return LoopSpec(*args[:spec]), args[spec:grads], LoopTensors(*args[grads:-2]), args[-2], args[-1]
+    return _spec(args), args[spec:grads], LoopTensors(*args[grads:-2]), args[-2], args[-1]
 
 
-def _backward_operator(on: str) -> Any:
-    def backward(*args):  # type: ignore[no-untyped-def]
+def _backward_operator(default: str) -> Any:
+    def backward(*args, on=""):  # type: ignore[no-untyped-def]
         _, _, x, _, _ = split = _split_backward(args)
         with torch.no_grad():
-            return complete(x.y, _kernels(on).backward(*split, consume=False))
+            return complete(x.y, _kernels(on or default).backward(*split, consume=False))
 
     return backward
 
 
-def _fake_backward(*args):  # type: ignore[no-untyped-def]
+def _fake_backward(*args, on=""):  # type: ignore[no-untyped-def]
     _, _, x, _, needs = _split_backward(args)
     pairs = zip(x.flat(), needs, strict=True)
     return [x.y.new_empty(0) if t is None or not need else t.new_empty(t.shape) for t, need in pairs]
@@ -153,7 +160,7 @@ def _run(
     if is_direct([t for t in x.flat() if t is not None]):
         made: Sequence[Tensor | None] = _kernels(on).forward(loop, x, need_weights, save)
     else:
-        made = torch.ops.fastseq.decoder_loop.default(*loop, *x, need_weights, save)
+        made = schema(torch.ops.fastseq.decoder_loop.default, on)(*loop, *x, need_weights, save)
     hs, contexts, outs, weights, *_ = kept = made[: len(KEPT)]
     feed_n, *states = made[len(KEPT) :]
     assert hs is not None
@@ -202,7 +209,8 @@ def _backward_of(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | 
     x = LoopTensors.of(loop, flat)
     if is_direct([t for t in flat if t is not None]):
         return _kernels(ctx.on).backward(loop, gradients, x, kept, needs, ctx.unseen and runs_once())
-    found = torch.ops.fastseq.decoder_loop_backward.default(*loop, *gradients, *x, complete(x.y, kept), needs)
+    run = schema(torch.ops.fastseq.decoder_loop_backward.default, ctx.on)
+    found = run(*loop, *gradients, *x, complete(x.y, kept), needs)
     return [d if need else None for d, need in zip(found, needs, strict=True)]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _native
 from ..backends import reference
-from .common import CELLS, Kernels, address, distinct, is_direct, through_reference, triton_kernels
+from .common import CELLS, Kernels, address, distinct, gpu_kernels, is_direct, schema, through_reference
 
 __all__ = ["rnn_layer"]
 
@@ -25,14 +25,14 @@ _COLUMNS = 4  # saved values a unit: i, f, g, o; or r, z, U_n h + b_hn, n
 _LIBRARY = torch.library.Library("fastseq", "DEF")
 _LIBRARY.define(
     "rnn_forward(str cell, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? resets, "
-    "Tensor? batch_sizes, bool batch_first, bool bidirectional, bool save) "
+    "Tensor? batch_sizes, bool batch_first, bool bidirectional, bool save, *, str on='') "
     "-> (Tensor out, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
 )
 # needs: x, h0, c0, weights. Returns d_x, d_h0, d_c0, then one a weight; those not needed are empty.
 _LIBRARY.define(
     "rnn_backward(str cell, Tensor? d_out, Tensor? d_h_n, Tensor? d_c_n, Tensor x, Tensor? h0, Tensor? c0, "
     "Tensor[] weights, Tensor? lengths, Tensor? resets, Tensor? batch_sizes, bool batch_first, bool bidirectional, "
-    "Tensor out, Tensor gates, Tensor cells, bool[] needs) -> Tensor[]"
+    "Tensor out, Tensor gates, Tensor cells, bool[] needs, *, str on='') -> Tensor[]"
 )
 
 
@@ -162,7 +162,9 @@ def _backward(
     return results
 
 
-def _fake_forward(cell, x, h0, c0, weights, lengths, resets, batch_sizes, batch_first, bidirectional, save):  # type: ignore[no-untyped-def]
+def _fake_forward(  # type: ignore[no-untyped-def]
+    cell, x, h0, c0, weights, lengths, resets, batch_sizes, batch_first, bidirectional, save, on="",
+):  # fmt: skip
     if batch_sizes is None:
         rows = x.shape[0 if batch_first else 1]
     else:
@@ -174,7 +176,7 @@ def _fake_forward(cell, x, h0, c0, weights, lengths, resets, batch_sizes, batch_
 
 def _fake_backward(  # type: ignore[no-untyped-def]
     cell, d_out, d_h_n, d_c_n, x, h0, c0, weights, lengths, resets, batch_sizes, batch_first, bidirectional, out, gates,
-    cells, needs,
+    cells, needs, on="",
 ):  # fmt: skip
     return _gradients(x, h0, c0, weights, needs, False)
 
@@ -183,26 +185,28 @@ _NATIVE = Kernels(_forward, _backward)
 
 
 def _kernels(on: str) -> Kernels:
-    return _NATIVE if on == "cpu" else triton_kernels("rnn")
+    return _NATIVE if on == "cpu" else gpu_kernels(on, "rnn")
 
 
-def _operator(on: str) -> Any:
-    def forward(cell, x, *args):  # type: ignore[no-untyped-def]
+def _forward_operator(default: str) -> Any:
+    def forward(cell, x, *args, on=""):  # type: ignore[no-untyped-def]
         with torch.no_grad():
-            return _complete(x, _kernels(on).forward(cell, x, *args))
+            return _complete(x, _kernels(on or default).forward(cell, x, *args))
 
     return forward
 
 
-@torch.no_grad()
-def _triton_backward(*args: Any) -> Any:
-    return _kernels("triton").backward(*args)
+def _backward_operator(default: str) -> Any:
+    def backward(*args, on=""):  # type: ignore[no-untyped-def]
+        with torch.no_grad():
+            return _kernels(on or default).backward(*args)
+
+    return backward
 
 
-_LIBRARY.impl("rnn_forward", _operator("cpu"), "CPU")
-_LIBRARY.impl("rnn_backward", _backward, "CPU")
-_LIBRARY.impl("rnn_forward", _operator("triton"), "CUDA")
-_LIBRARY.impl("rnn_backward", _triton_backward, "CUDA")
+for _on, _key in (("cpu", "CPU"), ("triton", "CUDA")):
+    _LIBRARY.impl("rnn_forward", _forward_operator(_on), _key)
+    _LIBRARY.impl("rnn_backward", _backward_operator(_on), _key)
 torch.library.register_fake("fastseq::rnn_forward", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("fastseq::rnn_backward", _fake_backward, lib=_LIBRARY)
 
@@ -223,7 +227,8 @@ def _backward_of(ctx: Any, static: tuple[Any, ...], grads: Sequence[Tensor | Non
     if is_direct((x, *weights)):
         run = _kernels(on).backward
     else:
-        run, cells = torch.ops.fastseq.rnn_backward.default, x.new_empty(0) if cells is None else cells
+        run = schema(torch.ops.fastseq.rnn_backward.default, on)
+        cells = x.new_empty(0) if cells is None else cells
     d_out, d_h_n, d_c_n = grads
     d = run(
         cell, d_out, d_h_n, d_c_n, x, h0, c0, weights, lengths, resets, batch_sizes, batch_first, bidirectional, out,
@@ -243,7 +248,7 @@ class _RnnLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, static, x, h0, c0, lengths, resets, batch_sizes, *weights):  # type: ignore[no-untyped-def]
         on, cell, batch_first, bidirectional = static
-        run = _kernels(on).forward if is_direct((x, *weights)) else torch.ops.fastseq.rnn_forward.default
+        run = _kernels(on).forward if is_direct((x, *weights)) else schema(torch.ops.fastseq.rnn_forward.default, on)
         out, h_n, c_n, gates, cells = run(
             cell, x, h0, c0, weights, lengths, resets, batch_sizes, batch_first, bidirectional, True
         )
@@ -265,8 +270,8 @@ class _TransformedRnnLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(static, x, h0, c0, lengths, resets, batch_sizes, *weights):  # type: ignore[no-untyped-def]
-        _, cell, batch_first, bidirectional = static
-        return torch.ops.fastseq.rnn_forward(
+        on, cell, batch_first, bidirectional = static
+        return schema(torch.ops.fastseq.rnn_forward.default, on)(
             cell, x, h0, c0, weights, lengths, resets, batch_sizes, batch_first, bidirectional, True
         )
 
@@ -307,7 +312,7 @@ def rnn_layer(
     h0: Tensor | None,  # [D, B, H]
     c0: Tensor | None,
     weights: Sequence[Tensor],  # D times w_ih [G*H, I], w_hh [G*H, H] (, b_ih, b_hh)
-    lengths: Tensor | None,  # [B] int64 on the CPU; on Triton int32 or int64 on x's device
+    lengths: Tensor | None,  # [B] int64 on the CPU; otherwise int32 or int64 on x's device
     resets: Tensor | None,  # [T, B] bool on x's device, [B, T] if batch_first
     batch_sizes: Tensor | None,  # [T] int64 on the CPU
     batch_first: bool,
@@ -330,7 +335,7 @@ def rnn_layer(
     ):
         out, h_n, c_n = _RnnLayer.apply(static, *distinct(x, h0, c0, lengths, resets, batch_sizes, *weights))
     else:
-        run = _kernels(on).forward if is_direct((x, *weights)) else torch.ops.fastseq.rnn_forward.default
+        run = _kernels(on).forward if is_direct((x, *weights)) else schema(torch.ops.fastseq.rnn_forward.default, on)
         out, h_n, c_n, _, _ = run(
             cell, x, h0, c0, weights, lengths, resets, batch_sizes, batch_first, bidirectional, False
         )

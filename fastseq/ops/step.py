@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _native
 from ..backends import reference
-from .common import CELLS, Kernels, address, through_reference, triton_kernels
+from .common import CELLS, Kernels, address, gpu_kernels, through_reference
 
 __all__ = ["StepShape", "rnn_step"]
 
@@ -32,13 +32,13 @@ class StepShape(NamedTuple):
 def rnn_step(
     shape: StepShape,
     x: Tensor,  # B rows of I contiguous features
-    h0: Tensor | None,  # contiguous, x's dtype, or fp32 on Triton; None: zeros
+    h0: Tensor | None,  # contiguous, x's dtype, or on a GPU fp32; None: zeros
     c0: Tensor | None,
     weights: Sequence[Tensor],  # w_ih [G*H, I], w_hh [G*H, H] (, b_ih, b_hh), contiguous
     on: str = "cpu",
 ) -> tuple[Tensor, ...]:
     """out (of a layer), h and, of an LSTM, c."""
-    kernels = _NATIVE if on == "cpu" else triton_kernels("rnn_cell")
+    kernels = _NATIVE if on == "cpu" else gpu_kernels(on, "rnn_cell")
     if torch.is_grad_enabled():
         needs = [x.requires_grad, h0 is not None and h0.requires_grad, c0 is not None and c0.requires_grad, False]
         needs[3] = any(w.requires_grad for w in weights)
