@@ -10,7 +10,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := build/native
 SANITIZE := build/sanitize
 
-.PHONY: demo test bench native strict lint sanitize pytest clean gpu gpu-build gpu-test gpu-bench
+# The CUDA kernels are compiled where there is nvcc; emulated, everywhere.
+CUDA := $(if $(shell command -v nvcc),ON,OFF)
+
+.PHONY: demo test bench native emulated strict lint sanitize pytest clean gpu gpu-build gpu-test gpu-bench
 .DEFAULT_GOAL := test
 
 demo: $(STAMPS)/demo native
@@ -31,11 +34,16 @@ lint: $(STAMPS)/dev
 	$(BIN)/mypy
 
 native: $(NATIVE)/build.ninja
-	$(BIN)/cmake --build $(NATIVE)
+	$(BIN)/cmake --build $(NATIVE) --target _C
 
-# Warnings are errors here, not in `native`: a user's newer compiler may warn of more.
+# The CUDA kernels for a CPU, which only tests use.
+emulated: $(NATIVE)/build.ninja
+	$(BIN)/cmake -DFASTSEQ_EMULATE=ON $(NATIVE) >/dev/null
+	$(BIN)/cmake --build $(NATIVE) --target _emulated
+
+# All modules. Warnings are errors here, not in `native`: a user's newer compiler may warn of more.
 strict: $(NATIVE)/build.ninja
-	$(BIN)/cmake -DFASTSEQ_WERROR=ON $(NATIVE) >/dev/null
+	$(BIN)/cmake -DFASTSEQ_WERROR=ON -DFASTSEQ_EMULATE=ON -DFASTSEQ_CUDA=$(CUDA) $(NATIVE) >/dev/null
 	$(BIN)/cmake --build $(NATIVE)
 
 sanitize: $(SANITIZE)/build.ninja
@@ -51,7 +59,7 @@ gpu-build gpu-test gpu-bench:
 	$(PYTHON) -m benchmarks.gpu $(@:gpu-%=%) $(OUT)
 
 clean:
-	rm -rf build dist *.egg-info fastseq/_C.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info fastseq/_C.* fastseq/_cuda.* .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 $(NATIVE)/build.ninja: $(STAMPS)/build
 	$(BIN)/cmake -S . -B $(NATIVE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \

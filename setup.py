@@ -1,6 +1,7 @@
-"""Builds `fastseq._C` with CMake and Ninja; all else is in pyproject.toml and CMakeLists.txt.
+"""Builds `fastseq._C` and `fastseq._cuda` with CMake and Ninja; all else is in pyproject.toml and CMakeLists.txt.
 
-FASTSEQ_NATIVE=auto (default) builds it where there is a C++ compiler, 1 insists, 0 installs pure Python.
+FASTSEQ_NATIVE=auto (default) builds the first where there is a C++ compiler, 1 insists, 0 installs pure Python.
+FASTSEQ_CUDA=auto (default) builds the second where there is nvcc besides, 1 insists, 0 leaves it out.
 CMAKE_ARGS is passed on; CXX and CMAKE_BUILD_PARALLEL_LEVEL are CMake's own.
 """
 
@@ -18,22 +19,32 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 
 
-def why_not_native() -> str | None:
-    """The reason to leave the native module out, or None. Only a missing compiler is one: a failing build fails."""
-    mode = os.environ.get("FASTSEQ_NATIVE", "auto")
+def why_not(variable: str, missing: str | None) -> str | None:
+    """The reason to leave a module out, or None. `missing`: what the machine lacks; a failing build is no reason."""
+    mode = os.environ.get(variable, "auto")
     if mode not in ("auto", "0", "1"):
-        raise SystemExit(f"fastseq: FASTSEQ_NATIVE={mode!r} is not one of auto, 0, 1")
+        raise SystemExit(f"fastseq: {variable}={mode!r} is not one of auto, 0, 1")
     if mode == "0":
-        return "FASTSEQ_NATIVE=0"
+        return f"{variable}=0"
+    if mode == "1" and missing:
+        raise SystemExit(f"fastseq: {variable}=1, but {missing}")
+    return missing
+
+
+def no_compiler() -> str | None:
     if sys.platform == "win32":
-        reason = "the kernels are not built on Windows yet"
-    elif "CXX" in os.environ or any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return "the kernels are not built on Windows yet"
+    if "CXX" in os.environ or any(map(shutil.which, ("c++", "g++", "clang++"))):
         return None
-    else:
-        reason = "no C++ compiler was found (c++, g++, clang++ on PATH, or $CXX)"
-    if mode == "1":
-        raise SystemExit(f"fastseq: FASTSEQ_NATIVE=1, but {reason}")
-    return reason
+    return "no C++ compiler was found (c++, g++, clang++ on PATH, or $CXX)"
+
+
+def no_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    places = os.pathsep.join([os.environ.get("PATH", ""), f"{home}/bin"])
+    if sys.platform == "win32" or shutil.which("nvcc", path=places) is None:
+        return f"no nvcc was found (on PATH, or in $CUDA_HOME/bin, that is {home}/bin)"
+    return None
 
 
 def tool(name: str, folder: str) -> str:
@@ -55,6 +66,7 @@ class CMakeBuild(build_ext):
         work = Path(self.build_temp).resolve() / ext.name
         options = {
             "CMAKE_MAKE_PROGRAM": tool("ninja", "BIN_DIR"),
+            "FASTSEQ_CUDA": "ON" if ext.name.endswith("_cuda") else "OFF",
             "FASTSEQ_OUTPUT_DIR": Path(self.get_ext_fullpath(ext.name)).resolve().parent,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
@@ -65,17 +77,18 @@ class CMakeBuild(build_ext):
         try:
             # --fresh: an isolated build environment is elsewhere each time, and the cache remembers the last one.
             subprocess.check_call([cmake, "--fresh", "-S", ROOT, "-B", work, "-G", "Ninja", *defines])
-            subprocess.check_call([cmake, "--build", work])
+            subprocess.check_call([cmake, "--build", work, "--target", ext.name.rpartition(".")[2]])
         except subprocess.CalledProcessError as error:
+            without = "FASTSEQ_CUDA=0" if ext.name.endswith("_cuda") else "FASTSEQ_NATIVE=0"
             raise SystemExit(
-                "fastseq: building the native module failed, see above; FASTSEQ_NATIVE=0 installs without it"
+                f"fastseq: building {ext.name} failed, see above; {without} installs without it"
             ) from error
 
 
-reason = why_not_native()
+reason = why_not("FASTSEQ_NATIVE", no_compiler())
 if reason is not None:
     print(f"fastseq: installing as pure Python, without the fast CPU kernels: {reason}", file=sys.stderr)
-setup(
-    ext_modules=[] if reason else [Extension("fastseq._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
-)
+modules = [] if reason else ["fastseq._C"]
+if modules and why_not("FASTSEQ_CUDA", no_nvcc()) is None:
+    modules.append("fastseq._cuda")
+setup(ext_modules=[Extension(name, sources=[]) for name in modules], cmdclass={"build_ext": CMakeBuild})

@@ -13,6 +13,7 @@ from fastseq import _gpus, _native, crossover, dispatch
 LOST = {
     "cpu": "LSTM and GRU on the CPU run on stock PyTorch: no speed-up, no fused variable length, no fused cells",
     "triton": "on a GPU decoders run as a Python loop over steps, and rows with lengths are packed on the host",
+    "cuda": "on an NVIDIA GPU recurrences run on cuDNN or Triton, and decoders on Triton",
     "torch": "float64, projections and large LSTMs run on slower backends",
     "reference": "no double backward, no torch.func transforms",
 }

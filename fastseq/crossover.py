@@ -15,7 +15,7 @@ __all__ = ["BUILT_IN", "DEFAULT", "FILE", "RULES", "Rule", "from_row", "measured
 MOST = 1 << 62
 ANY = (0, MOST)
 FILE = Path(__file__).parent / "crossovers.json"
-BACKENDS = ("cpu", "triton", "torch", "reference")
+BACKENDS = ("cpu", "triton", "cuda", "torch", "reference")
 
 
 class Rule(NamedTuple):

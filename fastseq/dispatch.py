@@ -13,6 +13,7 @@ from ._gpus import gpu_name
 from .backends.call import RnnCall
 from .backends.decoder_call import AttentionCall, DecoderCall
 from .crossover import ANY, DEFAULT, RULES, Rule
+from .cuda import native
 from .errors import InputError
 
 __all__ = ["BACKENDS", "Call", "backends", "candidates", "choose", "forced", "load", "obstacle", "use_backend"]
@@ -28,11 +29,18 @@ class Operator(NamedTuple):
     refuses: str = "refuses"  # the modules' name for why they cannot run a call
 
 
-_DECODERS = {"cpu": "decoder_cpu", "triton": "decoder_triton", "reference": "decoder_reference"}
+_LAYERS = {"cpu": "cpu", "triton": "triton", "cuda": "cuda", "torch": "stock", "reference": "reference"}
+_DECODERS = {
+    "cpu": "decoder_cpu",
+    "triton": "decoder_triton",
+    "cuda": "decoder_cuda",
+    "reference": "decoder_reference",
+}
+_ATTENTIONS = {name: module for name, module in _DECODERS.items() if name != "cuda"}
 OPERATORS = {
-    "rnn": Operator("recurrent layer", {"cpu": "cpu", "triton": "triton", "torch": "stock", "reference": "reference"}),
+    "rnn": Operator("recurrent layer", _LAYERS),
     "decoder": Operator("attention decoder", _DECODERS),
-    "attention": Operator("attention of several queries", _DECODERS, "refuses_attention"),
+    "attention": Operator("attention of several queries", _ATTENTIONS, "refuses_attention"),
 }
 BACKENDS = tuple(OPERATORS["rnn"].modules)
 _MODULES = tuple({module for operator in OPERATORS.values() for module in operator.modules.values()})
@@ -105,7 +113,16 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-for _constant in (forced, _import, _threads, gpu_name, _triton.interprets, _triton.unavailable):
+for _constant in (
+    forced,
+    _import,
+    _threads,
+    gpu_name,
+    _triton.interprets,
+    _triton.unavailable,
+    native.emulates,
+    native.unavailable,
+):
     setattr(_constant, "_dynamo_marked_constant", True)  # noqa: B010  (torch.compile asks once, while it traces)
 
 

@@ -9,7 +9,7 @@ from . import decoding, engine
 from .backends.call import RnnCall
 from .backends.decoder_call import AttentionCall, DecoderCall
 from .checks import check_call, check_cell
-from .dispatch import BACKENDS, Call, candidates, check_name, obstacle
+from .dispatch import BACKENDS, Call, candidates, check_name, load, obstacle
 from .modules.cells import gru_cell_call, lstm_cell_call
 from .modules.rnn import gru_call, lstm_call
 
@@ -100,7 +100,14 @@ def _verdicts(call: Call, named: str) -> Explanation:
     verdicts = []
     for name, reason in obstacles.items():
         if name == chosen:
-            verdicts.append(Verdict(name, reason is None, f"runs this call: {why}" if reason is None else reason))
+            runs = f"runs this call: {why}{_layout(name, call)}"
+            verdicts.append(Verdict(name, reason is None, runs if reason is None else reason))
         else:
             verdicts.append(Verdict(name, False, reason or f"could; {chosen} goes first: {why}"))
     return Explanation(verdicts)
+
+
+def _layout(name: str, call: Call) -> str:
+    """How the backend's kernels would share out the work, of those that plan it."""
+    plans = getattr(load(name, call.OPERATOR), "layout", None)
+    return "" if plans is None else "".join(f"; {plan}" for plan in plans(call))

@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 OBJECTS = ROOT / "build" / "native"
 # Packaging is the same with one ISA variant as with all.
-NATIVE = {"FASTSEQ_NATIVE": "1", "CMAKE_ARGS": "-DFASTSEQ_PORTABLE=ON"}
+NATIVE = {"FASTSEQ_NATIVE": "1", "FASTSEQ_CUDA": "0", "CMAKE_ARGS": "-DFASTSEQ_PORTABLE=ON"}
 
 # Run in a foreign environment: the installed package alone, against stock torch.
 CHECK = """
@@ -39,9 +39,8 @@ print(json.dumps({"file": fastseq.__file__, "version": fastseq.__version__, "nat
 
 def run(*command: object, **env: str) -> subprocess.CompletedProcess[str]:
     """The finished process; stdout and stderr in one, as pip mixes them."""
-    kept = {
-        k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FASTSEQ_ISA", "FASTSEQ_NATIVE", "CMAKE_ARGS")
-    }
+    ours = ("PYTHONPATH", "FASTSEQ_ISA", "FASTSEQ_NATIVE", "FASTSEQ_CUDA", "CMAKE_ARGS")
+    kept = {k: v for k, v in os.environ.items() if k not in ours}
     kept["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), kept["PATH"]])  # ninja, as if it were activated
     return subprocess.run(
         [str(part) for part in command],
@@ -183,10 +182,19 @@ def test_a_broken_compiler_is_no_reason_for_pure_python(source: Path, tmp_path: 
     assert "FASTSEQ_NATIVE=0 installs without it" in done.stdout
 
 
-def test_unknown_native_mode_is_refused() -> None:
-    refused = run(sys.executable, ROOT / "setup.py", "--version", FASTSEQ_NATIVE="yes")
+@pytest.mark.parametrize("variable", ["FASTSEQ_NATIVE", "FASTSEQ_CUDA"])
+def test_unknown_mode_is_refused(variable: str) -> None:
+    refused = run(sys.executable, ROOT / "setup.py", "--version", **{variable: "yes"})
     assert refused.returncode != 0
-    assert "FASTSEQ_NATIVE='yes' is not one of auto, 0, 1" in refused.stdout
+    assert f"{variable}='yes' is not one of auto, 0, 1" in refused.stdout
+
+
+def test_cuda_1_without_nvcc_fails(tmp_path: Path) -> None:
+    """One that insists; `auto` leaves the CUDA module out, as every machine without nvcc shows."""
+    nowhere = {"PATH": str(tmp_path), "CUDA_HOME": str(tmp_path), "CXX": "c++"}
+    refused = run(sys.executable, ROOT / "setup.py", "--version", FASTSEQ_CUDA="1", **nowhere)
+    assert refused.returncode != 0
+    assert "FASTSEQ_CUDA=1, but no nvcc was found" in refused.stdout
 
 
 def native_objects() -> dict[str, list[Path]]:
@@ -195,6 +203,8 @@ def native_objects() -> dict[str, list[Path]]:
         pytest.skip("needs nm and the objects of `make native`")
     objects = collections.defaultdict(list)
     for entry in json.loads((OBJECTS / "compile_commands.json").read_text()):
+        if "emulated" in entry["command"] or "_cuda" in entry["command"]:
+            continue  # modules of their own
         command = shlex.split(entry["command"])
         variant = next((word.removeprefix("-DFS_ISA=") for word in command if word.startswith("-DFS_ISA=")), "once")
         objects[variant].append(OBJECTS / command[command.index("-o") + 1])

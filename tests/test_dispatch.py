@@ -23,7 +23,7 @@ def chosen(module: nn.Module, x: torch.Tensor = X, **kwargs: object) -> str | No
 
 
 def test_backends_are_named_with_their_reasons() -> None:
-    assert list(fastseq.backends()) == ["cpu", "triton", "torch", "reference"]
+    assert list(fastseq.backends()) == ["cpu", "triton", "cuda", "torch", "reference"]
     assert fastseq.backends()["torch"] is None
     assert fastseq.backends()["reference"] is None
     assert fastseq.backends is not sys.modules["fastseq.backends"]

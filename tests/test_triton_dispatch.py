@@ -283,7 +283,7 @@ def test_measured_rules_are_read_as_they_are_written(tmp_path: Path) -> None:
         ("text", "a row is str"),
         ({"backend": "triton"}, "fields .* are missing"),
         (ROW | {"hiden": [0, 1]}, r"fields \['hiden'\] are unknown"),
-        (ROW | {"backend": "gpu"}, "backend='gpu'; expected cpu, triton, torch"),
+        (ROW | {"backend": "gpu"}, "backend='gpu'; expected cpu, triton, cuda, torch"),
         (ROW | {"cells": "lstm"}, "cells='lstm'; expected a list of lstm"),
         (ROW | {"dtypes": []}, "dtypes=.*; expected a list of"),
         (ROW | {"hidden": [64, 64]}, "low below high"),

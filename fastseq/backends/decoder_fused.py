@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _triton
 from ..ops import attention as ops
 from ..ops.decoder import LoopSpec, LoopTensors, decoder_loop
 from ..ops.linear import linear
@@ -23,6 +24,7 @@ __all__ = [
     "Plan",
     "attention",
     "decoder",
+    "loop_tensors",
     "make_plan",
     "not_fused",
     "not_fused_attention",
@@ -131,7 +133,7 @@ def attention(call: AttentionCall, on: str) -> tuple[Tensor, Tensor | None]:
 def decoder(call: DecoderCall, on: str) -> DecoderOutput:
     """All steps: the loop, the layers above it, then attention and readout where they are not fed.
 
-    on: whose kernels, "cpu" or "triton".
+    on: whose kernels, "cpu", "triton" or "cuda".
     """
     if _needs_reference(call):
         return decoder_reference.decoder(call)
@@ -142,7 +144,7 @@ def decoder(call: DecoderCall, on: str) -> DecoderOutput:
     states: list[LayerState] = []
     if todo.loop is not None:
         below, seen, weights, feed, h_n, c_n = decoder_loop(
-            todo.loop, _loop_tensors(call, todo, y), call.need_weights, on
+            todo.loop, loop_tensors(call, todo, y), call.need_weights, on
         )
         states = list(zip(h_n, c_n, strict=True)) if c_n else [(h,) for h in h_n]
         if not todo.reads:
@@ -174,7 +176,7 @@ def decoder(call: DecoderCall, on: str) -> DecoderOutput:
 def search_tensors(call: DecoderCall) -> tuple[LoopSpec, LoopTensors]:
     """All of the decoder as a loop of one step, `call`'s; a fixed context is the memory [B, 1, D]."""
     loop = whole(call.spec)
-    x = _loop_tensors(call, Plan(loop, call.spec.num_layers, attends=False, reads=False), call.y)
+    x = loop_tensors(call, Plan(loop, call.spec.num_layers, attends=False, reads=False), call.y)
     if call.keys.context is not None:
         x = x._replace(memory=call.keys.context[:, None])
     return loop, x
@@ -206,7 +208,7 @@ def _fixed_context(call: DecoderCall) -> Tensor | None:
     return _copies(call, call.keys.context)[:, None].expand(-1, call.y.shape[1], -1)
 
 
-def _loop_tensors(call: DecoderCall, todo: Plan, y: Tensor) -> LoopTensors:
+def loop_tensors(call: DecoderCall, todo: Plan, y: Tensor) -> LoopTensors:
     spec, (keys, memory, mask, context), params, masks = call.spec, call.keys, call.params, call.masks
     beside = None
     if context is not None and params.context_hidden is not None:
@@ -248,6 +250,10 @@ def _attend(
     assert of.keys is not None  # since the call was checked
     assert of.memory is not None
     q = queries if params.query is None else linear(queries, params.query)
+    if on == "cuda":  # which has no kernel of its own for that
+        if _triton.unavailable() is not None:
+            return decoder_reference.attention(AttentionCall(q, of, AttentionParams(v=params.v), need_weights))
+        on = "triton"
     return ops.attention(q, of.keys, of.memory, of.mask, params.v, need_weights, on)
 
 

@@ -1,0 +1,315 @@
+// The portable layer on a GPU, from sm_80 on. Included by portable.h.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstring>
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define FS_HAS_CLUSTERS 1
+#else
+#define FS_HAS_CLUSTERS 0
+#endif
+
+#define FS_SHARED(type, name, n) __shared__ type name[n]
+#define FS_DYNAMIC_SHARED(name)                                       \
+  extern __shared__ __align__(128) unsigned char fs_dynamic_shared[]; \
+  unsigned char* const name = fs_dynamic_shared
+
+namespace fastseq::cuda {
+
+// Numbers. Rounding is to nearest even unless a name says otherwise; NaN stays NaN.
+__device__ __forceinline__ float to_float(float x) { return x; }
+
+__device__ __forceinline__ float to_float(Bf16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
+
+__device__ __forceinline__ float to_float(Fp16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+
+template <>
+__device__ __forceinline__ Bf16 from_float<Bf16>(float x) {
+  Bf16 y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+}
+
+template <>
+__device__ __forceinline__ Fp16 from_float<Fp16>(float x) {
+  Fp16 y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+}
+
+// To 10 bits of mantissa, ties away from zero.
+__device__ __forceinline__ float round_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return __uint_as_float(y);
+}
+
+__device__ __forceinline__ float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Subnormal results become 0: scaling them costs more than the exponential.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Subnormals are 0, as argument and as result.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Tensor cores: D += A B of a warp, fp32 sums, fragments as the PTX ISA lays them out.
+#define FS_MMA(name, instruction)                                                                                   \
+  __device__ __forceinline__ void name(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {             \
+    asm volatile("mma.sync.aligned." instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                   \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                               \
+  }
+FS_MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
+FS_MMA(mma_fp16, "m16n8k16.row.col.f32.f16.f16.f32")
+FS_MMA(mma_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
+#undef FS_MMA
+
+// Clusters. Without them a block is a cluster of its own, and the barrier is that of the block.
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank = 0;
+#if FS_HAS_CLUSTERS
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+
+__device__ __forceinline__ unsigned cluster_size() {
+  unsigned size = 1;
+#if FS_HAS_CLUSTERS
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+#endif
+  return size;
+}
+
+__device__ __forceinline__ void cluster_arrive() {
+#if FS_HAS_CLUSTERS
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if FS_HAS_CLUSTERS
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+
+// The address, in block `rank` of the cluster, of what `address` is in this block's dynamic shared memory.
+template <class T>
+__device__ __forceinline__ T* map_shared(T* address, unsigned rank) {
+#if FS_HAS_CLUSTERS
+  T* mapped;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(address), "r"(rank));
+  return mapped;
+#else
+  return address;
+#endif
+}
+
+// Asynchronous copies to shared memory; a thread waits for its own.
+__device__ __forceinline__ void async_copy16(void* shared, const void* global) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(__cvta_generic_to_global(global)) : "memory");
+}
+
+__device__ __forceinline__ void async_copy4(void* shared, const void* global) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(__cvta_generic_to_global(global)) : "memory");
+}
+
+__device__ __forceinline__ void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// All but the last N groups have landed.
+template <int N>
+__device__ __forceinline__ void async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Global memory past L1. Volatile: a loop reads again what another block wrote.
+template <class T>
+__device__ __forceinline__ T load_cg(const T* from) {
+  static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "one instruction a load");
+  const size_t at = __cvta_generic_to_global(from);
+  T value;
+  if constexpr (sizeof(T) == 2) {
+    uint16_t v;
+    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(at) : "memory");
+    memcpy(&value, &v, sizeof v);
+  } else if constexpr (sizeof(T) == 4) {
+    uint32_t v;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
+    memcpy(&value, &v, sizeof v);
+  } else if constexpr (sizeof(T) == 8) {
+    uint2 v;
+    asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at) : "memory");
+    memcpy(&value, &v, sizeof v);
+  } else {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(at)
+                 : "memory");
+    memcpy(&value, &v, sizeof v);
+  }
+  return value;
+}
+
+template <class T>
+__device__ __forceinline__ void store_cg(T* to, T value) {
+  static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "one instruction a store");
+  const size_t at = __cvta_generic_to_global(to);
+  if constexpr (sizeof(T) == 2) {
+    uint16_t v;
+    memcpy(&v, &value, sizeof v);
+    asm volatile("st.global.cg.u16 [%0], %1;" ::"l"(at), "h"(v) : "memory");
+  } else if constexpr (sizeof(T) == 4) {
+    uint32_t v;
+    memcpy(&v, &value, sizeof v);
+    asm volatile("st.global.cg.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory");
+  } else if constexpr (sizeof(T) == 8) {
+    uint2 v;
+    memcpy(&v, &value, sizeof v);
+    asm volatile("st.global.cg.v2.u32 [%0], {%1, %2};" ::"l"(at), "r"(v.x), "r"(v.y) : "memory");
+  } else {
+    uint4 v;
+    memcpy(&v, &value, sizeof v);
+    asm volatile("st.global.cg.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+  }
+}
+
+// Counters that the blocks of a grid wait on.
+__device__ __forceinline__ void add_release(unsigned* counter, unsigned n) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(counter)), "r"(n) : "memory");
+}
+
+__device__ __forceinline__ unsigned load_acquire(const unsigned* counter) {
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+               : "=r"(value)
+               : "l"(__cvta_generic_to_global(counter))
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uint64_t nanoseconds() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
+  return now;
+}
+
+// In every spin loop.
+__device__ __forceinline__ void relax() { __nanosleep(20); }
+
+// Host. All return 0 or an error code.
+inline const char* error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+
+namespace detail {
+
+// The runtime keeps a failed call's code for whoever asks next, PyTorch too: take it out.
+inline int taken(cudaError_t code) {
+  if (code != cudaSuccess) cudaGetLastError();
+  return static_cast<int>(code);
+}
+
+struct LaunchConfig {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attributes[2] = {};
+
+  LaunchConfig(const LaunchConfig&) = delete;  // config points to attributes
+  explicit LaunchConfig(const LaunchShape& shape) {
+    config.gridDim = dim3(shape.grid);
+    config.blockDim = dim3(shape.block);
+    config.dynamicSmemBytes = shape.shared;
+    config.stream = static_cast<cudaStream_t>(shape.stream);
+    config.attrs = attributes;
+    if (shape.cluster > 1) {
+      cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim.x = shape.cluster;
+      cluster.val.clusterDim.y = 1;
+      cluster.val.clusterDim.z = 1;
+    }
+    if (shape.cooperative) {
+      cudaLaunchAttribute& cooperative = attributes[config.numAttrs++];
+      cooperative.id = cudaLaunchAttributeCooperative;
+      cooperative.val.cooperative = 1;
+    }
+  }
+};
+
+// What a kernel must be told before it is launched, or asked about, in this shape.
+template <class... P>
+cudaError_t allow(void (*kernel)(P...), const LaunchShape& shape) {
+  cudaError_t code = cudaSuccess;
+  if (shape.shared > 0) {
+    code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared));
+  }
+  if (code == cudaSuccess && shape.cluster > 8) {
+    code = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  return code;
+}
+
+}  // namespace detail
+
+template <class... P, class... A>
+int launch(void (*kernel)(P...), const LaunchShape& shape, A... args) {
+  const detail::LaunchConfig made(shape);
+  cudaError_t code = detail::allow(kernel, shape);
+  if (code == cudaSuccess) code = cudaLaunchKernelEx(&made.config, kernel, static_cast<P>(args)...);
+  return detail::taken(code);
+}
+
+// How many clusters of this shape a device holds at once.
+template <class... P>
+int clusters_resident(void (*kernel)(P...), const LaunchShape& shape, int* count) {
+  const detail::LaunchConfig made(shape);
+  cudaError_t code = detail::allow(kernel, shape);
+  if (code == cudaSuccess) code = cudaOccupancyMaxActiveClusters(count, kernel, &made.config);
+  return detail::taken(code);
+}
+
+// How many blocks of this shape a multiprocessor holds at once.
+template <class... P>
+int blocks_resident(void (*kernel)(P...), const LaunchShape& shape, int* per_sm) {
+  cudaError_t code = detail::allow(kernel, shape);
+  if (code == cudaSuccess) {
+    code = cudaOccupancyMaxActiveBlocksPerMultiprocessor(per_sm, kernel, static_cast<int>(shape.block), shape.shared);
+  }
+  return detail::taken(code);
+}
+
+}  // namespace fastseq::cuda

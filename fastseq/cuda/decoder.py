@@ -1,0 +1,249 @@
+"""A decoder's loop on the CUDA kernels of csrc/cuda/decoder_*.h: fastseq/ops/decoder.py calls `forward` and `backward`.
+
+What happens at each step, the kernels do in one launch; products of all steps, before and after it, are PyTorch's.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.decoder_native import empty_results
+from ..ops.decoder_products import LoopGradients, all_gradients, asking_states
+from ..ops.decoder_types import COLUMNS, KEPT, LoopSpec, LoopTensors, masked, parts
+from ..ops.linear import product
+from ..ops.rnn_gpu import aligned, tf32_flag, without_autocast
+from . import devices, native
+from .decoder_gradients import initial_gradients
+from .decoder_plan import DecoderPlan, plan
+from .decoder_program import TENSORS, Program, dims, program
+from .native import KINDS, address, kind_of
+
+__all__ = ["backward", "forward", "layouts"]
+
+Named = dict[str, Tensor | None]  # by the names of decoder_program.TENSORS
+
+
+def forward(loop: LoopSpec, x: LoopTensors, need_weights: bool, save: bool) -> list[Tensor | None]:
+    """As fastseq::decoder_loop, None where that has empty tensors."""
+    x = _aligned(loop, x)
+    results = empty_results(loop, x, need_weights, save)
+    if x.y.shape[0] == 0:
+        return results
+    kept, feed_n, states = results[: len(KEPT)], results[len(KEPT)], results[len(KEPT) + 1 :]
+    named = dict(zip(KEPT, kept, strict=True))
+    _begin(loop, x, named)
+    made = program(loop, dims(loop, x, save), True)
+    chosen = _plan(made, x)
+    projected = product(x.y, x.weights[0][:, : x.y.shape[2]], x.weights[2])
+    named |= _read(x) | {"projected": projected, "read_input": _read_input(loop, x)}
+    named |= {f"h_n.{i}": h for i, h in enumerate(states[: loop.layers])}
+    named |= {f"c_n.{i}": c for i, c in enumerate(states[loop.layers :])}
+    named |= _between_blocks(made, chosen, x, named)
+    _run(made, chosen, x, save, named)
+    if feed_n is not None:
+        fed = named["outs" if loop.feed == "output" else "contexts"]
+        assert fed is not None
+        feed_n.copy_(fed[:, -1])
+    return results
+
+
+def _aligned(loop: LoopSpec, x: LoopTensors) -> LoopTensors:
+    return LoopTensors.of(loop, [None if t is None else aligned(t) for t in x.flat()])
+
+
+def _begin(loop: LoopSpec, x: LoopTensors, named: Named) -> None:
+    """The initial state and fed value, where step -1 would have left them."""
+    hs = named["hs"]
+    assert hs is not None
+    for layer, h0 in enumerate(x.h0):
+        hs[loop.cells - 1 if loop.attend == "between" else layer, :, 0].copy_(h0)
+    fed = {"none": None, "context": named["contexts"], "output": named["outs"]}[loop.feed]
+    if fed is not None:
+        assert x.feed0 is not None
+        fed[:, 0].copy_(x.feed0)
+
+
+def _read_input(loop: LoopSpec, x: LoopTensors) -> Tensor | None:
+    """The readout's product with y, [N, T, R']."""
+    if loop.feed != "output" or "input" not in loop.readout:
+        return None
+    assert x.w_read is not None
+    at, end = parts(loop, x)["input"]
+    return product(masked(x.y, x.read_mask, at, end), x.w_read[:, at:end])
+
+
+def _read(x: LoopTensors) -> Named:
+    """What both directions read of LoopTensors."""
+    singles = ("keys", "memory", "mask", "v", "beside", "w_query", "w_read", "b_read", "layer_masks", "read_mask")
+    named = {name: getattr(x, name) for name in (*singles, "out_mask")}
+    for i in range(len(x.weights) // 4):
+        named |= {f"{name}.{i}": x.weights[4 * i + j] for j, name in enumerate(("w_ih", "w_hh", "b_ih", "b_hh"))}
+    return named | {f"h0.{i}": h for i, h in enumerate(x.h0)} | {f"c0.{i}": c for i, c in enumerate(x.c0)}
+
+
+def _between_blocks(made: Program, chosen: DecoderPlan, x: LoopTensors, named: Named) -> Named:
+    """Through global memory a grid's blocks exchange what is no result, too."""
+    if chosen.shape.design != "grid":
+        return {}
+    rows = x.y.shape[0]
+    found: Named = {}
+    if x.keys is not None:
+        found["scores"] = x.y.new_empty((rows, x.keys.shape[1]), dtype=torch.float32)
+        if made.dims.projects and named["queries"] is None:
+            found["queries"] = x.y.new_empty(rows, made.dims.A)
+    if made.forward and made.loop.cell == "gru_reset_before":
+        found["reset"] = x.y.new_empty(rows, made.dims.H)
+    return found
+
+
+def layouts(loop: LoopSpec, x: LoopTensors) -> tuple[DecoderPlan, DecoderPlan]:
+    """How both ways of a loop would be laid out. Raises CannotPlan."""
+    of = dims(loop, x, True)
+    return _plan(program(loop, of, True), x), _plan(program(loop, of, False), x)
+
+
+def _plan(made: Program, x: LoopTensors) -> DecoderPlan:
+    source = 0 if x.keys is None else x.keys.shape[1]
+    kind = kind_of(x.y.dtype, tf32_flag("matmul"))
+    return plan(made, x.y.shape[0], source, kind, devices.of(x.y.device))
+
+
+@lru_cache(maxsize=256)
+def _native_program(module: Any, made: Program) -> Any:
+    return module.DecoderProgram(made.flat())
+
+
+def _run(made: Program, chosen: DecoderPlan, x: LoopTensors, save: bool, named: Named) -> None:
+    assert native.C is not None
+    rows, steps, _ = x.y.shape
+    batch, source = (rows, 0) if x.keys is None else x.keys.shape[:2]
+    sizes = (rows, steps, source, rows // batch, x.h0[0].dtype is torch.float32, save)
+    packed = torch.empty(chosen.packed * chosen.shape.blocks, dtype=torch.uint8, device=x.y.device)
+    counters, stop = _counters(chosen, x), native.stop_flag(x.y)
+    native.C.decoder_run(
+        _native_program(native.C, made), KINDS[chosen.kind], sizes, chosen.shape.native(), chosen.shape.near,
+        [address(named.get(name)) for name in TENSORS], packed.data_ptr(),
+        (address(counters), stop.data_ptr(), native.patience()), native.where(x.y),
+    )  # fmt: skip
+
+
+def _counters(chosen: DecoderPlan, x: LoopTensors) -> Tensor | None:
+    """Of the groups of a grid: how often their blocks have arrived."""
+    if chosen.shape.design != "grid":
+        return None
+    return torch.zeros(chosen.shape.groups, dtype=torch.int32, device=x.y.device)
+
+
+def backward(
+    loop: LoopSpec,
+    grads: Sequence[Any],  # GRADIENTS, each None where there is none
+    x: LoopTensors,
+    kept: Sequence[Tensor | None],
+    needs: Sequence[bool],  # of LoopTensors, flattened
+    consume: bool,  # ignored: a GPU's allocator gives nothing back to the system
+) -> list[Tensor | None]:
+    """As fastseq::decoder_loop_backward, None where that has empty tensors."""
+    if x.y.shape[0] == 0:
+        pairs = zip(x.flat(), needs, strict=True)
+        return [torch.zeros_like(t) if t is not None and need else None for t, need in pairs]
+    with without_autocast(x.y):
+        return _backward(loop, grads, _aligned(loop, x), kept, LoopTensors.of(loop, needs))
+
+
+def _backward(
+    loop: LoopSpec, grads: Sequence[Any], x: LoopTensors, kept: Sequence[Tensor | None], need: LoopTensors
+) -> list[Tensor | None]:  # fmt: skip
+    kept = [None if t is None else aligned(t) for t in kept]
+    made = program(loop, dims(loop, x, True), False)
+    chosen = _plan(made, x)
+    given, found = _given(grads, x), _empty_found(loop, x, grads)
+    named = dict(zip(KEPT, kept, strict=True)) | _read(x) | given | found
+    named |= _between_blocks(made, chosen, x, named)
+    _run(made, chosen, x, True, named)
+    return all_gradients(loop, x, kept, _gradients(loop, x, kept, found, need), need, False, _keep)
+
+
+def _keep(t: Tensor | None) -> None:
+    """Nothing to free by hand."""
+
+
+def _given(grads: Sequence[Any], x: LoopTensors) -> Named:
+    """Gradients of the loop's results; those of the state have its dtype."""
+    *dense, d_h_n, _ = grads
+    names = ("d_hs", "d_contexts", "d_outs", "d_weights", "d_feed_n")
+    named = {name: None if g is None else aligned(g) for name, g in zip(names, dense, strict=True)}
+    named |= {f"d_h_n.{i}": None if g is None else aligned(g) for i, g in enumerate(d_h_n)}
+    of_state = x.h0[0].dtype
+    for name, g in named.items():
+        if g is not None:
+            named[name] = g.to(of_state if name.startswith(("d_feed_n", "d_h_n")) else x.y.dtype)
+    return named
+
+
+def _empty_found(loop: LoopSpec, x: LoopTensors, grads: Sequence[Any]) -> Named:
+    """What the kernel fills; carry [K, N, H] begins with the gradients of c_n."""
+    (rows, steps, _), new, wide = x.y.shape, x.y.new_empty, torch.float32
+    carry = torch.zeros((loop.layers, rows, x.hidden), dtype=wide, device=x.y.device)
+    if loop.cell == "lstm":
+        for layer, d_c in enumerate(grads[-1]):
+            if d_c is not None:
+                carry.select(0, layer).copy_(d_c)
+    found: Named = {"d_gates": new(loop.cells, rows, steps, COLUMNS[loop.cell] * x.hidden), "carry": carry}
+    if x.keys is not None and x.memory is not None:
+        found["d_queries"] = new(rows, steps, x.keys.shape[2])
+        found["d_context"] = new(rows, steps, x.memory.shape[2])
+        found["d_scores"] = new((rows, steps, x.keys.shape[1]), dtype=wide)
+    if loop.feed == "output":
+        assert x.w_read is not None
+        found["d_read"] = new(rows, steps, x.w_read.shape[0])
+    return found
+
+
+def _gradients(
+    loop: LoopSpec, x: LoopTensors, kept: Sequence[Tensor | None], found: Named, need: LoopTensors
+) -> LoopGradients:
+    """What the kernel made, and what follows from it about memory, keys, v and the initial state."""
+    d_keys = d_memory = d_v = None
+    if x.keys is not None and x.memory is not None:
+        batch, source, _ = x.keys.shape
+        weights, d_context = kept[KEPT.index("weights")], found["d_context"]
+        assert weights is not None and d_context is not None  # noqa: PT018
+        if need.memory:
+            lead = (batch, weights.shape[0] // batch * weights.shape[1])
+            d_memory = torch.bmm(weights.view(*lead, source).mT, d_context.view(*lead, d_context.shape[2]))
+        if x.v is not None and (need.keys or need.v):
+            asked = asking_states(loop, kept) if x.w_query is None else kept[KEPT.index("queries")]
+            assert asked is not None
+            d_keys, d_v = key_gradients(asked, x.keys, x.v, found["d_scores"])
+    gates = found["d_gates"]
+    assert gates is not None
+    d_h0, d_c0, d_feed0 = initial_gradients(loop, x, found, need)
+    return LoopGradients(
+        list(gates.unbind(0)), found.get("d_queries") if x.w_query is not None else None, found.get("d_read"), d_keys,
+        found.get("d_scores") if x.v is None else None, d_memory, d_v, d_feed0, d_h0, d_c0,
+    )  # fmt: skip
+
+
+def key_gradients(
+    asked: Tensor,  # [N, T, A]; N = B * copies, row n asked keys n // copies
+    keys: Tensor,  # [B, S, A]; what d_scores is 0 for is not read into a result
+    v: Tensor,  # [A]
+    d_scores: Tensor | None,  # fp32 [N, T, S]
+) -> tuple[Tensor, Tensor]:
+    """d_keys [B, S, A] and d_v [A] of the additive score, fp32, in a fixed order: without atomics."""
+    assert native.C is not None
+    assert d_scores is not None
+    batch, source, units = keys.shape
+    asked = aligned(asked)
+    d_keys = torch.empty(keys.shape, dtype=torch.float32, device=keys.device)
+    d_v = torch.empty((batch * native.C.decoder_key_blocks(source), units), dtype=torch.float32, device=keys.device)
+    if d_v.numel():
+        native.C.decoder_keys(
+            KINDS[kind_of(keys.dtype, False)], batch, asked.shape[0] * asked.shape[1] // batch, source, units,
+            asked.data_ptr(), keys.data_ptr(), v.data_ptr(), d_scores.data_ptr(), d_keys.data_ptr(), d_v.data_ptr(),
+            native.where(keys),
+        )  # fmt: skip
+    return d_keys, d_v.sum(0)

@@ -1,0 +1,175 @@
+"""The cuda backend as users meet it, its kernels emulated: modules, searches, torch.compile, and without a GPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import fastseq
+from fastseq.cuda import native
+from fastseq.ops import chunked_search
+from fastseq.ops import rnn as ops
+from tests.emulated import emulated
+from tests.oracle import Case, Problem
+from tests.seq2seq_models import B, in_float64, model, same
+
+__all__ = ["emulated"]
+
+ALL = torch.arange(B)[:, None]
+PRESETS = ("luong", "bahdanau", "gnmt", "sutskever", "cho", "conditional_gru", "joeynmt", "bentrevett")
+
+
+@pytest.fixture
+def full_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers follow cuDNN's flag, whose default is TF32."""
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+
+
+@pytest.mark.usefixtures("emulated", "full_fp32")
+@pytest.mark.parametrize("name", PRESETS)
+def test_decoders(name: str) -> None:
+    """By `backend="cuda"`: what the reference gives, every gradient too."""
+    torch.manual_seed(1)
+    options = {} if name == "sutskever" else {"memory_size": 11}
+    decoder = getattr(fastseq.Decoder, name)(7, 9, bridge="zero", **options)
+    memory, y = fastseq.Memory(torch.randn(5, 6, 11), torch.rand(5, 6) < 0.7), torch.randn(5, 3, 7)
+    results = []
+    for backend in ("cuda", "reference"):
+        decoder.backend = backend
+        output = decoder(y, memory).output
+        grads = torch.autograd.grad(output.square().sum(), list(decoder.parameters()), allow_unused=True)
+        results.append([output, *grads])
+    for got, expected in zip(*results, strict=True):
+        assert (got is None) == (expected is None)
+        if got is not None:
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_explain_tells_of_the_layout() -> None:
+    decoder = fastseq.Decoder.luong(7, 9, memory_size=11, bridge="zero", backend="cuda")
+    told = fastseq.explain(decoder, torch.randn(5, 3, 7), fastseq.Memory(torch.randn(5, 6, 11)))
+    assert told.chosen == "cuda"
+    for part in ("forward: one block", "backward: one block", "keys and memory in shared memory", "us a step"):
+        assert part in str(told)
+
+
+@pytest.mark.usefixtures("emulated", "full_fp32")
+@pytest.mark.parametrize("name", ["luong", "bahdanau", "gnmt"])
+def test_greedy_search(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps and tokens stay on the device, where the host looks once in some steps; beams step from Python."""
+    monkeypatch.setattr(chunked_search, "CHUNK", 3)
+    of = model(name)
+    of.decoder.backend = "cuda"
+    assert of.why_stepwise(ALL) is None
+    assert "beams" in str(of.why_stepwise(ALL, num_beams=3))
+    found, beams = of.generate(ALL, max_new_tokens=7), of.generate(ALL, max_new_tokens=4, num_beams=3)
+    of.decoder.backend = "auto"
+    same(found, in_float64(of, ALL, max_new_tokens=7))
+    same(beams, in_float64(of, ALL, max_new_tokens=4, num_beams=3))
+
+
+@pytest.mark.usefixtures("emulated")
+def test_an_attention_is_not_its_own() -> None:
+    """All queries at once are Triton's; the decoders' own such attentions go there, or to the formula."""
+    attention = fastseq.Attention(7, 11, 13, backend="cuda")
+    memory = fastseq.Memory(torch.randn(5, 6, 11))
+    with pytest.raises(fastseq.InputError, match="cuda has no attention of several queries"):
+        attention(torch.randn(5, 3, 7), attention.prepare(memory))
+
+
+@pytest.mark.usefixtures("emulated", "full_fp32")
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "LSTMCell", "luong"])
+def test_compiled_without_breaks(kind: str) -> None:
+    """torch.compile(fullgraph=True) keeps the backend that was named: the bits of eager calls, gradients too."""
+    torch.compiler.reset()
+    torch.manual_seed(1)
+    arguments: tuple[Any, ...] = (torch.randn(4, 3, 5),)
+    if kind == "luong":
+        module: torch.nn.Module = fastseq.Decoder.luong(5, 9, memory_size=11, bridge="zero", backend="cuda")
+        arguments = torch.randn(3, 4, 5), fastseq.Memory(torch.randn(3, 6, 11))
+    else:
+        module = getattr(fastseq, kind)(5, 9, backend="cuda")
+        arguments = (arguments[0][0],) if kind == "LSTMCell" else arguments
+    results = []
+    for run in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+        out = run(*arguments)
+        out = out.output if kind == "luong" else out[0]
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(module.parameters()))])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    torch.compiler.reset()
+
+
+def test_compiled_code_calls_these_kernels(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those that the tensors' device stands for."""
+    called = []
+    monkeypatch.setattr(emulated, "rnn_forward", lambda *args: called.append(args))
+    torch.compiler.reset()
+    layer = torch.compile(fastseq.GRU(5, 9, backend="cuda"), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        layer(torch.randn(4, 3, 5))
+    torch.compiler.reset()
+    assert len(called) == 1
+
+
+@pytest.mark.usefixtures("emulated", "full_fp32")
+@pytest.mark.parametrize(("cell", "rows"), [("lstm", "full"), ("gru", "lengths")])
+def test_operators_agree_with_their_schemas(cell: str, rows: str) -> None:
+    """Schema and fake kernel, told by `on` whose kernels run."""
+    problem = Problem.draw(Case(cell, rows=rows, bidirectional=True, resets=True))
+    t = problem.tensors
+    weights = [w for n, w in t.items() if n[:2] in ("w_", "b_")]
+    call = (
+        cell,
+        t["x"].nan_to_num(),
+        t["h0"],
+        t.get("c0"),
+        weights,
+        problem.lengths,
+        problem.resets,
+        None,
+        False,
+        True,
+    )
+    checks = ("test_schema", "test_faketensor")
+    forward, backward = torch.ops.fastseq.rnn_forward.default, torch.ops.fastseq.rnn_backward.default
+    torch.library.opcheck(forward, (*call, True), {"on": "cuda"}, test_utils=checks)
+    out, _, _, gates, cells = forward(*call, True, on="cuda")
+    assert torch.equal(out, ops.rnn_layer(*call, on="cuda")[0])
+    grads = (problem.grads["out"], problem.grads["h_n"], problem.grads.get("c_n"))
+    inputs = (cell, *grads, *call[1:], out, gates, cells, [True] * 4)
+    torch.library.opcheck(backward, inputs, {"on": "cuda"}, test_utils=checks)
+
+
+def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says what is missing and how to get it; a call that names it raises with that."""
+    monkeypatch.setattr(native, "C", None)
+    monkeypatch.setattr(native, "reason", "the CUDA extension is not built (test); reinstall with FASTSEQ_CUDA=1")
+    assert "FASTSEQ_CUDA=1" in str(fastseq.backends()["cuda"])
+    with pytest.raises(fastseq.InputError, match="FASTSEQ_CUDA=1"):
+        fastseq.LSTM(3, 4, backend="cuda")(torch.zeros(2, 1, 3))
+
+
+def test_the_extension_imports_without_a_driver() -> None:
+    """Where nvcc built it: it loads, and says that there is no driver; a launch is an error with CUDA's words."""
+    found = sorted((Path(fastseq.__file__).parent).glob("_cuda.*"))
+    if not found or torch.cuda.is_available():
+        pytest.skip("nvcc is not here: no CUDA module was built" if not found else "there is a driver here")
+    code = (
+        "import fastseq; from fastseq.cuda import native; print(fastseq.backends()['cuda'])\n"
+        "try:\n    native.C.rnn_clusters(0, 2, 0, True, (1, 16, 32, 8, 1, 8), 512)\n"
+        "except RuntimeError as error:\n    print(error)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "no NVIDIA driver is loaded, or one too old for CUDA" in told
+    assert "was not started" in told
+
+
+def test_a_cuda_call_without_a_gpu_is_refused() -> None:
+    with pytest.raises(fastseq.InputError, match=r"not built|driver|reaches no GPU"):
+        fastseq.LSTM(3, 4, backend="cuda")(torch.zeros(2, 1, 3))

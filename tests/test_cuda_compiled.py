@@ -1,0 +1,162 @@
+"""The CUDA kernels as nvcc compiles them for every architecture: registers, spilled memory, instructions of the loop.
+
+Reads the objects of `make strict`. cuda_resources.json is a snapshot of what nvcc gave: after a change that is meant to
+move it, FASTSEQ_WRITE_SNAPSHOT=1 writes it anew, and the difference belongs into the commit.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import triton
+
+ROOT = Path(__file__).parents[1]
+OBJECTS = ROOT / "build" / "native" / "csrc" / "cuda"
+SNAPSHOT = ROOT / "tests" / "cuda_resources.json"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+ARCHS = ("sm_80", "sm_90", "sm_100")
+# At 255 registers, sm_80's compiler keeps one or two values of an outer loop in memory.
+MOST_STACK = {"sm_80": 16, "sm_90": 0, "sm_100": 0}
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here: no CUDA kernel was compiled")
+
+Usage = dict[str, dict[str, list[int]]]  # architecture -> kernel -> [registers, bytes of stack]
+
+
+def tool(*command: object) -> str:
+    return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
+
+
+def objects() -> list[Path]:
+    found = sorted(OBJECTS.glob("*.o"))
+    assert found, f"no objects in {OBJECTS}; run `make strict`"
+    return [path for path in found if path.stem != "host"]
+
+
+@lru_cache(maxsize=4096)
+def named(mangled: str) -> str:
+    """As it stands in the source: rnn_forward<Full32, float, Lstm, Exact, 0, 1>."""
+    text = tool("c++filt", mangled).strip()
+    text = re.sub(r"fastseq::(cuda::)?(\(anonymous namespace\)::)?|^void ", "", text)
+    text = re.sub(r"Halves<Bf16, &?\(?mma_bf16.*?\)?>(?=,)", "BrainHalf", text)
+    text = re.sub(r"Halves<Fp16, &?\(?mma_fp16.*?\)?>(?=,)", "Half", text)
+    return text.partition("(")[0].replace(" >", ">")
+
+
+@lru_cache(maxsize=1)
+def usage() -> Usage:
+    """Of every kernel, for every architecture that has code of its own."""
+    found: Usage = {}
+    for path in objects():
+        arch = ""
+        function = ""
+        for line in tool(CUOBJDUMP, "-res-usage", path).splitlines():
+            if line.startswith("arch = "):
+                arch = line.split()[-1].removesuffix("a")
+            if match := re.match(r"\s*Function (\S+):", line):
+                function = named(match[1])
+            if match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line):
+                registers, stack, local = map(int, match.groups())
+                found.setdefault(arch, {})[function] = [registers, stack + local]
+    return found
+
+
+@lru_cache(maxsize=8)
+def instructions(path: Path, arch: str) -> dict[str, list[str]]:
+    """The machine code of every kernel of an object."""
+    found: dict[str, list[str]] = {}
+    function = ""
+    for line in tool(CUOBJDUMP, "-sass", "-arch", arch, path).splitlines():
+        if match := re.match(r"\s+Function : (\S+)", line):
+            function = named(match[1])
+            found[function] = []
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            found[function].append(match[1])
+    return found
+
+
+def kernels(arch: str) -> Iterator[tuple[str, list[str]]]:
+    for path in objects():
+        yield from instructions(path, arch).items()
+
+
+def count(code: list[str], name: str) -> int:
+    return sum(re.match(rf"(@!?U?P\w+ )?{name}\b", line) is not None for line in code)
+
+
+def test_every_architecture_has_every_kernel() -> None:
+    assert set(usage()) == set(ARCHS)
+    names = {arch: set(of) for arch, of in usage().items()}
+    assert names["sm_80"] == names["sm_90"] == names["sm_100"]
+    for start in ("rnn_forward<", "rnn_backward<", "rnn_step<"):
+        kinds = {name.split("<")[1].split(",")[0] for name in names["sm_90"] if name.startswith(start)}
+        assert kinds == {"Full32", "Tensor32", "BrainHalf", "Half"}, start
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nothing_spills(arch: str) -> None:
+    """Registers that do not suffice go to memory: none do where the loop runs."""
+    most = MOST_STACK[arch]
+    assert not {name: stack for name, (_, stack) in usage()[arch].items() if stack > most}
+
+
+def test_resources_are_those_of_the_snapshot() -> None:
+    version = re.search(r"release (\S+),", tool("nvcc", "--version"))
+    assert version is not None
+    now = {"nvcc": version[1], "registers and bytes of stack": usage()}
+    if os.environ.get("FASTSEQ_WRITE_SNAPSHOT") == "1":
+        SNAPSHOT.write_text(
+            re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", json.dumps(now, indent=1, sort_keys=True)) + "\n"
+        )
+    then = json.loads(SNAPSHOT.read_text())
+    if then["nvcc"] != version[1]:
+        pytest.skip(f"nvcc {then['nvcc']} is not here, whose registers the snapshot has; this one is {version[1]}")
+    assert now == then
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_products_run_on_tensor_cores(arch: str) -> None:
+    """And between two of their instructions nothing goes to or comes from spilled memory."""
+    for name, code in kernels(arch):
+        if not name.startswith("rnn_"):
+            continue
+        of_full = "<Full32" in name
+        assert (count(code, r"HMMA[.\w]*") > 0) != of_full, name
+        places = [i for i, line in enumerate(code) if "HMMA" in line or (of_full and "FFMA" in line)]
+        inner = code[places[0] : places[-1]]
+        assert not [line for line in inner if re.search(r"\b(LDL|STL)\b", line)], name
+
+
+def test_weights_in_registers_are_not_loaded_in_the_loop() -> None:
+    """Of a kernel that keeps 8 tiles of 4 gates, 32 products stand in a row with only states loaded between them."""
+    for name, code in kernels("sm_90a"):
+        if re.match(r"rnn_forward<(Tensor32|BrainHalf|Half), .*Lstm, .*, 8, 1>", name):
+            lines = [line for line in code if re.match(r"(HMMA|LDS|LDSM|LDG|LD\b)", line)]
+            runs = "".join(
+                "h" if line.startswith("HMMA") else "s" if line.startswith("LDS ") else "x" for line in lines
+            )
+            longest = max(re.findall(r"[hs]+", runs), key=lambda run: run.count("h"))
+            assert longest.count("h") >= 32, (name, longest)
+
+
+def test_clusters_meet_in_hardware() -> None:
+    """On Hopper; before it a cluster's barrier compiles to nothing."""
+    for name, code in kernels("sm_90a"):
+        if name.startswith(("rnn_forward", "rnn_backward")):
+            assert count(code, "UCGABAR_ARV") > 0, name
+            assert count(code, "UCGABAR_WAIT") > 0, name
+    for _, code in kernels("sm_80"):
+        assert not count(code, r"UCGABAR\w*")
+
+
+def test_grids_meet_by_release_and_acquire() -> None:
+    """The counter is added to after a fence of the GPU's scope, and polled by loads that are not relaxed."""
+    for name, code in kernels("sm_90a"):
+        if name.startswith(("rnn_forward", "rnn_backward")):
+            assert count(code, r"MEMBAR[.\w]*GPU") + count(code, r"RED[.\w]*") >= 2, name
+            assert count(code, r"LD[G]?\.E\.STRONG\.GPU") > 0, name
