@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastseq
+from fastseq.cuda import devices
+from fastseq.cuda.native import kind_of
+from fastseq.cuda.plan import plan
 from fastseq.explain import Explanation
+from fastseq.ops.rnn_gpu import tf32_flag
 
 from .cases import LayerCase
 from .cudnn import algorithm
@@ -103,7 +107,17 @@ def fastseq_program(problem: LayerProblem, backend: str) -> Program:
     with torch.set_grad_enabled(problem.case.mode == "train"), _precision(problem):
         x, hx = _arguments(problem, list(problem.hx))
         chosen = chosen_backend(fastseq.explain(module, x, hx, lengths=_lengths(problem)), backend)
-    return _module_program(module, problem, _lengths_call, chosen)
+    program = _module_program(module, problem, _lengths_call, chosen)
+    return replace(program, note=_predicted(problem.case)) if chosen == "cuda" and problem.case.T > 1 else program
+
+
+def _predicted(case: LayerCase) -> str:
+    """What the cost model of the CUDA kernels says of a layer's recurrence, to stand beside what was measured."""
+    kind = kind_of(getattr(torch, case.dtype), tf32_flag("rnn"))
+    device, directions = devices.of(torch.device(case.device)), 2 if case.bidirectional else 1
+    ways = ("forward", "backward") if case.mode == "train" else ("forward",)
+    plans = [plan(case.cell, case.B, case.H, kind, device, directions, way) for way in ways]
+    return "predicted " + " and ".join(f"{p.step * p.waves:.2f} us a step ({p.shape.design})" for p in plans)
 
 
 def compile_refuses(case: LayerCase) -> str | None:

@@ -90,7 +90,7 @@ PEERS = {
         attention_programs.sdpa_program, "PyTorch's sdpa", ("attention",), refuses=attention_programs.sdpa_refuses
     ),
 }  # fmt: skip
-for _ours in (*OURS, "triton"):
+for _ours in (*OURS, "triton", "cuda"):
     _build = fastseq_program(_ours)
     PEERS |= {
         _ours: Peer(_build, f"fastseq ({_ours})", tuple(KINDS)),

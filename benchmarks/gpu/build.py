@@ -63,7 +63,8 @@ def build(record: Record, deadline: Deadline, skip_install: bool = False) -> Non
         record.status, record.reason = "failed", "the first call of a kernel failed, see first-call.log"
     install = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation",
                "--disable-pip-version-check", "--upgrade", "--target", str(SITE), str(TREE)]  # fmt: skip
-    if not skip_install and not record.run("install", install, deadline.left, WORK).ok:
+    without = {"FASTSEQ_CUDA": "0"}  # they were built just now
+    if not skip_install and not record.run("install", install, deadline.left, WORK, without).ok:
         record.status, record.reason = "failed", "pip could not install the tree, see install.log"
 
 
@@ -91,9 +92,17 @@ def _native(record: Record, deadline: Deadline) -> tuple[str, str]:
         "Ninja",
         *(f"-D{n}={v}" for n, v in options.items()),
     ]
-    for name, command in zip(made, (configure, [cmake, "--build", where]), strict=True):
+    for name, command in zip(made, (configure, [cmake, "--build", where, "--target", "_C"]), strict=True):
         if not record.run(name, command, deadline.left, TREE).ok:
             return "failed", f"the native module was not built, see {name}.log; everything goes on without it"
+    if shutil.which("nvcc", path=f"{os.environ['PATH']}:/usr/local/cuda/bin") is None:
+        record.found["cuda_module"] = "there is no nvcc, so no CUDA kernels"
+        return "running", ""
+    with_cuda = [cmake, "-DFASTSEQ_CUDA=ON", where], [cmake, "--build", where, "--target", "_cuda"]
+    for name, command in zip(("cuda-configure", "cuda-build"), with_cuda, strict=True):
+        if not record.run(name, command, deadline.left, TREE).ok:
+            return "failed", f"the CUDA kernels were not built, see {name}.log; everything goes on without them"
+    record.found["cuda_module"] = "built"
     return "running", ""
 
 
@@ -107,10 +116,10 @@ def _tool(name: str, folder: str) -> str:
 
 
 SMOKE = """
-import time, torch, fastseq
-backend = "triton" if torch.cuda.is_available() else "auto"
+import itertools, time, torch, fastseq
 device = "cuda" if torch.cuda.is_available() else "cpu"
-for name in ("LSTM", "GRU"):
+backends = [b for b in ("triton", "cuda") if fastseq.backends()[b] is None] or ["auto"]
+for backend, name in itertools.product(backends, ("LSTM", "GRU")):
     begin = time.perf_counter()
     layer = getattr(fastseq, name)(8, 16, backend=backend, device=device)
     layer(torch.randn(5, 3, 8, device=device))[0].sum().backward()

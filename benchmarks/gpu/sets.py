@@ -10,8 +10,13 @@ from ..registry import MODES, OPS, Entry, Pairs
 
 __all__ = ["AIMS", "GPU_SETS", "IN_ORDER", "MEAN_AIMS", "rehearsed"]
 
-OURS = ("auto", "triton")
-MEAN_AIMS = {("gpu-calls", "forward"): 1.3, ("gpu-calls", "train"): 1.3}  # of the geometric mean
+OURS = ("auto", "triton", "cuda")
+MEAN_AIMS = {
+    ("gpu-calls", "forward"): 1.3,
+    ("gpu-calls", "train"): 1.3,
+    ("gpu-recurrence", "forward"): 3.0,
+    ("gpu-recurrence", "train"): 2.5,
+}  # of the geometric mean
 AIMS = {  # by set, mode and peer: least ratio of every row
     ("gpu-decoder", "train", "loop"): 8.0,
     ("gpu-decoder", "train", "loop.graph"): 2.0,
@@ -26,6 +31,8 @@ AIMS = {  # by set, mode and peer: least ratio of every row
     ("gpu-varlen", "forward", "torch.nn"): 5.0,
     ("gpu-varlen", "train", "torch.nn"): 5.0,
     ("gpu-generate", "forward", "loop"): 8.0,
+    ("gpu-recurrence", "forward", "torch.nn"): 1.2,
+    ("gpu-recurrence", "train", "torch.nn"): 1.2,
     ("gpu-corpus", "train", "loop"): 5.0,
 }
 HALF_FIRST = ("bfloat16", "float32")
@@ -78,6 +85,18 @@ def _corpus() -> list[Case]:
     return [CorpusCase(a, "lstm", "train", "multi30k", 512, dtype="bfloat16") for a in WIDTHS]
 
 
+def _recurrence() -> list[Case]:
+    """Where synchronisation is the limit: few rows, many steps, sizes for a cluster and for a grid of blocks."""
+    order = product(("bfloat16", "float32"), (512, 1024, 256, 768), OPS, MODES)
+    cases: list[Case] = [LayerCase(op, mode, 1024, 16, h, h, dtype=dtype) for dtype, h, op, mode in order]
+    wide = product((512, 256), MODES)
+    cases += [LayerCase("lstm", mode, 512, 32, h, h, bidirectional=True, dtype="bfloat16") for h, mode in wide]
+    cases += [
+        LayerCase("lstm", mode, 512, 32, 512, 512, layers, dtype="bfloat16") for layers, mode in product((2, 4), MODES)
+    ]
+    return cases + [LayerCase("lstm", mode, 1024, 16, h, h, dtype="float16") for h, mode in product((512, 768), MODES)]
+
+
 def _large() -> list[Case]:
     """Where the vendor is expected to win: what `auto` must leave to it."""
     order = product((256, 512, 1024), OPS, MODES)
@@ -91,6 +110,7 @@ GPU_SETS: dict[str, tuple[Entry, ...]] = {
     "gpu-calls": _entries("gpu-calls", _calls(), "torch.nn"),
     "gpu-varlen": _entries("gpu-varlen", _varlen(), "torch.nn"),
     "gpu-generate": _entries("gpu-generate", _generate(), "loop"),
+    "gpu-recurrence": _entries("gpu-recurrence", _recurrence(), "torch.nn"),
     "gpu-corpus": _entries("gpu-corpus", _corpus(), "loop"),
     "gpu-large": _entries("gpu-large", _large(), "torch.nn"),
     "gpu-compiled": (
@@ -101,7 +121,7 @@ GPU_SETS: dict[str, tuple[Entry, ...]] = {
 }
 # A row of each kind stands before the long tails, so that a stage cut short has seen everything once.
 HEADS = {"gpu-decoder": 8, "gpu-attention": 4, "gpu-small": 8, "gpu-calls": 12, "gpu-varlen": 4, "gpu-generate": 2,
-         "gpu-corpus": 2, "gpu-large": 0, "gpu-compiled": 1}  # fmt: skip
+         "gpu-recurrence": 8, "gpu-corpus": 2, "gpu-large": 0, "gpu-compiled": 1}  # fmt: skip
 IN_ORDER: tuple[Entry, ...] = (
     *(entry for name, entries in GPU_SETS.items() for entry in entries[: HEADS[name]]),
     *(entry for name, entries in GPU_SETS.items() for entry in entries[HEADS[name] :]),
@@ -110,5 +130,5 @@ IN_ORDER: tuple[Entry, ...] = (
 
 def rehearsed(entry: Entry) -> Entry:
     """The same row, of few numbers, on the CPU: the first way through without a GPU."""
-    pairs = tuple((ours, peer) for ours, peer in entry.pairs if peer != "loop.graph" and ours != "triton")
+    pairs = tuple((ours, peer) for ours, peer in entry.pairs if peer != "loop.graph" and ours == "auto")
     return replace(entry, case=replace(entry.case.small(), device="cpu"), pairs=pairs)  # type: ignore[type-var]

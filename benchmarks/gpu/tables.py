@@ -22,14 +22,15 @@ def rows_table(rows: Sequence[Row]) -> Table:
     for row in rows:
         for ratio in row.ratios:
             ours, peer = row.timings[ratio.ours], row.timings[ratio.peer]
-            if ratio.ours == "triton" and row.timings.get("auto") == ours:
+            if ratio.ours in ("triton", "cuda") and row.timings.get("auto") == ours:
                 continue  # one measurement under two names
             epoch = epoch_ratio(row, ratio)
             shown = f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
             shown += "" if epoch is None else f", epoch with compilation {epoch:.2f}"
-            mine = f"{ratio.ours}={ours.backend}", _time(ours), f"{ours.first:.1f}"
+            mine = f"{ratio.ours}={ours.backend}", _time(ours), ours.note, f"{ours.first:.1f}"
             lines.append([str(row.case), *mine, ratio.peer, _time(peer), peer.note, shown, aim(row, ratio)])
-    head = ("case", "ours", "ms [20 %, 80 %]", "first s", "peer", "ms [20 %, 80 %]", "note", "peer/ours [95 %]", "aim")
+    ours_head, peer_head = ("ours", "ms [20 %, 80 %]", "note", "first s"), ("peer", "ms [20 %, 80 %]", "note")
+    head = ("case", *ours_head, *peer_head, "peer/ours [95 %]", "aim")
     return Table("rows", head, lines)
 
 

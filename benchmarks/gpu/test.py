@@ -22,11 +22,18 @@ FILES = {  # seconds, after which a file's other tests are skipped; most importa
     "test_streams": 35.0,
     "test_generate": 25.0,
     "test_large": 20.0,
+    "test_repeats": 25.0,
     "test_presets": 90.0,
 }
+OF_CUDA = {
+    "test_layers": 45.0,
+    "test_calls": 20.0,
+    "test_decoder": 45.0,
+    "test_repeats": 30.0,
+}  # again, on those kernels
 GRACE_S = 30.0  # for the test that runs when they are over
 SANITIZER_S = 60.0
-TOOLS = ("memcheck", "racecheck")
+TOOLS = ("memcheck", "racecheck", "synccheck")
 
 
 def test(record: Record, deadline: Deadline, rehearse: bool) -> None:
@@ -38,14 +45,18 @@ def test(record: Record, deadline: Deadline, rehearse: bool) -> None:
     lines.unlink(missing_ok=True)
     env = environment(record) | {"FASTSEQ_GPU_TESTS": str(lines)} | ({"FASTSEQ_REHEARSE": "1"} if rehearse else {})
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.plugin", "-p", "no:cacheprovider"]
-    for name, seconds in FILES.items():
-        if deadline.left > 5:
-            soft = {"FASTSEQ_GPU_SECONDS": f"{min(seconds, deadline.left - 5):.0f}"}
-            command = [*pytest, f"tests/gpu/{name}.py"]
-            record.run(name, command, min(seconds + GRACE_S, deadline.left), TREE, env | soft)
-        count(record, lines)
+    backends = ["cuda", "triton"] if has_cuda_module() else ["triton"]  # the newer kernels first
+    for backend in backends:
+        for name, seconds in (OF_CUDA if backend == "cuda" else FILES).items():
+            if deadline.left > 5:
+                soft = {"FASTSEQ_GPU_SECONDS": f"{min(seconds, deadline.left - 5):.0f}", "FASTSEQ_GPU_BACKEND": backend}
+                command = [*pytest, f"tests/gpu/{name}.py"]
+                limit = min(seconds + GRACE_S, deadline.left)
+                record.run(name if backend == "triton" else f"{backend}-{name}", command, limit, TREE, env | soft)
+            count(record, lines)
     if not rehearse:
-        _sanitize(record, deadline, env)
+        for backend in backends:
+            _sanitize(record, deadline, env | {"FASTSEQ_GPU_BACKEND": backend}, backend)
         if deadline.left > 20:
             rest = ["tests", "--ignore=tests/gpu", "--ignore=tests/interpreted", "-m", "not slow", "--maxfail=50"]
             rest.append("--continue-on-collection-errors")  # what it needs may be absent here
@@ -70,7 +81,12 @@ def count(record: Record, lines: Path) -> None:
     record.save()
 
 
-def _sanitize(record: Record, deadline: Deadline, env: dict[str, str]) -> None:
+def has_cuda_module() -> bool:
+    """Whether the CUDA kernels are in the tree."""
+    return any((TREE / "fastseq").glob("_cuda.*.so"))
+
+
+def _sanitize(record: Record, deadline: Deadline, env: dict[str, str], backend: str) -> None:
     """compute-sanitizer, where there is one and it works here: on a program without kernels of ours first."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     probe = [
@@ -81,16 +97,16 @@ def _sanitize(record: Record, deadline: Deadline, env: dict[str, str]) -> None:
         "-c",
         "import torch; torch.ones(8, device='cuda').sum().item()",
     ]
-    if not record.run("sanitizer-probe", probe, min(SANITIZER_S, deadline.left), ROOT, env).ok:
-        record.found["sanitizer"] = "it is absent, or does not work on this machine: see sanitizer-probe.log"
+    if not record.run(f"sanitizer-probe-{backend}", probe, min(SANITIZER_S, deadline.left), ROOT, env).ok:
+        record.found["sanitizer"] = "it is absent, or does not work on this machine: see its log"
         return
     found = {}
     for name in TOOLS:
         case = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, "-m", "tests.gpu.sanitized"]
-        step = record.run(f"sanitizer-{name}", case, min(SANITIZER_S, deadline.left), TREE, env)
+        step = record.run(f"sanitizer-{backend}-{name}", case, min(SANITIZER_S, deadline.left), TREE, env)
         found[name] = (
             "clean" if step.ok else "ended at its limit" if step.rc is None else "errors, or it failed: see its log"
         )
         if step.rc == 9:
-            record.status, record.reason = "failed", f"compute-sanitizer {name} found errors"
-    record.found["sanitizer"] = found
+            record.status, record.reason = "failed", f"compute-sanitizer {name} found errors on {backend}"
+    record.found[f"sanitizer_{backend}"] = found

@@ -1,4 +1,4 @@
-"""Where the tests of this folder run: the Triton backend on CUDA tensors.
+"""Where the tests of this folder run: on CUDA tensors the Triton backend, or the one that FASTSEQ_GPU_BACKEND names.
 
 FASTSEQ_REHEARSE=1 has them run on the CPU, to see that the tests themselves are right: on the reference, or with
 TRITON_INTERPRET=1 on the kernels in Triton's interpreter.
@@ -21,7 +21,11 @@ __all__ = ["BACKEND", "DEVICE", "DTYPES", "REHEARSES", "layer", "step", "there"]
 
 REHEARSES = os.environ.get("FASTSEQ_REHEARSE") == "1"
 DEVICE = "cpu" if REHEARSES else "cuda"
-BACKEND = "reference" if REHEARSES and os.environ.get("TRITON_INTERPRET") != "1" else "triton"
+BACKEND = (
+    "reference"
+    if REHEARSES and os.environ.get("TRITON_INTERPRET") != "1"
+    else os.environ.get("FASTSEQ_GPU_BACKEND", "triton")
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

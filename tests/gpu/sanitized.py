@@ -17,8 +17,9 @@ def main() -> None:
     fastseq.LSTMCell(7, 9, backend=BACKEND).to(DEVICE)(x[0])[0].sum().backward()
     memory = fastseq.Memory(torch.randn(5, 6, 11, device=DEVICE), torch.rand(5, 6, device=DEVICE) < 0.7)
     y = torch.randn(5, 3, 7, device=DEVICE)
-    attention = fastseq.Attention(7, 11, 13, backend=BACKEND).to(DEVICE)
-    attention(y, attention.prepare(memory))[0].sum().backward()
+    if BACKEND != "cuda":  # which leaves attention of all steps at once to Triton
+        attention = fastseq.Attention(7, 11, 13, backend=BACKEND).to(DEVICE)
+        attention(y, attention.prepare(memory))[0].sum().backward()
     for preset in (fastseq.Decoder.bahdanau, fastseq.Decoder.luong):
         decoder = preset(7, 9, memory_size=11, bridge="zero", backend=BACKEND).to(DEVICE)
         decoder(y, memory).output.sum().backward()
