@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastseq.ops.decoder_initial import initial_gradients
 from fastseq.ops.decoder_native import empty_results
 from fastseq.ops.decoder_products import LoopGradients, all_gradients, asking_states
 from fastseq.ops.decoder_types import COLUMNS, KEPT, LoopSpec, LoopTensors, masked, parts
@@ -207,38 +208,9 @@ def _gradients(
             assert asked is not None
             d_keys, d_v = key_gradients(asked, x.keys, x.v, found.scores, x.mask)
     d_gates = list(found.gates.unbind(0))
-    d_h0, d_c0, d_feed0 = _initial(loop, x, found, z, d_gates, need)
+    made = {"d_gates": found.gates, "carry": found.carry, "d_queries": found.queries, "d_read": found.read}
+    d_h0, d_c0, d_feed0 = initial_gradients(loop, x, made, need)
     return LoopGradients(
         d_gates, found.queries if z.projects else None, found.read, d_keys, found.scores if x.v is None else None,
         d_memory, d_v, d_feed0, d_h0, d_c0,
     )  # fmt: skip
-
-
-def _initial(
-    loop: LoopSpec, x: LoopTensors, found: Found, z: Static, d_gates: list[Tensor], need: LoopTensors
-) -> tuple[list[Tensor | None], list[Tensor | None], Tensor | None]:
-    """Gradients of h0, c0 and feed0: what the kernel would pull at step -1."""
-    d_h0: list[Tensor | None] = []
-    for layer, h0 in enumerate(x.h0):
-        d = d_gates[layer].select(1, 0)[:, : z.recurrent * z.H] @ x.weights[4 * layer + 1][: z.recurrent * z.H]
-        d = d.float() if z.lstm else d.float() + found.carry.select(0, layer)
-        if z.attends and z.query_offset == 0 and z.query_cell == layer:
-            asked = found.queries.select(1, 0)
-            d += asked if x.w_query is None else asked @ x.w_query
-        if z.r_prev >= 0 and layer == loop.layers - 1:
-            assert x.w_read is not None
-            part = found.read.select(1, 0) @ x.w_read[:, z.r_prev : z.r_prev + z.H]
-            first = None if x.read_mask is None else x.read_mask.select(1, 0)
-            d += masked(part, first, z.r_prev, z.r_prev + z.H)
-        d_h0.append(d.to(h0.dtype) if need.h0[layer] else None)
-    pairs = zip(x.c0, need.c0, found.carry, strict=False)
-    d_c0 = [carry.to(c0.dtype, copy=True) if needed else None for c0, needed, carry in pairs]
-    if x.feed0 is None or not need.feed0:
-        return d_h0, d_c0, None
-    at = z.cells[0].feed
-    w = x.weights[0][:, at : at + z.F]
-    first = d_gates[0].select(1, 0)
-    d_feed = (
-        first @ w if loop.cell != "gru" else first[:, : 2 * z.H] @ w[: 2 * z.H] + first[:, 3 * z.H :] @ w[2 * z.H :]
-    )
-    return d_h0, d_c0, d_feed.to(x.feed0.dtype)

@@ -25,6 +25,8 @@ ARCHS = ("sm_80", "sm_90", "sm_100")
 MOST_STACK = {"sm_80": 16, "sm_90": 0, "sm_100": 0}
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here: no CUDA kernel was compiled")
 
+LOOPS = ("rnn_forward<", "rnn_backward<", "decoder_forward<", "decoder_backward<")  # of all steps, in one launch
+
 Usage = dict[str, dict[str, list[int]]]  # architecture -> kernel -> [registers, bytes of stack]
 
 
@@ -93,7 +95,7 @@ def test_every_architecture_has_every_kernel() -> None:
     assert set(usage()) == set(ARCHS)
     names = {arch: set(of) for arch, of in usage().items()}
     assert names["sm_80"] == names["sm_90"] == names["sm_100"]
-    for start in ("rnn_forward<", "rnn_backward<", "rnn_step<"):
+    for start in (*LOOPS, "rnn_step<"):
         kinds = {name.split("<")[1].split(",")[0] for name in names["sm_90"] if name.startswith(start)}
         assert kinds == {"Full32", "Tensor32", "BrainHalf", "Half"}, start
 
@@ -123,7 +125,7 @@ def test_resources_are_those_of_the_snapshot() -> None:
 def test_products_run_on_tensor_cores(arch: str) -> None:
     """And between two of their instructions nothing goes to or comes from spilled memory."""
     for name, code in kernels(arch):
-        if not name.startswith("rnn_"):
+        if not name.startswith((*LOOPS, "rnn_step<")):
             continue
         of_full = "<Full32" in name
         assert (count(code, r"HMMA[.\w]*") > 0) != of_full, name
@@ -147,7 +149,7 @@ def test_weights_in_registers_are_not_loaded_in_the_loop() -> None:
 def test_clusters_meet_in_hardware() -> None:
     """On Hopper; before it a cluster's barrier compiles to nothing."""
     for name, code in kernels("sm_90a"):
-        if name.startswith(("rnn_forward", "rnn_backward")):
+        if name.startswith(LOOPS):
             assert count(code, "UCGABAR_ARV") > 0, name
             assert count(code, "UCGABAR_WAIT") > 0, name
     for _, code in kernels("sm_80"):
@@ -157,6 +159,6 @@ def test_clusters_meet_in_hardware() -> None:
 def test_grids_meet_by_release_and_acquire() -> None:
     """The counter is added to after a fence of the GPU's scope, and polled by loads that are not relaxed."""
     for name, code in kernels("sm_90a"):
-        if name.startswith(("rnn_forward", "rnn_backward")):
+        if name.startswith(LOOPS):
             assert count(code, r"MEMBAR[.\w]*GPU") + count(code, r"RED[.\w]*") >= 2, name
             assert count(code, r"LD[G]?\.E\.STRONG\.GPU") > 0, name

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from fastseq.backends import decoder_fused
 from fastseq.cuda import decoder as host
 from fastseq.cuda import native
-from fastseq.cuda.decoder_program import TENSORS
+from fastseq.cuda.decoder_phases import TENSORS
 from tests import cuda_decoder_layouts as layouts
 from tests.cuda_decoder_layouts import drawn, fixed, looped_on_cuda
 from tests.decoder_oracle import PRESETS, Case, Mismatch, Problem, check, check_second, fast, preset, run
@@ -212,6 +213,19 @@ def test_a_group_that_waits_in_vain(emulated: Any, monkeypatch: pytest.MonkeyPat
         decode(call, "cuda")
         with pytest.raises(RuntimeError, match="gave up"):
             decode(call, "cuda")
+
+
+def test_layouts_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As planned for an H200, without any other choice."""
+    ran: list[Any] = []
+    started = host._run
+    monkeypatch.setattr(host, "_run", lambda made, chosen, *rest: (ran.append(chosen), started(made, chosen, *rest)))
+    case = preset("joeynmt", "gru")
+    check(step, case)
+    call = decoder_call(case)
+    todo = decoder_fused.make_plan(case.spec)
+    assert todo.loop is not None
+    assert host.layouts(todo.loop, decoder_fused.loop_tensors(call, todo, call.y)) == tuple(ran)
 
 
 def test_names_of_tensors(emulated: Any) -> None:

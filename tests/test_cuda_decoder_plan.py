@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from fastseq.cuda import native
+from fastseq.cuda.decoder_phases import Dims, Program
 from fastseq.cuda.decoder_plan import DecoderShape, candidates, plan, sizes, tiles_of
-from fastseq.cuda.decoder_program import Dims, Program, program
+from fastseq.cuda.decoder_program import program
 from fastseq.cuda.devices import A100, B200, H200
 from fastseq.cuda.plan import CannotPlan
 from fastseq.ops.decoder_types import LoopSpec

@@ -13,7 +13,7 @@ namespace fastseq::cuda {
 constexpr int kMostCells = 8, kMostVectors = 16, kMostSegments = 48, kMostAddends = 48, kMostPhases = 24;
 constexpr int kMostFactors = 32, kMostColumns = 4;
 
-// Names of tensors, in the order of decoder_program.py's TENSORS. Of those with a count there is one for each cell.
+// Names of tensors, in the order of decoder_phases.py's TENSORS. Of those with a count there is one for each cell.
 #define FS_DECODER_TENSORS(X)                                                                                           \
   X(projected, 1) X(read_input, 1) X(keys, 1) X(memory, 1) X(mask, 1) X(v, 1) X(beside, 1) X(w_query, 1) X(w_read, 1)   \
   X(b_read, 1) X(layer_masks, 1) X(read_mask, 1) X(out_mask, 1) X(hs, 1) X(contexts, 1) X(outs, 1) X(weights, 1)        \
@@ -157,5 +157,7 @@ struct DecoderLaunches {
   int (*backward)(const DecoderArgs&, int shared, void* stream);
   int (*clusters)(bool forward, const DecoderShape&, int shared, int* count);  // that may be resident at once
 };
+
+static_assert(k_w_hh - k_w_ih == kMostCells, "tensors of cells come in kMostCells");
 
 }  // namespace fastseq::cuda

@@ -114,7 +114,9 @@ struct DecoderBackward : AttentionBlock<P, T, M> {
     this->kept(r, i) = value;
   }
 
-  __device__ __forceinline__ float saved(const Result& r, int gate) const { return this->loaded(r, kGates + gate, gate_at(r, gate)); }
+  __device__ __forceinline__ float saved(const Result& r, int gate) const {
+    return this->loaded(r, kGates + gate, gate_at(r, gate));
+  }
   __device__ __forceinline__ float cell_before(const Result& r) const {
     if (r.t - 1 + a.offset[r.p.cell] >= 0) return this->template loaded<float>(r, kBefore, 0);
     const void* c0 = a.at[k_c0 + r.p.layer];

@@ -108,7 +108,8 @@ std::vector<std::string> tensor_names() {
 
 void bind_decoder(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> unlocked;
-  py::class_<DecoderProgram>(m, "DecoderProgram").def(py::init<const Numbers&>());
+  // module_local: the emulated module has one too
+  py::class_<DecoderProgram>(m, "DecoderProgram", py::module_local()).def(py::init<const Numbers&>());
   m.def("decoder_sizes", sizes_of, "(bytes of shared memory of a block, bytes of the packed weights of all blocks)");
   m.def("decoder_run", run, unlocked);
   m.def("decoder_clusters", clusters, "How many clusters of this kernel that GPU holds at once.");

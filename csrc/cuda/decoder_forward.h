@@ -64,7 +64,8 @@ struct DecoderForward : AttentionBlock<P, T, M> {
   }
 
   __device__ __forceinline__ int64_t place(const DecoderAddend& of, const Result& r, int column) const {
-    return r.n * of.from.row + r.t * of.from.step + static_cast<int64_t>(r.u) * of.unit + static_cast<int64_t>(of.columns[column]) * of.gate;
+    const int64_t u = r.u, gate = of.columns[column];
+    return r.n * of.from.row + r.t * of.from.step + u * of.unit + gate * of.gate;
   }
   __device__ __forceinline__ void prepare(const DecoderPhase& p, int t, int n0) const {
     if (p.ahead < 0) return;

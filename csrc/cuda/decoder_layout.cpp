@@ -171,7 +171,8 @@ void DecoderProgram::lay_out_addends(int element, DecoderArgs& a) const {
     DecoderAddend& to = a.addend[i];
     to.wide = from.state && a.wide;
     to.from = lie(from.place, a, to.wide ? 4 : element);
-    to.vector = from.vector, to.shift = from.shift, to.gate = from.gate, to.unit = from.unit, to.bias = from.bias, to.last = from.last;
+    to.vector = from.vector, to.shift = from.shift, to.gate = from.gate, to.unit = from.unit;
+    to.bias = from.bias, to.last = from.last;
     std::copy(from.columns, from.columns + 4, to.columns);
   }
 }

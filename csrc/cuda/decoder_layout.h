@@ -21,7 +21,7 @@ struct Place {
 // A loop's phases, without sizes of the batch.
 class DecoderProgram {
  public:
-  explicit DecoderProgram(const std::vector<int64_t>& numbers);  // in the order of decoder_program.py's `flat`
+  explicit DecoderProgram(const std::vector<int64_t>& numbers);  // in the order of decoder_phases.py's `flat`
 
   // Fills `a` and `of`, but for counters and their like; returns the bytes of shared memory of a block.
   // near: of each segment, the tiles of k whose weights stay in shared memory.

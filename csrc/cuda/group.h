@@ -9,8 +9,7 @@
 
 namespace fastseq::cuda {
 
-// Where waiting on a counter gives up: a wait longer than this is a fault, not a slow step.
-constexpr uint64_t kPatience = 20ull * 1000 * 1000 * 1000;  // ns
+constexpr unsigned kLooks = 1024;  // at a counter, between two at the clock and at what others found
 
 enum class Meeting : int { kAlone, kCluster, kGrid };
 
@@ -31,6 +30,7 @@ struct Group {
 
   __device__ __forceinline__ void arrive() {
     if (meeting == Meeting::kCluster) {
+      __syncwarp();  // the instruction is one of whole warps
       cluster_arrive();
     } else if (meeting == Meeting::kGrid) {
       __syncthreads();  // so that thread 0 releases what all have written
@@ -42,6 +42,7 @@ struct Group {
   // False, to every thread of every block, if the others did not come: the kernel must then end. `gone` is the block's own.
   __device__ __forceinline__ bool wait(unsigned* gone) {
     if (meeting == Meeting::kCluster) {
+      __syncwarp();
       cluster_wait();
       return true;
     }
@@ -51,14 +52,13 @@ struct Group {
   }
 
   __device__ __forceinline__ bool arrived() const {
-    const auto short_of = [&] { return static_cast<int>(load_acquire(counter) - expected) < 0; };  // it may wrap
-    if (!short_of()) return true;
     const uint64_t since = nanoseconds();
-    while (short_of()) {
+    for (unsigned looks = 0; static_cast<int>(load_acquire(counter) - expected) < 0; ++looks) {  // it may wrap
       relax();
+      if (looks % kLooks != kLooks - 1) continue;  // `stop` is host memory: a look at it takes longer than a whole step
       if (load_acquire(stop)) return false;
       if (patience && nanoseconds() - since > patience) {
-        add_release(stop, 1);
+        store_cg(stop, 1u);  // no atomic: not every bus has them
         return false;
       }
     }

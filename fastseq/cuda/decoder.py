@@ -10,20 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.decoder_initial import initial_gradients
 from ..ops.decoder_native import empty_results
 from ..ops.decoder_products import LoopGradients, all_gradients, asking_states
 from ..ops.decoder_types import COLUMNS, KEPT, LoopSpec, LoopTensors, masked, parts
 from ..ops.linear import product
 from ..ops.rnn_gpu import aligned, tf32_flag, without_autocast
 from . import devices, native
-from .decoder_gradients import initial_gradients
+from .decoder_phases import TENSORS, Program, dims
 from .decoder_plan import DecoderPlan, plan
-from .decoder_program import TENSORS, Program, dims, program
+from .decoder_program import program
 from .native import KINDS, address, kind_of
 
 __all__ = ["backward", "forward", "layouts"]
 
-Named = dict[str, Tensor | None]  # by the names of decoder_program.TENSORS
+Named = dict[str, Tensor | None]  # by the names of decoder_phases.TENSORS
 
 
 def forward(loop: LoopSpec, x: LoopTensors, need_weights: bool, save: bool) -> list[Tensor | None]:
@@ -123,10 +124,10 @@ def _run(made: Program, chosen: DecoderPlan, x: LoopTensors, save: bool, named: 
     sizes = (rows, steps, source, rows // batch, x.h0[0].dtype is torch.float32, save)
     packed = torch.empty(chosen.packed * chosen.shape.blocks, dtype=torch.uint8, device=x.y.device)
     counters, stop = _counters(chosen, x), native.stop_flag(x.y)
-    native.C.decoder_run(
-        _native_program(native.C, made), KINDS[chosen.kind], sizes, chosen.shape.native(), chosen.shape.near,
-        [address(named.get(name)) for name in TENSORS], packed.data_ptr(),
-        (address(counters), stop.data_ptr(), native.patience()), native.where(x.y),
+    native.launch(
+        "decoder_run", x.y, _native_program(native.C, made), KINDS[chosen.kind], sizes, chosen.shape.native(),
+        chosen.shape.near, [address(named.get(name)) for name in TENSORS], packed.data_ptr(),
+        (address(counters), stop.data_ptr(), native.patience()),
     )  # fmt: skip
 
 
@@ -241,9 +242,8 @@ def key_gradients(
     d_keys = torch.empty(keys.shape, dtype=torch.float32, device=keys.device)
     d_v = torch.empty((batch * native.C.decoder_key_blocks(source), units), dtype=torch.float32, device=keys.device)
     if d_v.numel():
-        native.C.decoder_keys(
-            KINDS[kind_of(keys.dtype, False)], batch, asked.shape[0] * asked.shape[1] // batch, source, units,
-            asked.data_ptr(), keys.data_ptr(), v.data_ptr(), d_scores.data_ptr(), d_keys.data_ptr(), d_v.data_ptr(),
-            native.where(keys),
+        native.launch(
+            "decoder_keys", keys, KINDS[kind_of(keys.dtype, False)], batch, asked.shape[0] * asked.shape[1] // batch, source,
+            units, asked.data_ptr(), keys.data_ptr(), v.data_ptr(), d_scores.data_ptr(), d_keys.data_ptr(), d_v.data_ptr(),
         )  # fmt: skip
     return d_keys, d_v.sum(0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from .decoder_program import CANDIDATE, SCORE, Phase, Program, Segment
+from .decoder_phases import CANDIDATE, SCORE, Phase, Program, Segment
 from .devices import DeviceSpec
 from .plan import DESIGNS, ELEMENT, TILE_BYTES, TILE_K, TILE_ROWS, WARPS, CannotPlan
 

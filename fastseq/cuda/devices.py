@@ -60,7 +60,10 @@ def _clusters(index: int, blocks: int) -> int:
     """How many clusters of so many blocks fit, each block with nearly all of an SM's shared memory."""
     assert native.C is not None
     hidden = 32 * blocks
-    return native.C.rnn_clusters(index, native.KINDS["brain_half"], 0, True, (1, blocks, 32, 16, 1, 0), hidden)
+    try:
+        return native.C.rnn_clusters(index, native.KINDS["brain_half"], 0, True, (1, blocks, 32, 16, 1, 0), hidden)
+    except RuntimeError:  # more blocks, or more shared memory of each, than this GPU has
+        return 0
 
 
 def of(device: torch.device) -> DeviceSpec:

@@ -2,13 +2,25 @@
 
 import ctypes
 import os
+from contextlib import nullcontext
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
 import torch
 
-__all__ = ["KINDS", "address", "emulates", "kind_of", "obstacle_on", "patience", "stop_flag", "unavailable", "where"]
+__all__ = [
+    "KINDS",
+    "address",
+    "emulates",
+    "kind_of",
+    "launch",
+    "obstacle_on",
+    "patience",
+    "stop_flag",
+    "unavailable",
+    "where",
+]
 
 C: ModuleType | None
 reason: str | None
@@ -73,6 +85,16 @@ def where(x: torch.Tensor) -> tuple[int, int]:
         return 0, 0
     index = x.device.index if x.device.index is not None else torch.cuda.current_device()
     return index, torch.cuda.current_stream(index).cuda_stream
+
+
+def launch(function: str, x: torch.Tensor, *args: Any) -> None:
+    """One of the module's functions, whose last argument says where: on x's device, in its current stream.
+
+    The device is also PyTorch's meanwhile, since the module's own CUDA runtime sets what both take for the current one.
+    """
+    assert C is not None
+    with nullcontext() if x.device.type == "cpu" else torch.cuda.device(x.device):
+        getattr(C, function)(*args, where(x))
 
 
 _flags: dict[torch.device, torch.Tensor] = {}

@@ -32,17 +32,16 @@ class Recurrence:
         self, cell: str, batch: Batch, inputs: Tensor, w_hh: Sequence[Tensor], b_ih: Sequence[Tensor],
         b_hh: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None, saved: Saved, like: Tensor,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        assert native.C is not None
         dirs, hidden = len(w_hh), w_hh[0].shape[1]
         h_n = like.new_empty((dirs, batch.B, hidden))
         c_n = like.new_empty(h_n.shape) if saved.cells is not None or cell == "lstm" else None
         chosen = _plan(cell, batch, inputs, hidden, dirs, "forward", self.tf32)
         group = _group(chosen, inputs, inputs.dtype)
-        native.C.rnn_forward(
-            KINDS[chosen.kind], CELLS[cell], _batch(batch), chosen.shape.native(), hidden, dirs,
+        native.launch(
+            "rnn_forward", inputs, KINDS[chosen.kind], CELLS[cell], _batch(batch), chosen.shape.native(), hidden, dirs,
             like.dtype is torch.float32, inputs.data_ptr(), _pair(w_hh), _pair(b_ih), _pair(b_hh), address(h0),
             address(c0), saved.out.data_ptr(), h_n.data_ptr(), address(c_n), address(saved.gates), address(saved.cells),
-            _addresses(group), native.where(inputs),
+            _addresses(group),
         )  # fmt: skip
         return h_n, c_n
 
@@ -51,17 +50,16 @@ class Recurrence:
         c0: Tensor | None, saved: Saved, d_gates: Tensor, h_before: Tensor | None, d_h0: Tensor | None,
         d_c0: Tensor | None,
     ) -> Tensor | None:  # fmt: skip
-        assert native.C is not None
         dirs, hidden, out = len(w_hh), w_hh[0].shape[1], saved.out
-        wide = _wide(out.dtype, h0, given)
-        d_h_n, d_c_n = (None if t is None else t.to(_state_dtype(wide, out.dtype)) for t in given[1:])
+        of_state = out.dtype if h0 is None else h0.dtype
+        d_h_n, d_c_n = (None if t is None else t.to(of_state) for t in given[1:])
         chosen = _plan(cell, batch, out, hidden, dirs, "backward", self.tf32)
         group = _group(chosen, out, torch.float32)
-        native.C.rnn_backward(
-            KINDS[chosen.kind], CELLS[cell], _batch(batch), chosen.shape.native(), hidden, dirs, wide,
-            address(given.out), address(d_h_n), address(d_c_n), _pair(w_hh), address(h0), address(c0), out.data_ptr(),
-            address(saved.gates), address(saved.cells), d_gates.data_ptr(), address(h_before), address(d_h0),
-            address(d_c0), _addresses(group), native.where(out),
+        native.launch(
+            "rnn_backward", out, KINDS[chosen.kind], CELLS[cell], _batch(batch), chosen.shape.native(), hidden, dirs,
+            of_state is torch.float32, address(given.out), address(d_h_n), address(d_c_n), _pair(w_hh), address(h0),
+            address(c0), out.data_ptr(), address(saved.gates), address(saved.cells), d_gates.data_ptr(),
+            address(h_before), address(d_h0), address(d_c0), _addresses(group),
         )  # fmt: skip
         return d_c0
 
@@ -73,15 +71,6 @@ backward = partial(rnn_gpu.backward, Recurrence("rnn"))
 def _plan(cell: str, batch: Batch, x: Tensor, hidden: int, directions: int, way: str, tf32: str) -> RnnPlan:
     kind = kind_of(x.dtype, rnn_gpu.tf32_flag(tf32))
     return plan(cell, batch.B, hidden, kind, devices.of(x.device), directions, way)
-
-
-def _wide(dtype: torch.dtype, h0: Tensor | None, given: GivenGradients) -> bool:
-    """Whether states are fp32: those given or, without, the ones that forward made in x's dtype."""
-    return (dtype if h0 is None else h0.dtype) is torch.float32
-
-
-def _state_dtype(wide: bool, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if wide else dtype
 
 
 def _batch(batch: Batch) -> tuple[Any, ...]:

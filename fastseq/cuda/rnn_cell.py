@@ -29,7 +29,6 @@ def forward(
     save: bool,
 ) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
     """(out of a layer, h, c of an LSTM); for backward gates [B, 4, H], and an LSTM's cells [B, H] in fp32."""
-    assert native.C is not None
     name, rows, row, state, out_shape = shape
     cell, hidden = rnn_gpu.CELLS[name], state[-1]
     h = x.new_empty(state) if h0 is None else torch.empty_like(h0)
@@ -39,11 +38,10 @@ def forward(
     cells = x.new_empty((rows, hidden), dtype=torch.float32) if save and c is not None else None
     if rows:
         w_ih, w_hh, b_ih, b_hh = (*weights, None, None)[:4]
-        native.C.rnn_step(
-            KINDS[kind_of(x.dtype, rnn_gpu.tf32_flag("matmul"))], CELLS[name], rows, x.shape[-1], hidden, row,
-            h.dtype is torch.float32, x.data_ptr(), address(w_ih), address(w_hh), address(b_ih), address(b_hh),
+        native.launch(
+            "rnn_step", x, KINDS[kind_of(x.dtype, rnn_gpu.tf32_flag("matmul"))], CELLS[name], rows, x.shape[-1], hidden,
+            row, h.dtype is torch.float32, x.data_ptr(), address(w_ih), address(w_hh), address(b_ih), address(b_hh),
             address(h0), address(c0), address(out), h.data_ptr(), address(c), address(gates), address(cells),
-            native.where(x),
         )  # fmt: skip
     results = (h,) if c is None else (h, c)
     return results if out is None else (out, *results), gates, cells

@@ -1,10 +1,10 @@
-"""Gradients of a decoder's initial state and fed value: what its backward kernel would pull at step -1."""
+"""Gradients of a decoder's initial state and fed value on a GPU: what its backward kernel would pull at step -1."""
 
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..ops.decoder_types import LoopSpec, LoopTensors, masked, parts
+from .decoder_types import LoopSpec, LoopTensors, masked, parts
 
 __all__ = ["initial_gradients"]
 
