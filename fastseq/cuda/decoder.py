@@ -242,8 +242,7 @@ def key_gradients(
     d_keys = torch.empty(keys.shape, dtype=torch.float32, device=keys.device)
     d_v = torch.empty((batch * native.C.decoder_key_blocks(source), units), dtype=torch.float32, device=keys.device)
     if d_v.numel():
-        native.launch(
-            "decoder_keys", keys, KINDS[kind_of(keys.dtype, False)], batch, asked.shape[0] * asked.shape[1] // batch, source,
-            units, asked.data_ptr(), keys.data_ptr(), v.data_ptr(), d_scores.data_ptr(), d_keys.data_ptr(), d_v.data_ptr(),
-        )  # fmt: skip
+        kind, queries = KINDS[kind_of(keys.dtype, False)], asked.shape[0] * asked.shape[1] // batch
+        read, made = (asked, keys, v, d_scores), (d_keys, d_v)
+        native.launch("decoder_keys", keys, kind, batch, queries, source, units, *map(address, (*read, *made)))
     return d_keys, d_v.sum(0)
