@@ -172,6 +172,29 @@ def test_a_rule_speaks_only_of_what_was_faster_on_every_side() -> None:
     assert of(dict.fromkeys(HIDDEN, BATCHES)) == [((1, 513), (1, 65))]
 
 
+def test_the_fastest_of_ours_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """Size by size; one that cannot run a case leaves the others in the race."""
+
+    def timer(case: Case, backends: Sequence[str]) -> dict[str, float]:
+        assert isinstance(case, LayerCase)
+        if "cuda" in backends and case.H == 512:
+            raise RuntimeError("no room")
+        took = {"triton": 1.0, "cuda": 0.5 if case.H >= 256 else 2.0, "torch": 1.5}
+        return {name: took[name] for name in backends}
+
+    rules = crossovers.measure(timer, "some GPU", WHERE, 60.0, (TRAIN,))
+    assert {(r.backend, r.hidden) for r in rules} == {("triton", (1, 129))}  # of 129 to 256, 128 was faster on triton
+    assert "cuda: RuntimeError: no room" in capsys.readouterr().out
+
+    def larger(case: Case, backends: Sequence[str]) -> dict[str, float]:
+        assert isinstance(case, LayerCase)
+        took = {"triton": 1.0, "cuda": 0.5 if case.H >= 128 else 2.0, "torch": 1.5}
+        return {name: took[name] for name in backends}
+
+    rules = crossovers.measure(larger, "some GPU", WHERE, 60.0, (TRAIN,))
+    assert {(r.backend, r.hidden) for r in rules} == {("triton", (1, 65)), ("cuda", (129, 513))}
+
+
 def test_rules_name_their_measurement_and_survive_json(tmp_path: Path) -> None:
     asked = []
 
@@ -183,7 +206,7 @@ def test_rules_name_their_measurement_and_survive_json(tmp_path: Path) -> None:
         return {"triton": 1.0, "torch": 1.2 if case.H <= 128 else 1.01}
 
     kinds = (TRAIN, Kind(1, "float32", False, "gru"))
-    rules = crossovers.measure(timer, "some GPU", WHERE, 60.0, kinds)
+    rules = crossovers.measure(timer, "some GPU", WHERE, 60.0, kinds, ("triton",))
     assert len(asked) == 2 * len(HIDDEN) * len(BATCHES)
     assert [case.op for case in asked[:: len(HIDDEN) * len(BATCHES)]] == ["lstm", "gru_cell"]
     assert [(r.hidden, r.batch, r.steps, r.grad, r.cells, r.dtypes) for r in rules] == [

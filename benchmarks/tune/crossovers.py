@@ -1,4 +1,4 @@
-"""Where Triton is faster than PyTorch's own operators: a grid of layers and cells, and from it rules for `auto`.
+"""Where our kernels are faster than PyTorch's own operators: a grid of layers and cells, and from it rules for `auto`.
 
 A size that was not measured counts as the next larger one that was, if the next smaller one agrees: a rule names calls
 between measured sizes that are all faster, and nothing beyond the largest.
@@ -19,6 +19,7 @@ __all__ = ["BATCHES", "HIDDEN", "Kind", "case_of", "measure", "rules_of"]
 HIDDEN, BATCHES = (64, 128, 256, 512), (1, 8, 64)
 STEPS = {1: (1, 2), 128: (2, MOST)}  # measured, and the bounds it stands for
 GAIN = 1.03  # as many times as fast, at least: less may be another day's loss
+OURS = ("triton", "cuda")
 
 
 class Kind(NamedTuple):
@@ -40,28 +41,39 @@ def case_of(kind: Kind, hidden: int, batch: int) -> Case:
     return LayerCase(op, mode, kind.steps, batch, hidden, hidden, dtype=kind.dtype, hx=kind.steps == 1, device="cuda")
 
 
-def measure(timer: Seconds, gpu: str, where: str, seconds: float, kinds: Sequence[Kind] = KINDS) -> list[Rule]:
-    """Rules for `gpu`, of as many kinds as the time allows."""
+def measure(
+    timer: Seconds, gpu: str, where: str, seconds: float, kinds: Sequence[Kind] = KINDS, ours: Sequence[str] = OURS
+) -> list[Rule]:
+    """Rules for `gpu`, of as many kinds as the time allows. Of several backends of ours a rule names the fastest."""
     stop, rules = time.monotonic() + seconds, list[Rule]()
     for kind in kinds:
         if time.monotonic() > stop:
             print(f"out of time: {kind} and what follows is not measured")
             break
-        ratios: dict[tuple[int, int], float] = {}
-        for h, b in product(HIDDEN, BATCHES):
-            try:
-                took = timer(case_of(kind, h, b), ("triton", "torch"))
-            except Exception as error:  # a kernel that refuses or fails is not faster
-                print(f"{case_of(kind, h, b)}: {type(error).__name__}: {error}")
-                ratios[h, b] = 0.0
-                continue
-            ratios[h, b] = took["torch"] / took["triton"]
-            print(f"{case_of(kind, h, b)}: torch / triton {ratios[h, b]:.2f}")
-        rules += rules_of(kind, ratios, gpu, where)
+        found = {(h, b): _ratios(timer, case_of(kind, h, b), ours) for h, b in product(HIDDEN, BATCHES)}
+        for name in ours:
+            best = {at: of[name] if of[name] == max(of.values()) else 0.0 for at, of in found.items()}
+            rules += rules_of(kind, best, gpu, where, name)
     return rules
 
 
-def rules_of(kind: Kind, ratios: dict[tuple[int, int], float], gpu: str, where: str) -> Iterator[Rule]:
+def _ratios(timer: Seconds, case: Case, ours: Sequence[str]) -> dict[str, float]:
+    """torch's time over that of each; 0 for a kernel that refuses or fails, which is not faster."""
+    try:
+        took = timer(case, (*ours, "torch"))
+    except Exception as error:
+        if len(ours) > 1:  # the others may do
+            return {name: _ratios(timer, case, (name,))[name] for name in ours}
+        print(f"{case}: {ours[0]}: {type(error).__name__}: {error}")
+        return {ours[0]: 0.0}
+    ratios = {name: took["torch"] / took[name] for name in ours}
+    print(f"{case}: torch over " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
+    return ratios
+
+
+def rules_of(
+    kind: Kind, ratios: dict[tuple[int, int], float], gpu: str, where: str, backend: str = "triton"
+) -> Iterator[Rule]:
     """One rule for each run of neighbouring batches, equal runs of neighbouring sizes together."""
     bounds_h, bounds_b = _bounds(HIDDEN), _bounds(BATCHES)
     by_size = [_runs([_faster(ratios, i, j) for j in range(len(BATCHES))]) for i in range(len(HIDDEN))]
@@ -77,7 +89,7 @@ def rules_of(kind: Kind, ratios: dict[tuple[int, int], float], gpu: str, where: 
             seen = [ratios[HIDDEN[k], BATCHES[j]] for k in range(i, last + 1) for j in range(run[0], run[1])]
             how = f"{min(seen):.2f} to {max(seen):.2f} times as fast as torch at {len(seen)} sizes, T={kind.steps}"
             yield Rule(
-                "triton", f"{how}; {where}", device="cuda", gpu=gpu, cells=(kind.cell,), dtypes=(kind.dtype,),
+                backend, f"{how}; {where}", device="cuda", gpu=gpu, cells=(kind.cell,), dtypes=(kind.dtype,),
                 grad=kind.grad, lengths=False, hidden=(bounds_h[i], bounds_h[last + 1]),
                 batch=(bounds_b[run[0]], bounds_b[run[1]]), steps=STEPS[kind.steps],
             )  # fmt: skip
