@@ -62,7 +62,8 @@ struct Weights {
 
 void forward(int cell, int dtype, bool state_is_f32, int64_t steps, int64_t rows, int64_t tokens, int64_t input, int64_t hidden,
              Address lengths, Address batch_sizes, const py::tuple& x, const py::tuple& out, const py::tuple& weights, int directions,
-             Address h0, Address c0, Address h_n, Address c_n, Address gates, Address cells, int threads, const py::tuple& resets) {
+             Address h0, Address c0, Address h_n, Address c_n, Address gates, Address cells, int threads, const py::tuple& resets,
+             const py::tuple& packed) {
   const Shape shape = shape_of(cell, dtype, state_is_f32, input, hidden);
   const View segments = view(resets);
   ForwardPass passes[2];
@@ -76,6 +77,7 @@ void forward(int cell, int dtype, bool state_is_f32, int64_t steps, int64_t rows
                  at(c_n, part.state),
                  at(gates, part.gates),
                  static_cast<float*>(at(cells, part.cells))};
+    if (!packed.empty()) passes[d].dir.packed = at(packed[d].cast<Address>());
   }
   const py::gil_scoped_release released;
   const SequencePlan order = plan(steps, rows, lengths, batch_sizes);
@@ -115,12 +117,24 @@ void backward(int cell, int dtype, bool state_is_f32, int64_t steps, int64_t row
   kernels(shape.dtype).backward(shape, with_resets(order, segments), passes, directions, threads);
 }
 
+// Bytes of rnn_pack's result, for one direction.
+int64_t packed_bytes(int cell, int dtype, int64_t input, int64_t hidden) {
+  return kernels(static_cast<DType>(dtype)).packed_bytes(shape_of(cell, dtype, false, input, hidden));
+}
+
+void pack(int cell, int dtype, int64_t input, int64_t hidden, Address w_ih, Address w_hh, Address to, int threads) {
+  const Shape shape = shape_of(cell, dtype, false, input, hidden);
+  const Direction dir{false, at(w_ih), at(w_hh), nullptr, nullptr, nullptr, nullptr};
+  const py::gil_scoped_release released;
+  kernels(shape.dtype).pack(shape, dir, at(to), threads);
+}
+
 // One step without the tuples of a layer: cells and T=1 layers pay for every argument. `out` 0: the state is the output.
 void step(int cell, int dtype, int64_t rows, int64_t input, int64_t hidden, Address x, int64_t x_row, Address w_ih, Address w_hh,
           Address b_ih, Address b_hh, Address h0, Address c0, Address out, Address h_n, Address c_n, Address gates, Address cells,
-          int threads) {
+          int threads, Address packed) {
   const Shape shape = shape_of(cell, dtype, dtype == static_cast<int>(DType::f32), input, hidden);
-  const ForwardPass pass{{false, at(w_ih), at(w_hh), at(b_ih), at(b_hh), at(h0), at(c0)},
+  const ForwardPass pass{{false, at(w_ih), at(w_hh), at(b_ih), at(b_hh), at(h0), at(c0), at(packed)},
                          {at(x), 0, x_row},
                          {at(out ? out : h_n), 0, hidden},
                          at(h_n),
@@ -315,6 +329,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("rnn_forward", &forward);
   m.def("rnn_backward", &backward);
   m.def("rnn_step", &step);
+  m.def("rnn_packed_bytes", &packed_bytes);
+  m.attr("PACKED_PRODUCTS") = kPackedProducts;
+  m.def("rnn_pack", &pack);
   m.def("rnn_step_backward", &step_backward);
   m.def("discard", [](Address memory, int64_t bytes) { discard(at(memory), bytes); });
   m.def("decoder_forward", &run_decoder_forward);

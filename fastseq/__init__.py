@@ -10,6 +10,7 @@ from .accelerate import accelerate
 from .dispatch import backends, use_backend
 from .errors import InputError
 from .explain import explain
+from .freeze import freeze, unfreeze
 from .generation import GenerateOutput, generate
 from .modules import GRU, LSTM, Attention, Bridge, Decoder, Encoder, GRUCell, LocalP, LSTMCell, Seq2Seq, Seq2SeqOutput
 from .patch import patch
@@ -40,12 +41,14 @@ __all__ = [
     "accelerate",
     "backends",
     "explain",
+    "freeze",
     "functional",
     "generate",
     "load",
     "patch",
     "pictures",
     "save",
+    "unfreeze",
     "use_backend",
     "warmup",
 ]

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .modules import GRU, LSTM, GRUCell, LSTMCell
+from .modules.frozen import KEY
 
 __all__ = ["Change", "Report", "accelerate"]
 
@@ -70,5 +71,6 @@ def _revert(name: str, module: nn.Module) -> Change | None:
     if _MARK not in module.__dict__:
         return Change(name, "skipped", f"was built as fastseq.{kind.__name__}")
     delattr(module, _MARK)
+    module.__dict__.pop(KEY, None)
     module.__class__ = _STOCK[kind]
     return Change(name, "reverted", f"fastseq.{kind.__name__} is torch.nn.{kind.__name__} again")

@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import decoding, engine
 from .backends.call import RnnCall
 from .backends.decoder_call import AttentionCall, DecoderCall
+from .backends.fused import without_frozen
 from .checks import check_call, check_cell
 from .dispatch import BACKENDS, Call, candidates, check_name, load, obstacle
 from .modules.cells import gru_cell_call, lstm_cell_call
@@ -44,7 +45,8 @@ def explain(target: Any, input: Any = None, hx: Any = None, *, lengths: Any = No
     target: a fastseq LSTM, GRU, LSTMCell or GRUCell, one of torch.nn as `accelerate` would run it, a module that itself
     makes its call, by as_call(input, hx) (Encoder, whose first layer is looked at: x; Decoder: y and memory; Attention:
     query and keys), or a call, such as decoder.as_call(y, keys, state). resets go to an LSTM or GRU as lengths do.
-    Raises what the call itself would raise for a wrong input.
+    Of a frozen module it says whether the call uses the packed weights. Raises what the call itself would raise for a
+    wrong input.
 
     >>> print(fastseq.explain(torch.nn.LSTM(4, 8), torch.zeros(3, 2, 4)))
     """
@@ -61,7 +63,7 @@ def explain(target: Any, input: Any = None, hx: Any = None, *, lengths: Any = No
     else:
         call, cell = _call(target, input, hx, lengths, resets)
     asked, _ = engine.as_asked(call, check_cell if cell else check_call)
-    return _verdicts(asked, named)
+    return _verdicts(asked, named, _of_frozen(call, asked))
 
 
 def _call(module: nn.Module, input: Any, hx: Any, lengths: Any, resets: Any) -> tuple[RnnCall, bool]:
@@ -91,8 +93,21 @@ def _call(module: nn.Module, input: Any, hx: Any, lengths: Any, resets: Any) -> 
     return call, False
 
 
-def _verdicts(call: Call, named: str) -> Explanation:
-    """`named` is a backend, or "auto"."""
+def _of_frozen(call: RnnCall, asked: RnnCall) -> str:
+    """What the CPU kernels make of the packed weights that `fastseq.freeze` lets a module keep."""
+    if call.frozen is None:
+        return ""
+    reason = without_frozen(asked) if asked.frozen is not None else "autocast casts the weights in each call"
+    if reason is not None:
+        return f"; without its frozen weights: {reason}"
+    per = len(call.weights) // call.num_layers
+    parts = [call.weights[k : k + per] for k in range(0, len(call.weights), per)]
+    current = all(layer.is_current(part) for layer, part in zip(call.frozen, parts, strict=True))
+    return "; with frozen weights" + ("" if current else ", packing them first")
+
+
+def _verdicts(call: Call, named: str, of_cpu: str = "") -> Explanation:
+    """`named` is a backend, or "auto"; of_cpu: what to add where the CPU kernels are chosen."""
     obstacles = {name: obstacle(name, call) for name in BACKENDS}
     chosen, why = named, "named by backend= or use_backend"
     if named == "auto":
@@ -100,7 +115,7 @@ def _verdicts(call: Call, named: str) -> Explanation:
     verdicts = []
     for name, reason in obstacles.items():
         if name == chosen:
-            runs = f"runs this call: {why}{_layout(name, call)}"
+            runs = f"runs this call: {why}{_layout(name, call)}{of_cpu if name == 'cpu' else ''}"
             verdicts.append(Verdict(name, reason is None, runs if reason is None else reason))
         else:
             verdicts.append(Verdict(name, False, reason or f"could; {chosen} goes first: {why}"))

@@ -14,13 +14,15 @@
   void attention_forward(const AttentionForward&, int threads);                                               \
   void attention_backward(const AttentionBackward&, int threads);                                             \
   double tile_rate(DType, int64_t repeats);                                                                   \
+  int64_t rnn_packed_bytes(const Shape&);                                                                     \
+  void rnn_pack(const Shape&, const Direction&, void*, int threads);                                          \
   bool holds(DType);                                                                                          \
   }
 #define FS_ENTRY(isa, supported)                                                                              \
   Kernels {                                                                                                   \
     #isa, supported, isa::holds, isa::rnn_forward, isa::rnn_backward, isa::decoder_forward, isa::decoder_backward, \
         isa::product, isa::input_gradient, isa::weight_gradient, isa::attention_forward, isa::attention_backward, \
-        isa::tile_rate                                                                                        \
+        isa::tile_rate, isa::rnn_packed_bytes, isa::rnn_pack                                                  \
   }
 
 namespace fastseq {

@@ -25,6 +25,8 @@ struct Kernels {
   void (*attention_forward)(const AttentionForward&, int);
   void (*attention_backward)(const AttentionBackward&, int);
   double (*tile_rate)(DType, int64_t);
+  int64_t (*packed_bytes)(const Shape&);
+  void (*pack)(const Shape&, const Direction&, void*, int);
 };
 
 const char* isa();                              // the chosen variant

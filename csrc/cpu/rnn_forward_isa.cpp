@@ -17,11 +17,34 @@ constexpr bool kReadsInPlace = W >= 16;  // with narrower vectors dot products t
 template <class Cell>
 constexpr int kTileRows = kAccumulators / Cell::kGates;
 
-// What the threads of one direction share. Panels: [W-unit panel][unit of depth][gate][W].
+// Packed weights of one direction, [W-unit panel][unit of depth][gate][W]: those of W_ih, behind them those of W_hh.
+template <class Cell, class T>
+struct Panels {
+  static constexpr int kG = Cell::kGates;
+  int64_t hidden, input, count, depth_x, depth_h;  // depths in 32-bit units
+
+  explicit Panels(const Shape& shape)
+      : hidden(shape.hidden), input(shape.input), count((hidden + W - 1) / W), depth_x(units<T>(input)), depth_h(units<T>(hidden)) {}
+
+  int64_t size_x() const { return depth_x * kG * W; }  // of a panel
+  int64_t size_h() const { return depth_h * kG * W; }
+  int lanes(int64_t p) const { return hidden - p * W < W ? static_cast<int>(hidden - p * W) : W; }
+
+  void pack_input(const void* w, int64_t p, uint32_t* panel) const { pack(w, input, p, panel); }
+  void pack_hidden(const void* w, int64_t p, uint32_t* panel) const { pack(w, hidden, p, panel); }
+
+ private:
+  void pack(const void* w, int64_t depth, int64_t p, uint32_t* panel) const {
+    for (int g = 0; g < kG; ++g)
+      pack_transposed(static_cast<const T*>(w) + (g * hidden + p * W) * depth, depth, lanes(p), depth, panel + g * W, kG * W);
+  }
+};
+
+// What the threads of one direction share.
 template <class Cell, class T>
 struct Buffers {
-  int64_t panels, depth_x, depth_h;  // depths in 32-bit units
-  uint32_t *w_ih, *w_hh;  // w_ih also holds one panel a thread
+  int64_t panels, depth_x, depth_h;
+  uint32_t *w_ih, *w_hh;  // packed by this call; w_ih also holds one panel a thread
   float* bias;         // [panels][kColumns][W]
   float* projected;    // [slots][panels][G][W], each row group its own slots: they do not wait for each other
   uint32_t* operand[2];  // [B][depth_h] h in T, of the last step and of this one
@@ -30,13 +53,13 @@ struct Buffers {
   uint32_t* x_copy;    // [threads][slots][depth_x], where x's rows end within a unit
   int64_t slots;       // of those two, a thread
 
-  Buffers(Carver& carve, const Shape& shape, const Sequence& seq, int threads) {
+  Buffers(Carver& carve, const Shape& shape, const Sequence& seq, bool packs, int threads) {
     constexpr int kG = Cell::kGates;
     panels = (shape.hidden + W - 1) / W;
     depth_x = units<T>(shape.input), depth_h = units<T>(shape.hidden);
     slots = kChunkRows + seq.rows;
-    w_ih = carve.take<uint32_t>((panels > threads ? panels : threads) * depth_x * kG * W);
-    w_hh = carve.take<uint32_t>(panels * depth_h * kG * W);
+    w_ih = carve.take<uint32_t>(packs ? (panels > threads ? panels : threads) * depth_x * kG * W : 0);
+    w_hh = carve.take<uint32_t>(packs ? panels * depth_h * kG * W : 0);
     bias = carve.take<float>(panels * Cell::kColumns * W);
     projected = carve.take<float>((threads * (kChunkRows + 1) + seq.rows) * panels * kG * W);
     for (auto& buffer : operand) buffer = carve.take<uint32_t>(seq.rows * depth_h);
@@ -54,8 +77,10 @@ class Forward {
  public:
   Forward(const Shape& shape, const Sequence& seq, const ForwardPass& pass, const Buffers<Cell, T>& buffers, Team team,
           Partition split, Barrier* step_barriers)
-      : shape_(shape), seq_(seq), pass_(pass), buf_(buffers), team_(team), H_(shape.hidden),
+      : shape_(shape), seq_(seq), pass_(pass), buf_(buffers), at_(shape), team_(team), H_(shape.hidden),
         width_(buffers.panels * W) {
+    const uint32_t* packed = static_cast<const uint32_t*>(pass.dir.packed);
+    w_ih_ = packed ? packed : buf_.w_ih, w_hh_ = packed ? packed + at_.count * at_.size_x() : buf_.w_hh;
     idle_ = team.rank >= split.size();
     own_ = {idle_ ? 0 : team.rank / split.unit_groups, split.row_groups};
     const int64_t group_slots = kChunkRows + (seq.rows + own_.groups - 1) / own_.groups;
@@ -64,10 +89,10 @@ class Forward {
     x_copy_ = buf_.x_copy ? buf_.x_copy + team.rank * buf_.slots * buf_.depth_x : nullptr;
     panels_ = share(buf_.panels, team.rank % split.unit_groups, split.unit_groups);
     step_team_ = {team.rank % split.unit_groups, split.unit_groups, step_barriers + own_.group};
-    packs_late_ = own_.groups == 1;
+    packs_early_ = !packed && own_.groups > 1, packs_late_ = !packed && own_.groups == 1;
     const bool one_chunk = packs_late_ && seq.steps && chunk_end(0) == seq.steps;
     projects_in_place_ = kReadsInPlace && one_chunk && seq.tokens() <= kChunkRows && shape.input >= kDotDepth;
-    steps_in_place_ = kReadsInPlace && seq.rows == 1 && seq.steps <= kDotSteps && H_ >= kDotDepth;
+    steps_in_place_ = kReadsInPlace && packs_late_ && seq.rows == 1 && seq.steps <= kDotSteps && H_ >= kDotDepth;
     passing_ = one_chunk && !projects_in_place_;
   }
 
@@ -106,24 +131,19 @@ class Forward {
   void prepare() {
     const Range own = share(buf_.panels, team_.rank, team_.size);
     for (int64_t p = own.begin; p < own.end; ++p) {
-      if (!packs_late_) pack_input(p), pack_hidden(p);  // several groups: nothing is read in place
+      if (packs_early_) pack_input(p), pack_hidden(p);  // several groups: nothing is read in place
       prepare_bias(p, lanes(p));
     }
     const Range rows = share(seq_.rows, team_.rank, team_.size);
     for (int64_t r = rows.begin; r < rows.end; ++r) prepare_row(r);
   }
 
-  void pack_input(int64_t p) const { pack(pass_.dir.w_ih, shape_.input, p, input_panel(p)); }
-  void pack_hidden(int64_t p) const { pack(pass_.dir.w_hh, H_, p, hidden_panel(p)); }
-
-  void pack(const void* w, int64_t depth, int64_t p, uint32_t* panel) const {
-    for (int g = 0; g < kG; ++g)
-      pack_transposed(static_cast<const T*>(w) + (g * H_ + p * W) * depth, depth, lanes(p), depth, panel + g * W, kG * W);
-  }
+  void pack_input(int64_t p) const { at_.pack_input(pass_.dir.w_ih, p, buf_.w_ih + input_at(p)); }
+  void pack_hidden(int64_t p) const { at_.pack_hidden(pass_.dir.w_hh, p, buf_.w_hh + hidden_at(p)); }
 
   // In a sequence of one chunk, one panel at a time: it never leaves the core's cache.
-  FS_INLINE uint32_t* input_panel(int64_t p) const { return buf_.w_ih + (passing_ ? team_.rank : p) * buf_.depth_x * kG * W; }
-  FS_INLINE uint32_t* hidden_panel(int64_t p) const { return buf_.w_hh + p * buf_.depth_h * kG * W; }
+  FS_INLINE int64_t input_at(int64_t p) const { return (passing_ ? team_.rank : p) * at_.size_x(); }
+  FS_INLINE int64_t hidden_at(int64_t p) const { return p * at_.size_h(); }
 
   void prepare_bias(int64_t p, int n) {
     vf sums[Cell::kColumns];
@@ -150,7 +170,7 @@ class Forward {
     }
   }
 
-  int lanes(int64_t p) const { return H_ - p * W < W ? static_cast<int>(H_ - p * W) : W; }
+  int lanes(int64_t p) const { return at_.lanes(p); }
 
   // W_ih x + bias, for the input's gates, all steps of the chunk, one slot a row and step: a panel of weights serves them all
   // while it is in the cache.
@@ -190,7 +210,7 @@ class Forward {
         const vf bias = load_vector<vf>(buf_.bias + (p * Cell::kColumns + Cell::kInput[g]) * W);
         for (int m = 0; m < kRows; ++m) acc[m][g] = bias;
       }
-      multiply<T, kRows, kG>(x_rows_ + begin, 1, input_panel(p), kG * W, buf_.depth_x, acc);
+      multiply<T, kRows, kG>(x_rows_ + begin, 1, w_ih_ + input_at(p), kG * W, buf_.depth_x, acc);
       for (int m = 0; m < kRows; ++m)
         for (int g = 0; g < kG; ++g) store(slot_of(begin + m, p) + g * W, acc[m][g], W);
     });
@@ -252,7 +272,7 @@ class Forward {
     if (steps_in_place_) {
       add_hidden_dots(h[0], p, acc[0]);
     } else {
-      multiply<T, MR, kG>(h, 1, hidden_panel(p), kG * W, buf_.depth_h, acc);
+      multiply<T, MR, kG>(h, 1, w_hh_ + hidden_at(p), kG * W, buf_.depth_h, acc);
     }
     for (int m = 0; m < MR; ++m)
       finish_row(s, t, p, own_.row(begin + m), acc[m], slot_of(slot + m, p));
@@ -315,6 +335,7 @@ class Forward {
   const Sequence& seq_;
   const ForwardPass& pass_;
   const Buffers<Cell, T>& buf_;
+  const Panels<Cell, T> at_;
   Team team_, step_team_;
   int64_t H_;
   OwnRows own_;
@@ -322,9 +343,10 @@ class Forward {
   float* projected_;
   const uint32_t** x_rows_;
   uint32_t* x_copy_;
+  const uint32_t *w_ih_, *w_hh_;  // packed: this call's or the caller's
   Range panels_;
   bool idle_;
-  bool packs_late_, projects_in_place_, steps_in_place_, passing_;  // passing: panels of W_ih pass through one place a thread
+  bool packs_early_, packs_late_, projects_in_place_, steps_in_place_, passing_;  // passing: panels of W_ih pass through one place a thread
 };
 
 template <class Cell, class T>
@@ -332,9 +354,10 @@ void run(const Shape& shape, const Sequence& seq, const ForwardPass* passes, int
   using B = Buffers<Cell, T>;
   threads = usable_threads(threads);
   Scratch scratch;
-  for (int d = 0; d < directions; ++d) B(scratch.measure, shape, seq, threads);
+  const bool packs = !passes[0].dir.packed;
+  for (int d = 0; d < directions; ++d) B(scratch.measure, shape, seq, packs, threads);
   Carver carve = scratch.allocate();
-  const B first(carve, shape, seq, threads), second = directions == 2 ? B(carve, shape, seq, threads) : first;
+  const B first(carve, shape, seq, packs, threads), second = directions == 2 ? B(carve, shape, seq, packs, threads) : first;
   const B* buffers[2] = {&first, &second};
 
   const Blocks blocks(seq.rows, kTileRows<Cell>);
@@ -355,6 +378,29 @@ void rnn_forward(const Shape& shape, const Sequence& seq, const ForwardPass* pas
   if (is_step(shape, seq, passes[0])) return rnn_step(shape, seq, passes, directions, threads);
   dispatch(shape, [&](auto cell, auto element) {
     run<typename decltype(cell)::type, typename decltype(element)::type>(shape, seq, passes, directions, threads);
+  });
+}
+
+int64_t rnn_packed_bytes(const Shape& shape) {
+  int64_t found = 0;
+  dispatch(shape, [&](auto cell, auto element) {
+    const Panels<typename decltype(cell)::type, typename decltype(element)::type> at(shape);
+    found = at.count * (at.size_x() + at.size_h()) * static_cast<int64_t>(sizeof(uint32_t));
+  });
+  return found;
+}
+
+void rnn_pack(const Shape& shape, const Direction& dir, void* to, int threads) {
+  dispatch(shape, [&](auto cell, auto element) {
+    const Panels<typename decltype(cell)::type, typename decltype(element)::type> at(shape);
+    uint32_t *w_ih = static_cast<uint32_t*>(to), *w_hh = w_ih + at.count * at.size_x();
+    parallel(usable_threads(threads), [&](int rank, int size) {
+      const Range own = share(at.count, rank, size);
+      for (int64_t p = own.begin; p < own.end; ++p) {
+        at.pack_input(dir.w_ih, p, w_ih + p * at.size_x());
+        at.pack_hidden(dir.w_hh, p, w_hh + p * at.size_h());
+      }
+    });
   });
 }
 

@@ -96,15 +96,15 @@ class Step {
 
 bool is_step(const Shape& shape, const Sequence& seq, const ForwardPass& pass) {
   const bool converts = shape.dtype == DType::bf16 && shape.state_is_f32 && pass.dir.h0;  // the product takes h in T
-  return seq.steps == 1 && seq.rows <= kStepRows && seq.active(0) == seq.rows && !converts && !seq.resets;
+  const bool prefers_packed = pass.dir.packed && step_products(shape, seq.rows) >= kPackedProducts;
+  return seq.steps == 1 && seq.rows <= kStepRows && seq.active(0) == seq.rows && !converts && !seq.resets && !prefers_packed;
 }
 
 void rnn_step(const Shape& shape, const Sequence& seq, const ForwardPass* passes, int directions, int threads) {
   const int64_t panels = (shape.hidden + W - 1) / W;
-  const double products = 1.0 * seq.rows * shape.hidden * (shape.input + shape.hidden);
   dispatch(shape, [&](auto cell, auto element) {
     using S = Step<typename decltype(cell)::type, typename decltype(element)::type>;
-    parallel(products < kParallelProducts ? 1 : usable_threads(threads), [&](int rank, int size) {
+    parallel(step_products(shape, seq.rows) < kParallelProducts ? 1 : usable_threads(threads), [&](int rank, int size) {
       for (int d = 0; d < directions; ++d) S(shape, seq, passes[d]).run(share(panels, rank, size));
     });
   });

@@ -1,10 +1,13 @@
 """What a backend is asked to compute: one value, built once per call and checked before any backend sees it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, ClassVar
 
 from torch import Tensor, device, dtype
+
+from ..ops.packed import PackedLayer
 
 __all__ = ["GATES", "RnnCall", "kind_of"]
 
@@ -40,6 +43,7 @@ class RnnCall:
     batch_first: bool = False
     proj_size: int = 0
     resets: Tensor | None = None  # bool, [T, B] or, if batch_first, [B, T]: the state is zeroed before that step
+    frozen: Sequence[PackedLayer] | None = None  # one a layer, for "cpu" where no gradient is recorded
 
     def kind(self) -> tuple[Any, ...]:
         """What calls of one kind share: options, shapes, dtypes, devices."""

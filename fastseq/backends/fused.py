@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from ..ops.common import is_direct
+from ..ops.packed import PACKED_PRODUCTS, PackedLayer, unwatched
 from ..ops.rnn import rnn_layer
 from ..ops.step import StepShape, rnn_step
 from . import stack
 from .call import RnnCall
 
-__all__ = ["not_fused", "rnn", "rnn_cell"]
+__all__ = ["not_fused", "rnn", "rnn_cell", "without_frozen"]
 
 
 def not_fused(call: RnnCall) -> str | None:
@@ -35,9 +36,9 @@ def rnn(call: RnnCall, on: str) -> tuple[Tensor, tuple[Tensor, ...]]:
         rows, row = (x.shape[0], x.stride(0)) if call.batch_first else (x.shape[1], x.stride(1))
         hidden = call.weights[1].shape[1]
         shape = StepShape(call.cell, rows, row, (1, rows, hidden), (*x.shape[:2], hidden))
-        out, *state = rnn_step(shape, x, call.h0, call.c0, call.weights, on)
+        out, *state = rnn_step(shape, x, call.h0, call.c0, call.weights, on, _frozen(call, on))
         return out, tuple(state)
-    return stack.run(call, partial(rnn_layer, on=on))
+    return stack.run(call, partial(rnn_layer, on=on), call.frozen if on == "cpu" else None)
 
 
 def rnn_cell(call: RnnCall, on: str) -> tuple[Tensor, ...]:
@@ -46,11 +47,33 @@ def rnn_cell(call: RnnCall, on: str) -> tuple[Tensor, ...]:
     if _steps_directly(call, on):
         rows, hidden = x.shape[0], call.weights[1].shape[1]
         shape = StepShape(call.cell, rows, x.stride(0), (rows, hidden), None)
-        return rnn_step(shape, x, call.h0, call.c0, call.weights, on)
+        return rnn_step(shape, x, call.h0, call.c0, call.weights, on, _frozen(call, on))
     h0 = None if call.h0 is None else call.h0[None]
     c0 = None if call.c0 is None else call.c0[None]
-    _, h_n, c_n = rnn_layer(call.cell, x[None], h0, c0, call.weights, None, None, None, False, False, on)
+    _, h_n, c_n = rnn_layer(
+        call.cell, x[None], h0, c0, call.weights, None, None, None, False, False, on, _frozen(call, on)
+    )  # fmt: skip
     return (h_n[0],) if c_n is None else (h_n[0], c_n[0])
+
+
+def _frozen(call: RnnCall, on: str) -> PackedLayer | None:
+    """Of the only layer."""
+    return None if call.frozen is None or on != "cpu" else call.frozen[0]
+
+
+def without_frozen(call: RnnCall) -> str | None:
+    """Why the CPU kernels would run `call`, of a frozen module, without its packed weights."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+        return "within a transform of torch.func or forward-mode gradients"
+    given = (call.input, call.h0, call.c0, *call.weights)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        return "gradients are recorded; use torch.no_grad()"
+    if not is_direct((call.input, *call.weights)):
+        return "a tensor is of a subclass, or a mode is active"
+    small = call.batch * call.hidden_size * (call.input.shape[-1] + call.hidden_size) < PACKED_PRODUCTS
+    if small and call.steps == 1 and call.num_layers == 1 and not call.bidirectional and _steps_directly(call, "cpu"):
+        return "one step of so few numbers reads the weights as they stand"
+    return unwatched(call.weights)
 
 
 def _reset(call: RnnCall, resets: Tensor) -> None:

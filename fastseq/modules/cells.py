@@ -8,6 +8,7 @@ from ..backends.call import RnnCall
 from ..dispatch import check_name
 from ..engine import run_cell
 from ..functional import state_pair
+from .frozen import frozen
 from .rnn import backend_repr
 
 __all__ = ["GRUCell", "LSTMCell", "gru_cell_call", "lstm_cell_call"]
@@ -16,12 +17,12 @@ __all__ = ["GRUCell", "LSTMCell", "gru_cell_call", "lstm_cell_call"]
 def lstm_cell_call(module: nn.LSTMCell, input: Tensor, hx: tuple[Tensor, Tensor] | None) -> RnnCall:
     """The call that `module` makes of (input, hx)."""
     h0, c0 = state_pair(hx)
-    return RnnCall("lstm", input, h0, c0, _weights(module), has_bias=module.bias)
+    return RnnCall("lstm", input, h0, c0, _weights(module), has_bias=module.bias, frozen=frozen(module))
 
 
 def gru_cell_call(module: nn.GRUCell, input: Tensor, hx: Tensor | None) -> RnnCall:
     """The call that `module` makes of (input, hx)."""
-    return RnnCall("gru", input, hx, None, _weights(module), has_bias=module.bias)
+    return RnnCall("gru", input, hx, None, _weights(module), has_bias=module.bias, frozen=frozen(module))
 
 
 def _weights(module: nn.RNNCellBase) -> list[Tensor]:

@@ -13,6 +13,7 @@ from ..backends.call import RnnCall
 from ..dispatch import check_name
 from ..engine import run
 from ..functional import Lengths, state_pair
+from .frozen import frozen
 
 __all__ = ["GRU", "LSTM", "gru_call", "lstm_call"]
 
@@ -24,7 +25,7 @@ def lstm_call(module: nn.LSTM, input: Any, hx: LstmState | None) -> RnnCall:
     h0, c0 = state_pair(hx)
     return RnnCall(
         "lstm", input, h0, c0, _weights(module), None, None, module.bias, module.num_layers, module.dropout,
-        module.training, module.bidirectional, module.batch_first, module.proj_size,
+        module.training, module.bidirectional, module.batch_first, module.proj_size, frozen=frozen(module),
     )  # fmt: skip
 
 
@@ -32,7 +33,7 @@ def gru_call(module: nn.GRU, input: Any, hx: Tensor | None) -> RnnCall:
     """The call that `module` makes of (input, hx)."""
     return RnnCall(
         "gru", input, hx, None, _weights(module), None, None, module.bias, module.num_layers, module.dropout,
-        module.training, module.bidirectional, module.batch_first,
+        module.training, module.bidirectional, module.batch_first, frozen=frozen(module),
     )  # fmt: skip
 
 

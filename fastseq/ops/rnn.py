@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _native
 from ..backends import reference
 from .common import CELLS, Kernels, address, distinct, gpu_kernels, is_direct, schema, through_reference
+from .packed import PackedLayer
 
 __all__ = ["rnn_layer"]
 
@@ -61,7 +62,7 @@ def _outputs(
     out = x.new_zeros(shape) if zero else x.new_empty(shape)
     lstm = cell == "lstm"
     h_n = (x if h0 is None else h0).new_empty((dirs, rows, hidden))
-    c_n = h_n.new_empty(h_n.shape) if lstm else None
+    c_n = torch.empty_like(h_n) if lstm else None
     if not save:
         return out, h_n, c_n, None, None
     tokens = _tokens(x, batch_sizes)
@@ -89,6 +90,7 @@ def _states(h0: Tensor | None, c0: Tensor | None) -> tuple[Tensor | None, Tensor
 def _forward(
     cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], lengths: Tensor | None,
     resets: Tensor | None, batch_sizes: Tensor | None, batch_first: bool, bidirectional: bool, save: bool,
+    packed: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     assert _native.C is not None
     x, (h0, c0) = _dense(x), _states(h0, c0)
@@ -102,7 +104,7 @@ def _forward(
         x.shape[-1], weights[1].shape[1], address(lengths), address(batch_sizes), (x.data_ptr(), step, row),
         (out.data_ptr(), out_step, out_row), tuple([w.data_ptr() for w in weights]), 2 if bidirectional else 1,
         address(h0), address(c0), h_n.data_ptr(), address(c_n), address(gates), address(cells), torch.get_num_threads(),
-        _view(resets, None, batch_first, rows),
+        _view(resets, None, batch_first, rows), tuple([p.data_ptr() for p in packed]),
     )  # fmt: skip
     return results
 
@@ -318,6 +320,7 @@ def rnn_layer(
     batch_first: bool,
     bidirectional: bool,
     on: str = "cpu",
+    frozen: PackedLayer | None = None,  # on the CPU only
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer on fused kernels, differentiable: out, h_n, c_n (None for a GRU), as the schema above says."""
     static = (on, cell, batch_first, bidirectional)
@@ -334,9 +337,13 @@ def rnn_layer(
         or (c0 is not None and c0.requires_grad)
     ):
         out, h_n, c_n = _RnnLayer.apply(static, *distinct(x, h0, c0, lengths, resets, batch_sizes, *weights))
-    else:
-        run = _kernels(on).forward if is_direct((x, *weights)) else schema(torch.ops.fastseq.rnn_forward.default, on)
-        out, h_n, c_n, _, _ = run(
+    elif not is_direct((x, *weights)):
+        out, h_n, c_n, _, _ = schema(torch.ops.fastseq.rnn_forward.default, on)(
             cell, x, h0, c0, weights, lengths, resets, batch_sizes, batch_first, bidirectional, False
+        )
+    else:
+        packed = () if frozen is None else (frozen.packed(cell, weights),)
+        out, h_n, c_n, _, _ = _kernels(on).forward(
+            cell, x, h0, c0, weights, lengths, resets, batch_sizes, batch_first, bidirectional, False, *packed
         )
     return out, h_n, c_n if cell == "lstm" else None

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _native
 from ..backends import reference
 from .common import CELLS, Kernels, address, gpu_kernels, through_reference
+from .packed import PACKED_PRODUCTS, PackedLayer
 
 __all__ = ["StepShape", "rnn_step"]
 
@@ -36,6 +37,7 @@ def rnn_step(
     c0: Tensor | None,
     weights: Sequence[Tensor],  # w_ih [G*H, I], w_hh [G*H, H] (, b_ih, b_hh), contiguous
     on: str = "cpu",
+    frozen: PackedLayer | None = None,  # on the CPU only
 ) -> tuple[Tensor, ...]:
     """out (of a layer), h and, of an LSTM, c."""
     kernels = _NATIVE if on == "cpu" else gpu_kernels(on, "rnn_cell")
@@ -44,12 +46,15 @@ def rnn_step(
         needs[3] = any(w.requires_grad for w in weights)
         if any(needs):
             return _RnnStep.apply(kernels, shape, needs, x, h0, c0, *weights)
+    if frozen is not None and shape.rows * shape.state[-1] * (x.shape[-1] + shape.state[-1]) >= PACKED_PRODUCTS:
+        return _forward(shape, x, h0, c0, weights, False, *frozen.packed(shape.cell, weights))[0]
     return kernels.forward(shape, x, h0, c0, weights, False)[0]
 
 
 def _forward(
-    shape: StepShape, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], save: bool
-) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
+    shape: StepShape, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], save: bool,
+    packed: Tensor | None = None,
+) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:  # fmt: skip
     """The results, then what backward reads: gates [B, 4, H] in x's dtype and an LSTM's cells [B, H] in fp32."""
     assert _native.C is not None
     cell, rows, row, state, out_shape = shape
@@ -62,6 +67,7 @@ def _forward(
     _native.C.rnn_step(
         CELLS[cell], x.dtype is _BF16, rows, x.shape[-1], hidden, x.data_ptr(), row, *_weights(weights), address(h0),
         address(c0), address(out), h.data_ptr(), address(c), address(gates), address(cells), torch.get_num_threads(),
+        address(packed),
     )  # fmt: skip
     results = (h,) if c is None else (h, c)
     return results if out is None else (out, *results), gates, cells

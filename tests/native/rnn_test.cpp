@@ -155,6 +155,7 @@ class Results {
 // Operands and results of one direction.
 struct Side {
   Buffer w_ih, w_hh, b_ih, b_hh, h0, c0, h_n, c_n, gates, cells, d_h_n, d_c_n, d_h0, d_c0, d_w_ih, d_w_hh, d_b_ih, d_b_hh;
+  std::vector<char> packed;  // a heap block of exactly its size too
 
   Side(const Problem& p, int64_t tokens, int64_t gates_per_unit, DType state, Random& random)
       : w_ih(p.shape.dtype, gates_per_unit * p.shape.hidden * p.shape.input),
@@ -199,6 +200,9 @@ class Run {
     }
     forward(false);
     results.add(out_, s_, "out of inference");
+    pack();
+    forward(false);
+    results.add(out_, s_, "out of packed weights");
     return results;
   }
 
@@ -211,7 +215,18 @@ class Run {
             p_.bias ? side.b_ih.data() : nullptr,
             p_.bias ? side.b_hh.data() : nullptr,
             p_.initial ? side.h0.data() : nullptr,
-            p_.initial && lstm_ ? side.c0.data() : nullptr};
+            p_.initial && lstm_ ? side.c0.data() : nullptr,
+            side.packed.empty() ? nullptr : side.packed.data()};
+  }
+
+  // From here on no call reads w_ih and w_hh but the steps that prefer them.
+  void pack() {
+    const Kernels& of = kernels(p_.shape.dtype);
+    for (size_t d = 0; d < sides_.size(); ++d) {
+      std::vector<char> packed(of.packed_bytes(p_.shape));
+      of.pack(p_.shape, direction(static_cast<int>(d)), packed.data(), threads_);
+      sides_[d].packed = std::move(packed);
+    }
   }
 
   View half(SequenceTensor& tensor, int d) { return tensor.view(d * p_.shape.hidden, p_.shape.dtype); }
