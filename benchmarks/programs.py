@@ -30,6 +30,8 @@ __all__ = [
     "compiled",
     "compiled_program",
     "fastseq_program",
+    "frozen_program",
+    "frozen_refuses",
     "program_of",
     "torch_program",
 ]
@@ -118,6 +120,18 @@ def _predicted(case: LayerCase) -> str:
     ways = ("forward", "backward") if case.mode == "train" else ("forward",)
     plans = [plan(case.cell, case.B, case.H, kind, device, directions, way) for way in ways]
     return "predicted " + " and ".join(f"{p.step * p.waves:.2f} us a step ({p.shape.design})" for p in plans)
+
+
+def frozen_refuses(case: LayerCase) -> str | None:
+    if case.mode == "train":
+        return "forward only"
+    return "on the CPU only" if case.device != "cpu" else None
+
+
+def frozen_program(problem: LayerProblem) -> Program:
+    """The fused CPU kernels on weights that are packed once."""
+    module = fastseq.freeze(_load(module_of(fastseq, problem.case, backend="cpu"), problem))
+    return _module_program(module, problem, _lengths_call, "cpu, frozen")
 
 
 def compile_refuses(case: LayerCase) -> str | None:

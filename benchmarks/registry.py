@@ -13,7 +13,7 @@ from .kinds import KINDS, exact_program, fastseq_program
 from .problem import Problem
 from .programs import Program
 
-__all__ = ["OPT_IN", "OURS", "PEERS", "SETS", "Entry", "Peer"]
+__all__ = ["OPT_IN", "OURS", "PEERS", "SETS", "SHOWN", "Entry", "Peer"]
 
 Pairs = tuple[tuple[str, str], ...]
 
@@ -67,7 +67,9 @@ def _compiled_loop(problem: Problem) -> Program:
 
 LOOPS = ("decoder", "corpus", "generate")
 OURS = ("auto", "cpu")  # the choice that users get, and the fused kernels whatever the choice would be
+SHOWN = (*OURS, "frozen")  # in tables
 PEERS = {
+    "frozen": Peer(programs.frozen_program, "our frozen weights", refuses=programs.frozen_refuses),
     "torch.nn": Peer(programs.torch_program, "torch.nn"),
     "torch.compile": Peer(
         programs.compiled_program, "torch.compile of torch.nn", refuses=programs.compile_refuses
@@ -118,6 +120,19 @@ def _grid(batches: Iterable[int], hidden: Iterable[int]) -> tuple[Entry, ...]:
     return tuple(
         Entry("grid", LayerCase(op, mode, 50, b, h, h), _against("torch.nn", "onnxruntime", "torch.compile"))
         for op, mode, b, h in product(OPS, MODES, batches, hidden)
+    )
+
+
+def _frozen() -> tuple[Entry, ...]:
+    """The forward rows of the grid on weights packed once, and single steps of cells."""
+    grid = product(OPS, (1, 8, 32, 64), (64, 128, 256, 512))
+    cases = [LayerCase(op, "forward", 50, b, h, h) for op, b, h in grid]
+    cases += [
+        LayerCase(f"{op}_cell", "forward", 1, b, h, h, hx=True) for op, b, h in product(OPS, (1, 8), (64, 256, 512))
+    ]
+    peers = ("auto", "torch.nn", "onnxruntime")
+    return tuple(
+        Entry("frozen", case, tuple(product(("frozen",), peers[: 2 if case.is_cell else 3]))) for case in cases
     )
 
 
@@ -214,6 +229,7 @@ def _generate() -> tuple[Entry, ...]:
 SETS: dict[str, tuple[Entry, ...]] = {
     "quick": _grid((1, 32), (64, 256)),
     "readme": _grid((1, 8, 32, 64), (64, 128, 256, 512)),
+    "frozen": _frozen(),
     "bf16": _bf16(),
     "varlen": _varlen(),
     "calls": _calls(),

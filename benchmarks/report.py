@@ -1,6 +1,6 @@
 """The tables of a run."""
 
-from .registry import OURS
+from .registry import SHOWN
 from .results import Ratio, Report, Row, Timing
 from .summary import ceiling_of, promise, ratios_of, summaries, under
 from .tables import Table, print_table
@@ -19,11 +19,11 @@ def disturbed(row: Row) -> bool:
 
 
 def print_report(report: Report, rows: bool = True) -> None:
-    """Where it was measured, each row under `auto` and with the kernels forced, what was left out, the summaries."""
+    """Where it was measured, each row under `auto`, with the kernels forced, frozen; what was left out; summaries."""
     print("\n".join(f"{name:<12} {value}" for name, value in report.environment.items()))
     ceilings = [[f"{c.dtype}, threads: {c.threads}", f"{c.gflops:.0f}", c.by] for c in report.ceilings]
     print_table(Table("ceilings", ("", "GFLOP/s", "reached by"), ceilings))
-    for ours in OURS if rows else ():
+    for ours in SHOWN if rows else ():
         print_table(rows_table(report, ours))
     noisy = sum(map(disturbed, report.rows))
     if noisy:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .cases import Case
 from .decoder_cases import DecoderCase
 from .generate_cases import GenerateCase
-from .registry import OURS, PEERS
+from .registry import PEERS, SHOWN
 from .results import Ratio, Report, Row
 from .stats import geometric_mean
 from .tables import Table
@@ -21,11 +21,11 @@ ABOUT = {"bahdanau": "Bahdanau", "luong": "Luong, input feeding"}
 
 
 def summaries(report: Report) -> list[Table]:
-    """All that have lines, under `auto` and with the kernels forced; once where these are the same."""
+    """All that have lines, under `auto`, with the kernels forced, frozen; once where these are the same."""
     found: list[Table] = []
     for make in (group_table, decoder_table, generate_table, corpus_table):
         merged: list[tuple[Table, list[str]]] = []
-        for ours in OURS:
+        for ours in SHOWN:
             table = make(report, ours)
             same = next((names for known, names in merged if known.lines == table.lines), None)
             if same is None:
@@ -37,7 +37,7 @@ def summaries(report: Report) -> list[Table]:
 
 
 def under(ours: str) -> str:
-    return "under auto" if ours == "auto" else f'with backend="{ours}"'
+    return {"auto": "under auto", "frozen": "frozen"}.get(ours, f'with backend="{ours}"')
 
 
 def group_table(report: Report, ours: str) -> Table:

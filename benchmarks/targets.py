@@ -26,6 +26,8 @@ def group(row: Row, ratio: Ratio) -> str:
     peer, mode = PEERS[ratio.peer].label, MODES[row.case.mode]
     if row.set == "grid" and isinstance(row.case, LayerCase):
         return f"{row.case.cell.upper()} {mode} over {peer}"
+    if row.set == "frozen" and isinstance(row.case, LayerCase):
+        return f"frozen {row.case.cell.upper()}{' cell' if row.case.is_cell else ''} over {peer}"
     if row.set == "varlen":
         return f"variable length over {peer}{' x real/padded' if ratio.peer.endswith('.full') else ''}"
     if row.set == "memory":
@@ -61,6 +63,8 @@ TARGETS = {
     "GRU forward over torch.nn": Target(2.0, 0.97),
     "GRU forward over ONNX Runtime": Target(1.1, 0.95),
     "GRU training over torch.nn": Target(2.5, 1.1),
+    "frozen LSTM over ONNX Runtime": Target(1.1, 0.95),
+    "frozen GRU over ONNX Runtime": Target(1.1, 0.95),
     "bf16 forward over our fp32": Target(1.6, 1.3),
     "bf16 training over our fp32": Target(1.6, 1.3),
     "variable length over our full length x real/padded": Target(1 / 1.1),
