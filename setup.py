@@ -7,6 +7,7 @@ CMAKE_ARGS is passed on; CXX and CMAKE_BUILD_PARALLEL_LEVEL are CMake's own.
 
 import importlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+OLDEST_CUDA = 12, 1  # from there on a kernel may have more than 4 KB of arguments
 
 
 def why_not(variable: str, missing: str | None) -> str | None:
@@ -42,8 +44,13 @@ def no_compiler() -> str | None:
 def no_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     places = os.pathsep.join([os.environ.get("PATH", ""), f"{home}/bin"])
-    if sys.platform == "win32" or shutil.which("nvcc", path=places) is None:
+    nvcc = None if sys.platform == "win32" else shutil.which("nvcc", path=places)
+    if nvcc is None:
         return f"no nvcc was found (on PATH, or in $CUDA_HOME/bin, that is {home}/bin)"
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.(\d+)", told)
+    if release is None or (int(release[1]), int(release[2])) < OLDEST_CUDA:
+        return f"{nvcc} is of CUDA {release[0] if release else 'release unknown'}; 12.1 or newer is needed"
     return None
 
 

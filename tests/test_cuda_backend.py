@@ -162,7 +162,7 @@ def test_the_extension_imports_without_a_driver() -> None:
         pytest.skip("nvcc is not here: no CUDA module was built" if not found else "there is a driver here")
     code = (
         "import fastseq; from fastseq.cuda import native; print(fastseq.backends()['cuda'])\n"
-        "try:\n    native.C.rnn_clusters(0, 2, 0, True, (1, 16, 32, 8, 1, 8), 512)\n"
+        "try:\n    native.C.rnn_clusters(0, 2, 0, True, (1, 16, 32, 8, 1, 8), 512, 100000)\n"
         "except RuntimeError as error:\n    print(error)"
     )
     told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

@@ -187,6 +187,14 @@ def test_strides_and_alignment(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(decode(replace(call, y=y), "cuda").output, want.output, rtol=0, atol=0)
 
 
+def test_one_block_alone(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its products differ in their units, so that what one loads ahead lies where another's epilogue read."""
+    for seed in range(12):
+        emulated.seed_schedule(seed)
+        with fixed(monkeypatch, "block", 1):
+            check(step, preset("luong", "lstm", N=8, B=8, T=3, S=3, H=48, R=64))
+
+
 @pytest.mark.parametrize("lost", ["mask", "carry", "d_weights", "cs"])
 def test_a_planted_fault_is_found(lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Something that the kernels are not given, or given as zeros."""
@@ -206,6 +214,7 @@ def test_a_planted_fault_is_found(lost: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_group_that_waits_in_vain(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks leave, and the next call says so."""
     call = decoder_call(preset("luong", dropout=False))
+    monkeypatch.setattr(native, "patience", lambda: 1000)
     monkeypatch.setattr(
         host, "_counters", lambda chosen, x: torch.full((chosen.shape.groups,), -1000, dtype=torch.int32)
     )

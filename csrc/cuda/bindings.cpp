@@ -103,10 +103,11 @@ std::tuple<int, int, int> sizes(int kind, int cell, bool forward, const ShapeTup
   return {found.shared, found.pitch, found.element};
 }
 
-int clusters(int device, int kind, int cell, bool forward, const ShapeTuple& shape, int H) {
+int clusters(int device, int kind, int cell, bool forward, const ShapeTuple& shape, int H, int shared) {
   int count = 0;
   check(use_device(device), "a question about clusters");
-  check(of_kind(kind).clusters(static_cast<CellKind>(cell), forward, shape_of(shape), H, &count), "a question about clusters");
+  check(of_kind(kind).clusters(static_cast<CellKind>(cell), forward, shape_of(shape), H, shared, &count),
+        "a question about clusters");
   return count;
 }
 
@@ -119,7 +120,7 @@ PYBIND11_MODULE(FS_MODULE, m) {
   m.def("rnn_backward", backward, unlocked);
   m.def("rnn_step", step, unlocked);
   m.def("rnn_sizes", sizes, "(bytes of shared memory of a block, elements between exchanged rows or parts of a sum, their bytes)");
-  m.def("rnn_clusters", clusters, "How many clusters of this kernel that GPU holds at once.");
+  m.def("rnn_clusters", clusters, "How many clusters of this kernel that GPU holds at once, each block with so many bytes of shared memory.");
   m.def("obstacle", obstacle, "Why nothing can run here, or an empty string.");
 #if defined(FS_EMULATE)
   m.def("seed_schedule", seed_schedule);

@@ -275,7 +275,14 @@ template <class... P>
 cudaError_t allow(void (*kernel)(P...), const LaunchShape& shape) {
   cudaError_t code = cudaSuccess;
   if (shape.shared > 0) {
-    code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared));
+    // All that the GPU gives, and not what this launch needs: the limit is the function's, for every thread that launches it.
+    int device = 0, most = 0;
+    cudaFuncAttributes of{};
+    code = cudaGetDevice(&device);
+    if (code == cudaSuccess) code = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (code == cudaSuccess) code = cudaFuncGetAttributes(&of, kernel);
+    most -= static_cast<int>(of.sharedSizeBytes);
+    if (code == cudaSuccess) code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   }
   if (code == cudaSuccess && shape.cluster > 8) {
     code = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);

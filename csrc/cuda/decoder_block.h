@@ -337,6 +337,8 @@ struct DecoderBlock {
     __syncwarp();
     group.arrive();
     flush(a.shape.rows - a.shape.chunk);
+    // a group of several has met within arrive; what the next loads ahead may lie where another warp's epilogue still reads
+    if (group.meeting == Meeting::kAlone) __syncthreads();
     prepare_next(p, t, onward, prepare);
     if (group.meeting == Meeting::kCluster) __syncthreads();  // the next product's sums lie where the flush reads
     return group.wait(memory<unsigned>(a.gone));

@@ -9,6 +9,7 @@
 
 namespace fastseq::cuda {
 
+constexpr uint64_t kFirst = 30;    // times as patient until all blocks have been seen: 10 minutes
 constexpr unsigned kLooks = 1024;  // at a counter, between two at the clock and at what others found
 
 enum class Meeting : int { kAlone, kCluster, kGrid };
@@ -52,12 +53,13 @@ struct Group {
   }
 
   __device__ __forceinline__ bool arrived() const {
-    const uint64_t since = nanoseconds();
+    // Only the first meeting waits for blocks that have no multiprocessor yet, as long as other kernels hold those.
+    const uint64_t limit = expected == size ? kFirst * patience : patience, since = nanoseconds();
     for (unsigned looks = 0; static_cast<int>(load_acquire(counter) - expected) < 0; ++looks) {  // it may wrap
       relax();
       if (looks % kLooks != kLooks - 1) continue;  // `stop` is host memory: a look at it takes longer than a whole step
       if (load_acquire(stop)) return false;
-      if (patience && nanoseconds() - since > patience) {
+      if (limit && nanoseconds() - since > limit) {
         store_cg(stop, 1u);  // no atomic: not every bus has them
         return false;
       }

@@ -139,7 +139,8 @@ struct BackwardBlock {
   };
   __device__ __forceinline__ void read(int t, Read (&r)[kMostPairs]) const {
     pairs.running(t, [&](int p) {
-      const int b = row0 + pairs.row[p], u = unit0 + unit(p), token = steps.token_of_direction(t, b);
+      const int b = row0 + pairs.row[p], u = unit0 + unit(p);
+      const int64_t token = steps.token_of_direction(t, b);  // int64 first: token * H passes 2^31
       const T* gates = static_cast<const T*>(a.gates) + token * kColumns * a.H + u;
 #pragma unroll
       for (int column = 0; column < kColumns; ++column) r[p].saved[column] = to_float(gates[static_cast<int64_t>(column) * a.H]);

@@ -196,7 +196,8 @@ struct ForwardBlock {
   }
 
   __device__ __forceinline__ void store(int p, int t, const float (&saved)[kColumns]) const {
-    const int b = row0 + pairs.row[p], u = unit0 + unit(p), token = steps.token_of_direction(t, b);
+    const int b = row0 + pairs.row[p], u = unit0 + unit(p);
+    const int64_t token = steps.token_of_direction(t, b);  // int64 first: token * H passes 2^31
     static_cast<T*>(a.out)[(steps.token(t, b) * a.directions + steps.direction) * a.H + u] = from_float<T>(h[own(p)]);
     if (a.cells) a.cells[token * a.H + u] = c[own(p)];
     if (!a.gates) return;

@@ -32,6 +32,8 @@ LaunchShape launch_shape(const RnnShape& shape, int directions, int shared, void
 template <template <class> class Cell>
 struct Of {
   static constexpr int kGates = Cell<M>::kGates;
+  static constexpr int kStepShared = step_shared<P, Cell<M>>();
+  static_assert(kStepShared <= 99 * 1024);
   using Forward = ForwardSizes<P, kGates, Cell<M>::kColumns>;
   template <int kM> using Backward = BackwardSizes<P, kGates, kM>;
 
@@ -76,11 +78,11 @@ struct Of {
   }
   static int step(const RnnStep& a, void* stream) {
     const unsigned grid = (a.B + kStepRows - 1) / kStepRows * ((a.H + kTileRows - 1) / kTileRows);
-    return launch(rnn_step<P, T, Cell, M>, {grid, kThreads, 1, step_shared<P, kGates>(), false, stream}, a);
+    return launch(rnn_step<P, T, Cell, M>, {grid, kThreads, 1, kStepShared, false, stream}, a);
   }
-  static int clusters(bool forward, const RnnShape& shape, int H, int* count) {
-    const auto ask = [&](auto kernel, const RnnSizes& needs) {
-      return clusters_resident(kernel, launch_shape(shape, 1, needs.shared, nullptr), count);
+  static int clusters(bool forward, const RnnShape& shape, int H, int shared, int* count) {
+    const auto ask = [&](auto kernel, const RnnSizes&) {
+      return clusters_resident(kernel, launch_shape(shape, 1, shared, nullptr), count);
     };
     return forward ? with_forward(shape, H, ask) : with_backward(shape, H, ask);
   }
@@ -110,8 +112,9 @@ const RnnLaunches FS_LAUNCHES = {
     [](CellKind cell, bool forward, const RnnShape& shape, int H) {
       return cell == CellKind::kLstm ? LstmOf::sizes(forward, shape, H) : GruOf::sizes(forward, shape, H);
     },
-    [](CellKind cell, bool forward, const RnnShape& shape, int H, int* count) {
-      return cell == CellKind::kLstm ? LstmOf::clusters(forward, shape, H, count) : GruOf::clusters(forward, shape, H, count);
+    [](CellKind cell, bool forward, const RnnShape& shape, int H, int shared, int* count) {
+      return cell == CellKind::kLstm ? LstmOf::clusters(forward, shape, H, shared, count)
+                                     : GruOf::clusters(forward, shape, H, shared, count);
     },
 };
 

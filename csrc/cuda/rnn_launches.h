@@ -19,7 +19,7 @@ struct RnnLaunches {
   int (*backward)(CellKind, const RnnBackward&, void* stream);
   int (*step)(CellKind, const RnnStep&, void* stream);
   RnnSizes (*sizes)(CellKind, bool forward, const RnnShape&, int H);  // all 0 where there is no such kernel
-  int (*clusters)(CellKind, bool forward, const RnnShape&, int H, int* count);  // that may be resident at once
+  int (*clusters)(CellKind, bool forward, const RnnShape&, int H, int shared, int* count);  // resident at once
 };
 extern const RnnLaunches full32_launches, tensor32_launches, brain_half_launches, half_launches;
 

@@ -11,11 +11,21 @@ namespace fastseq::cuda {
 
 constexpr int kStepRows = 16, kStepTiles = kStepRows / kTileColumns;
 
+// Planes of sums: one if every gate adds to the same column from x and from h, as an LSTM's.
+template <class C>
+constexpr int step_planes() {
+  int planes = 1;
+  for (int gate = 0; gate < C::kGates; ++gate)
+    if (C::kInput[gate] != C::kHidden[gate]) planes = 2;
+  return planes;
+}
+
 template <class P, class T, template <class> class Cell, class M>
 struct StepBlock {
   using C = Cell<M>;
   using E = typename P::Element;
   static constexpr int kGates = C::kGates, kColumns = C::kColumns;
+  static constexpr int kPlanes = step_planes<C>();
   static constexpr int kPitch = kTileRows + 4;                       // of sums, and
   static constexpr int kStatePitch = P::kTileK + 16 / sizeof(E);  // of states: rows start 4 banks apart
 
@@ -23,7 +33,7 @@ struct StepBlock {
   const int unit0, row0;
   unsigned char* tiles;  // a warp's: kGates of weights
   E* states;             // a warp's: [kStepRows, kStatePitch]
-  float* sums;           // [warp][x's and h's column of the gate][row][unit]
+  float* sums;           // [warp][plane][gate][row][unit]
 
   // One tile of k of W s, of `source` [.., features] with rows `pitch` apart.
   __device__ __forceinline__ void load(const void* w, const void* source, int64_t pitch, bool wide, int features, int k0) const {
@@ -59,15 +69,18 @@ struct StepBlock {
     __syncwarp();
   }
 
-  // This warp's share of one of the two products into its sums.
-  __device__ __forceinline__ void product(int which, const void* w, const void* source, int64_t pitch, bool wide, int features) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    float d[kStepTiles][kGates][4] = {};
+  using Sums = float[kStepTiles][kGates][4];
+
+  // d += this warp's share of one of the two products.
+  __device__ __forceinline__ void product(Sums& d, const void* w, const void* source, int64_t pitch, bool wide, int features) {
     if (source)
-      for (int k0 = warp * P::kTileK; k0 < features; k0 += kWarps * P::kTileK) {
+      for (int k0 = (threadIdx.x >> 5) * P::kTileK; k0 < features; k0 += kWarps * P::kTileK) {
         load(w, source, pitch, wide, features, k0);
         multiply(d);
       }
+  }
+  __device__ __forceinline__ void put(int plane, const Sums& d) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 #pragma unroll
     for (int n = 0; n < kStepTiles; ++n)
 #pragma unroll
@@ -75,15 +88,15 @@ struct StepBlock {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int row = n * kTileColumns + (lane & 3) * 2 + (i & 1), unit = (lane >> 2) + (i >> 1) * 8;
-          sums[(((warp * 2 + which) * kGates + gate) * kStepRows + row) * kPitch + unit] = d[n][gate][i];
+          sums[(((warp * kPlanes + plane) * kGates + gate) * kStepRows + row) * kPitch + unit] = d[n][gate][i];
         }
   }
 
-  __device__ __forceinline__ float summed(int which, int gate, int row, int unit) const {
+  __device__ __forceinline__ float summed(int plane, int gate, int row, int unit) const {
     float sum = 0.f;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp)
-      sum += sums[(((warp * 2 + which) * kGates + gate) * kStepRows + row) * kPitch + unit];
+      sum += sums[(((warp * kPlanes + plane) * kGates + gate) * kStepRows + row) * kPitch + unit];
     return sum;
   }
 
@@ -96,7 +109,8 @@ struct StepBlock {
     for (int gate = 0; gate < kGates; ++gate) {
       const int64_t of_gate = static_cast<int64_t>(gate) * a.H + u;
       pre[map.input[gate]] += summed(0, gate, row, unit) + (b_ih ? to_float(b_ih[of_gate]) : 0.f);
-      pre[map.hidden[gate]] += summed(1, gate, row, unit) + (b_hh ? to_float(b_hh[of_gate]) : 0.f);
+      pre[map.hidden[gate]] += b_hh ? to_float(b_hh[of_gate]) : 0.f;
+      if (kPlanes == 2) pre[map.hidden[gate]] += summed(1, gate, row, unit);
     }
     float h = a.h0 ? load_either<T>(a.h0, at, a.wide) : 0.f, c = a.c0 ? load_either<T>(a.c0, at, a.wide) : 0.f;
     C::forward(pre, h, c, saved);
@@ -122,18 +136,22 @@ __global__ void __launch_bounds__(kThreads, 1) rnn_step(const __grid_constant__ 
   float* sums = reinterpret_cast<float*>(states + kWarps * kStepRows * Block::kStatePitch * sizeof(E));
   Block block{a, static_cast<int>(blockIdx.x) % unit_tiles * kTileRows, static_cast<int>(blockIdx.x) / unit_tiles * kStepRows,
               shared + warp * kGates * kTileBytes, reinterpret_cast<E*>(states) + warp * kStepRows * Block::kStatePitch, sums};
-  block.product(0, a.w_ih, a.x, a.x_row, false, a.I);
-  block.product(1, a.w_hh, a.h0, a.H, a.wide, a.H);
+  typename Block::Sums of_x = {}, of_h = {};
+  block.product(of_x, a.w_ih, a.x, a.x_row, false, a.I);
+  block.product(Block::kPlanes == 1 ? of_x : of_h, a.w_hh, a.h0, a.H, a.wide, a.H);
+  block.put(0, of_x);
+  if (Block::kPlanes == 2) block.put(1, of_h);
   __syncthreads();
   const int row = threadIdx.x / kTileRows, unit = threadIdx.x % kTileRows;  // kStepRows * kTileRows = kThreads
   if (block.row0 + row < a.B && block.unit0 + unit < a.H) block.run_cell(row, unit);
 }
 
-// Bytes of shared memory of a block of rnn_step.
-template <class P, int kGates>
+// Bytes of shared memory of a block of rnn_step: below the 99 KB of the smallest GPUs.
+template <class P, class C>
 constexpr int step_shared() {
+  constexpr int kGates = C::kGates;
   return kWarps * (kGates * kTileBytes + kStepRows * (P::kTileK * static_cast<int>(sizeof(typename P::Element)) + 16) +
-                   2 * kGates * kStepRows * (kTileRows + 4) * 4);
+                   step_planes<C>() * kGates * kStepRows * (kTileRows + 4) * 4);
 }
 
 }  // namespace fastseq::cuda

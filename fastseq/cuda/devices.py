@@ -49,19 +49,21 @@ def _found(index: int) -> DeviceSpec:
     arch, shared = 10 * found.major + found.minor, getattr(found, "shared_memory_per_block_optin", 99 * 1024)
     like = max((d for d in DEVICES if d.arch <= arch), key=lambda d: d.arch)  # rates of the nearest known one
     sizes = (2, 4, 8, 16) if like.clusters else ()
-    clusters = tuple((n, count) for n in sizes if (count := _clusters(index, n)))
+    clusters = tuple((n, count) for n in sizes if (count := _clusters(index, n, shared)))
     return DeviceSpec(
         found.name, arch, found.multi_processor_count, shared, clusters, like.tensor_flops, like.vector_flops,
         like.shared_bytes, like.remote_bytes, like.l2_bytes,
     )  # fmt: skip
 
 
-def _clusters(index: int, blocks: int) -> int:
-    """How many clusters of so many blocks fit, each block with nearly all of an SM's shared memory."""
+def _clusters(index: int, blocks: int, shared: int) -> int:
+    """How many clusters of so many blocks fit, each block with all the shared memory it may have."""
     assert native.C is not None
     hidden = 32 * blocks
     try:
-        return native.C.rnn_clusters(index, native.KINDS["brain_half"], 0, True, (1, blocks, 32, 16, 1, 0), hidden)
+        with torch.cuda.device(index):
+            shape = (1, blocks, 32, 16, 1, 0)
+            return native.C.rnn_clusters(index, native.KINDS["brain_half"], 0, True, shape, hidden, shared)
     except RuntimeError:  # more blocks, or more shared memory of each, than this GPU has
         return 0
 

@@ -31,7 +31,7 @@ try:
     reason = None
 except ImportError as error:
     C = None
-    reason = f"the CUDA extension is not built ({error}); reinstall with nvcc of CUDA 12.8 or newer and FASTSEQ_CUDA=1"
+    reason = f"the CUDA extension is not built ({error}); reinstall with nvcc of CUDA 12.1 or newer and FASTSEQ_CUDA=1"
 
 KINDS = {"full32": 0, "tensor32": 1, "brain_half": 2, "half": 3}  # as in csrc/cuda/rnn.h
 _DTYPES = {torch.float32: "full32", torch.bfloat16: "brain_half", torch.float16: "half"}
@@ -68,9 +68,10 @@ def obstacle_on(name: str, t: torch.Tensor) -> str | None:
         )
     if t.dtype not in _DTYPES:
         return f"{name} is {t.dtype}; these kernels take float32, bfloat16 and float16"
-    if kind == "cuda" and torch.cuda.get_device_capability(t.device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(t.device)
-        return f"{torch.cuda.get_device_name(t.device)} is sm_{major}{minor}; these kernels need sm_80 or newer"
+    if kind == "cuda":
+        found = torch.cuda.get_device_properties(t.device)
+        if found.major < 8:
+            return f"{found.name} is sm_{found.major}{found.minor}; these kernels need sm_80 or newer"
     return None
 
 
@@ -106,10 +107,15 @@ def stop_flag(x: torch.Tensor) -> torch.Tensor:
     Raises RuntimeError if an earlier kernel has.
     """
     flag = _flags.get(x.device)
-    if flag is None:
-        flag = _flags[x.device] = torch.zeros(1, dtype=torch.int32, pin_memory=x.device.type == "cuda")
-    if ctypes.c_int32.from_address(flag.data_ptr()).value:
-        flag.zero_()
+    if flag is None:  # an ordinary tensor, whatever modes the first call is made in; of two threads' one is kept
+        with torch.inference_mode(False):
+            made = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=x.device.type == "cuda")
+        flag = _flags.setdefault(x.device, made)
+    word = ctypes.c_int32.from_address(flag.data_ptr())
+    if word.value:
+        if x.device.type == "cuda":
+            torch.cuda.synchronize(x.device)  # blocks that came late leave by it too
+        word.value = 0
         raise RuntimeError(
             f"fastseq: a kernel on {x.device} gave up after {patience() / 1e9:g} s of waiting for its other blocks; "
             "results since the last check are wrong. Another program may hold the GPU; under a debugger set "

@@ -35,6 +35,19 @@ def test_a_layer_of_more_elements_than_int32_counts() -> None:
     torch.testing.assert_close(h_n[0], out[-1])
 
 
+def test_saved_gates_of_more_elements_than_int32_counts() -> None:
+    """What training keeps of a layer, and its gradients: those of the last rows are those of the rows alone."""
+    T, B, H = (4, 6, 8) if REHEARSES else (520, 16_200, 64)
+    needs(60)
+    module = fastseq.LSTM(1, H, backend=BACKEND).to(DEVICE, torch.bfloat16)
+    x = torch.randn(T, B, 1, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    alone = x[:, -4:].detach().clone().requires_grad_()
+    (d_x,) = torch.autograd.grad(module(x)[0][:, -4:].sum(), x)
+    (d_alone,) = torch.autograd.grad(module(alone)[0].sum(), alone)
+    torch.testing.assert_close(d_x[:, -4:], d_alone, rtol=2**-5, atol=2**-5)
+    assert not d_x[:, :-4].count_nonzero()
+
+
 def test_an_attention_of_more_elements_than_int32_counts() -> None:
     """Weights [N, T, S]."""
     N, T, S, A = (6, 5, 7, 4) if REHEARSES else (132, 4096, 4096, 16)
