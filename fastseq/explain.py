@@ -114,9 +114,11 @@ def _verdicts(call: Call, named: str, of_cpu: str = "") -> Explanation:
         chosen, why = next((name, why) for name, why in candidates(call) if obstacles[name] is None)
     verdicts = []
     for name, reason in obstacles.items():
-        if name == chosen:
+        if name == chosen and reason is None:
             runs = f"runs this call: {why}{_layout(name, call)}{of_cpu if name == 'cpu' else ''}"
-            verdicts.append(Verdict(name, reason is None, runs if reason is None else reason))
+            verdicts.append(Verdict(name, True, runs))
+        elif name == chosen:
+            verdicts.append(Verdict(name, False, str(reason)))
         else:
             verdicts.append(Verdict(name, False, reason or f"could; {chosen} goes first: {why}"))
     return Explanation(verdicts)
