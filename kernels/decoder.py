@@ -3,17 +3,17 @@ and decoder_backward.py.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastseq.ops.decoder_initial import initial_gradients
+from fastseq.ops import decoder_gpu
+from fastseq.ops.decoder_gpu import started_carry
 from fastseq.ops.decoder_native import empty_results
-from fastseq.ops.decoder_products import LoopGradients, all_gradients, asking_states
 from fastseq.ops.decoder_types import COLUMNS, KEPT, LoopSpec, LoopTensors, masked, parts
 from fastseq.ops.linear import product
-from fastseq.ops.rnn_gpu import without_autocast
 
 from . import cells, configs
 from .attention_backward import key_gradients
@@ -132,37 +132,17 @@ def _most_tiles(z: Static, rows: int, source: int) -> int:
     return max(products, rows * max(cdiv(source, of.s), cdiv(z.D, of.d), cdiv(z.A, of.a)))
 
 
-def backward(
-    loop: LoopSpec,
-    grads: Sequence[Any],  # GRADIENTS, each None where there is none
-    x: LoopTensors,
-    kept: Sequence[Tensor | None],
-    needs: Sequence[bool],  # of LoopTensors, flattened
-    consume: bool,  # ignored: a GPU's allocator gives nothing back to the system
-) -> list[Tensor | None]:
-    """As fastseq::decoder_loop_backward, None where that has empty tensors."""
-    if x.y.shape[0] == 0:
-        pairs = zip(x.flat(), needs, strict=True)
-        return [torch.zeros_like(t) if t is not None and need else None for t, need in pairs]
-    with without_autocast(x.y):
-        return _backward(loop, grads, _aligned(loop, x), kept, LoopTensors.of(loop, needs))
-
-
-def _backward(
-    loop: LoopSpec, grads: Sequence[Any], x: LoopTensors, kept: Sequence[Tensor | None], need: LoopTensors
-) -> list[Tensor | None]:  # fmt: skip
-    kept = [None if t is None else aligned(t) for t in kept]
-    given = _given(grads)
+def _backward(loop: LoopSpec, grads: Sequence[Any], x: LoopTensors, kept: Sequence[Tensor | None]) -> decoder_gpu.Found:
+    """Run the kernel; what it fills."""
     found = _empty_found(loop, x, grads)
     config, z = _choose("decoder_backward", loop, x, True)
-    read = _read(x, None, None)
     constants = {"Z": z, "BACKWARD": None if z.reset_before else cells.CELLS[loop.cell].backward}
-    _run(decoder_backward, (read, Made(*kept), given, found, tuple(x.c0)), x, len(z.undone), constants, config)
-    return all_gradients(loop, x, kept, _gradients(loop, x, kept, found, z, need), need, False, _keep)
-
-
-def _keep(t: Tensor | None) -> None:
-    """Nothing to free by hand."""
+    pointers = (_read(x, None, None), Made(*kept), _given(grads), found, tuple(x.c0))
+    _run(decoder_backward, pointers, x, len(z.undone), constants, config)
+    return {
+        "d_gates": found.gates, "carry": found.carry, "d_queries": found.queries, "d_read": found.read,
+        "d_context": found.contexts, "d_scores": found.scores,
+    }  # fmt: skip
 
 
 def _given(grads: Sequence[Any]) -> Given:
@@ -174,11 +154,7 @@ def _given(grads: Sequence[Any]) -> Given:
 def _empty_found(loop: LoopSpec, x: LoopTensors, grads: Sequence[Any]) -> Found:
     (rows, steps, _), new, wide = x.y.shape, x.y.new_empty, torch.float32
     gates = new(loop.cells, rows, steps, COLUMNS[loop.cell] * x.hidden)
-    carry = torch.zeros((loop.layers, rows, x.hidden), dtype=wide, device=x.y.device)
-    if loop.cell == "lstm":
-        for layer, d_c in enumerate(grads[-1]):
-            if d_c is not None:
-                carry.select(0, layer).copy_(d_c)
+    carry = started_carry(loop, x, grads)
     queries = contexts = scores = weights = read = None
     if x.keys is not None and x.memory is not None:
         source = x.keys.shape[1]
@@ -191,26 +167,4 @@ def _empty_found(loop: LoopSpec, x: LoopTensors, grads: Sequence[Any]) -> Found:
     return Found(gates, queries, read, contexts, scores, carry, weights, arrived)
 
 
-def _gradients(
-    loop: LoopSpec, x: LoopTensors, kept: Sequence[Tensor | None], found: Found, z: Static, need: LoopTensors
-) -> LoopGradients:
-    """What the kernel made, and what follows from it about memory, keys, v and the initial state."""
-    d_keys = d_memory = d_v = None
-    if x.keys is not None and x.memory is not None:
-        batch, source, _ = x.keys.shape
-        weights = kept[KEPT.index("weights")]
-        assert weights is not None
-        if need.memory:
-            lead = (batch, weights.shape[0] // batch * weights.shape[1])
-            d_memory = torch.bmm(weights.view(*lead, source).mT, found.contexts.view(*lead, found.contexts.shape[2]))
-        if x.v is not None and (need.keys or need.v):
-            asked = kept[KEPT.index("queries")] if z.projects else asking_states(loop, kept)
-            assert asked is not None
-            d_keys, d_v = key_gradients(asked, x.keys, x.v, found.scores, x.mask)
-    d_gates = list(found.gates.unbind(0))
-    made = {"d_gates": found.gates, "carry": found.carry, "d_queries": found.queries, "d_read": found.read}
-    d_h0, d_c0, d_feed0 = initial_gradients(loop, x, made, need)
-    return LoopGradients(
-        d_gates, found.queries if z.projects else None, found.read, d_keys, found.scores if x.v is None else None,
-        d_memory, d_v, d_feed0, d_h0, d_c0,
-    )  # fmt: skip
+backward = partial(decoder_gpu.backward, _backward, key_gradients)

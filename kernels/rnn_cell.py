@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseq.ops.rnn_gpu import cell_gradients
+from fastseq.ops.rnn_gpu import StepResults, cell_gradients
 
 from .blocks import dot, product
 from .cells import CELLS, Cell
@@ -203,13 +203,9 @@ def forward(
     save: bool,
 ) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
     """(out of a layer, h, c of an LSTM); for backward gates [B, 4, H], and an LSTM's cells [B, H] in fp32."""
-    name, rows, row, state, out_shape = shape
+    name, rows, row, state, _ = shape
     cell, hidden = CELLS[name], state[-1]
-    h = x.new_empty(state) if h0 is None else torch.empty_like(h0)
-    c = torch.empty_like(h) if cell.cell_state else None
-    out = None if out_shape is None else x.new_empty(out_shape)
-    gates = x.new_empty((rows, cell.columns, hidden)) if save else None
-    cells = x.new_empty((rows, hidden), dtype=torch.float32) if save and c is not None else None
+    made = StepResults.empty(shape, x, h0, save)
     if rows:
         config, constants = _plan(
             "forward", cell, x.dtype, x.shape[-1], hidden, tf32_allowed(x, "matmul"), device_of(x)
@@ -218,10 +214,9 @@ def forward(
         w_ih, w_hh, b_ih, b_hh = (*map(placed, weights), None, None)[:4]
         source = placed(x)
         row = row if source is x else x.shape[-1]
-        args = (source, w_ih, w_hh, b_ih, b_hh, _at(h0), _at(c0), out, h, c, gates, cells, rows, row)
+        args = (source, w_ih, w_hh, b_ih, b_hh, _at(h0), _at(c0), made.out, *made[:2], *made[3:], rows, row)
         run(x, Launch(forward_kernel, grid, args, constants, config.warps, config.stages, unshared=True))
-    results = (h,) if c is None else (h, c)
-    return results if out is None else (out, *results), gates, cells
+    return made.complete()
 
 
 def backward(

@@ -4,18 +4,18 @@ What happens at each step, the kernels do in one launch; products of all steps, 
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.decoder_initial import initial_gradients
+from ..ops import decoder_gpu
+from ..ops.decoder_gpu import started_carry
 from ..ops.decoder_native import empty_results
-from ..ops.decoder_products import LoopGradients, all_gradients, asking_states
 from ..ops.decoder_types import COLUMNS, KEPT, LoopSpec, LoopTensors, masked, parts
 from ..ops.linear import product
-from ..ops.rnn_gpu import aligned, tf32_flag, without_autocast
+from ..ops.rnn_gpu import aligned, tf32_flag
 from . import devices, native
 from .decoder_phases import TENSORS, Program, dims
 from .decoder_plan import DecoderPlan, plan
@@ -138,37 +138,15 @@ def _counters(chosen: DecoderPlan, x: LoopTensors) -> Tensor | None:
     return torch.zeros(chosen.shape.groups, dtype=torch.int32, device=x.y.device)
 
 
-def backward(
-    loop: LoopSpec,
-    grads: Sequence[Any],  # GRADIENTS, each None where there is none
-    x: LoopTensors,
-    kept: Sequence[Tensor | None],
-    needs: Sequence[bool],  # of LoopTensors, flattened
-    consume: bool,  # ignored: a GPU's allocator gives nothing back to the system
-) -> list[Tensor | None]:
-    """As fastseq::decoder_loop_backward, None where that has empty tensors."""
-    if x.y.shape[0] == 0:
-        pairs = zip(x.flat(), needs, strict=True)
-        return [torch.zeros_like(t) if t is not None and need else None for t, need in pairs]
-    with without_autocast(x.y):
-        return _backward(loop, grads, _aligned(loop, x), kept, LoopTensors.of(loop, needs))
-
-
-def _backward(
-    loop: LoopSpec, grads: Sequence[Any], x: LoopTensors, kept: Sequence[Tensor | None], need: LoopTensors
-) -> list[Tensor | None]:  # fmt: skip
-    kept = [None if t is None else aligned(t) for t in kept]
+def _backward(loop: LoopSpec, grads: Sequence[Any], x: LoopTensors, kept: Sequence[Tensor | None]) -> Named:
+    """Run the kernel; what it fills."""
     made = program(loop, dims(loop, x, True), False)
     chosen = _plan(made, x)
-    given, found = _given(grads, x), _empty_found(loop, x, grads)
-    named = dict(zip(KEPT, kept, strict=True)) | _read(x) | given | found
+    found = _empty_found(loop, x, grads)
+    named = dict(zip(KEPT, kept, strict=True)) | _read(x) | _given(grads, x) | found
     named |= _between_blocks(made, chosen, x, named)
     _run(made, chosen, x, True, named)
-    return all_gradients(loop, x, kept, _gradients(loop, x, kept, found, need), need, False, _keep)
-
-
-def _keep(t: Tensor | None) -> None:
-    """Nothing to free by hand."""
+    return found
 
 
 def _given(grads: Sequence[Any], x: LoopTensors) -> Named:
@@ -185,13 +163,9 @@ def _given(grads: Sequence[Any], x: LoopTensors) -> Named:
 
 
 def _empty_found(loop: LoopSpec, x: LoopTensors, grads: Sequence[Any]) -> Named:
-    """What the kernel fills; carry [K, N, H] begins with the gradients of c_n."""
+    """What the kernel fills."""
     (rows, steps, _), new, wide = x.y.shape, x.y.new_empty, torch.float32
-    carry = torch.zeros((loop.layers, rows, x.hidden), dtype=wide, device=x.y.device)
-    if loop.cell == "lstm":
-        for layer, d_c in enumerate(grads[-1]):
-            if d_c is not None:
-                carry.select(0, layer).copy_(d_c)
+    carry = started_carry(loop, x, grads)
     found: Named = {"d_gates": new(loop.cells, rows, steps, COLUMNS[loop.cell] * x.hidden), "carry": carry}
     if x.keys is not None and x.memory is not None:
         found["d_queries"] = new(rows, steps, x.keys.shape[2])
@@ -203,40 +177,15 @@ def _empty_found(loop: LoopSpec, x: LoopTensors, grads: Sequence[Any]) -> Named:
     return found
 
 
-def _gradients(
-    loop: LoopSpec, x: LoopTensors, kept: Sequence[Tensor | None], found: Named, need: LoopTensors
-) -> LoopGradients:
-    """What the kernel made, and what follows from it about memory, keys, v and the initial state."""
-    d_keys = d_memory = d_v = None
-    if x.keys is not None and x.memory is not None:
-        batch, source, _ = x.keys.shape
-        weights, d_context = kept[KEPT.index("weights")], found["d_context"]
-        assert weights is not None and d_context is not None  # noqa: PT018
-        if need.memory:
-            lead = (batch, weights.shape[0] // batch * weights.shape[1])
-            d_memory = torch.bmm(weights.view(*lead, source).mT, d_context.view(*lead, d_context.shape[2]))
-        if x.v is not None and (need.keys or need.v):
-            asked = asking_states(loop, kept) if x.w_query is None else kept[KEPT.index("queries")]
-            assert asked is not None
-            d_keys, d_v = key_gradients(asked, x.keys, x.v, found["d_scores"])
-    gates = found["d_gates"]
-    assert gates is not None
-    d_h0, d_c0, d_feed0 = initial_gradients(loop, x, found, need)
-    return LoopGradients(
-        list(gates.unbind(0)), found.get("d_queries") if x.w_query is not None else None, found.get("d_read"), d_keys,
-        found.get("d_scores") if x.v is None else None, d_memory, d_v, d_feed0, d_h0, d_c0,
-    )  # fmt: skip
-
-
 def key_gradients(
     asked: Tensor,  # [N, T, A]; N = B * copies, row n asked keys n // copies
     keys: Tensor,  # [B, S, A]; what d_scores is 0 for is not read into a result
     v: Tensor,  # [A]
-    d_scores: Tensor | None,  # fp32 [N, T, S]
+    d_scores: Tensor,  # fp32 [N, T, S]
+    mask: Tensor | None,  # not asked: where it is False d_scores is 0
 ) -> tuple[Tensor, Tensor]:
     """d_keys [B, S, A] and d_v [A] of the additive score, fp32, in a fixed order: without atomics."""
     assert native.C is not None
-    assert d_scores is not None
     batch, source, units = keys.shape
     asked = aligned(asked)
     d_keys = torch.empty(keys.shape, dtype=torch.float32, device=keys.device)
@@ -246,3 +195,6 @@ def key_gradients(
         read, made = (asked, keys, v, d_scores), (d_keys, d_v)
         native.launch("decoder_keys", keys, kind, batch, queries, source, units, *map(address, (*read, *made)))
     return d_keys, d_v.sum(0)
+
+
+backward = partial(decoder_gpu.backward, _backward, key_gradients)

@@ -29,22 +29,17 @@ def forward(
     save: bool,
 ) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
     """(out of a layer, h, c of an LSTM); for backward gates [B, 4, H], and an LSTM's cells [B, H] in fp32."""
-    name, rows, row, state, out_shape = shape
-    cell, hidden = rnn_gpu.CELLS[name], state[-1]
-    h = x.new_empty(state) if h0 is None else torch.empty_like(h0)
-    c = torch.empty_like(h) if cell.cell_state else None
-    out = None if out_shape is None else x.new_empty(out_shape)
-    gates = x.new_empty((rows, cell.columns, hidden)) if save else None
-    cells = x.new_empty((rows, hidden), dtype=torch.float32) if save and c is not None else None
+    name, rows, row, state, _ = shape
+    hidden = state[-1]
+    made = rnn_gpu.StepResults.empty(shape, x, h0, save)
     if rows:
         w_ih, w_hh, b_ih, b_hh = (*weights, None, None)[:4]
         native.launch(
             "rnn_step", x, KINDS[kind_of(x.dtype, rnn_gpu.tf32_flag("matmul"))], CELLS[name], rows, x.shape[-1], hidden,
-            row, h.dtype is torch.float32, x.data_ptr(), address(w_ih), address(w_hh), address(b_ih), address(b_hh),
-            address(h0), address(c0), address(out), h.data_ptr(), address(c), address(gates), address(cells),
+            row, made.h.dtype is torch.float32, x.data_ptr(), address(w_ih), address(w_hh), address(b_ih),
+            address(b_hh), address(h0), address(c0), address(made.out), *map(address, (*made[:2], *made[3:])),
         )  # fmt: skip
-    results = (h,) if c is None else (h, c)
-    return results if out is None else (out, *results), gates, cells
+    return made.complete()
 
 
 def backward(

@@ -15,8 +15,8 @@ from torch import Tensor
 from .common import PLAIN
 
 __all__ = [
-    "CELLS", "Batch", "CellColumns", "GivenGradients", "Recurrence", "Saved", "aligned", "backward", "cell_gradients",
-    "forward", "tf32_flag", "without_autocast",
+    "CELLS", "Batch", "CellColumns", "GivenGradients", "Recurrence", "Saved", "StepResults", "aligned", "backward",
+    "cell_gradients", "forward", "tf32_flag", "without_autocast",
 ]  # fmt: skip
 
 
@@ -296,6 +296,33 @@ def _runs(kind: Any) -> list[tuple[int, int, int]]:
         else:
             runs.append((gate, places[gate], 1))
     return runs
+
+
+class StepResults(NamedTuple):
+    """What a step fills: of a layer `out` too; for backward gates [B, 4, H], and an LSTM's cells [B, H] in fp32."""
+
+    h: Tensor
+    c: Tensor | None
+    out: Tensor | None
+    gates: Tensor | None
+    cells: Tensor | None
+
+    @classmethod
+    def empty(cls, shape: Any, x: Tensor, h0: Tensor | None, save: bool) -> "StepResults":
+        """Of a StepShape."""
+        name, rows, _, state, out_shape = shape
+        cell, hidden = CELLS[name], state[-1]
+        h = x.new_empty(state) if h0 is None else torch.empty_like(h0)
+        c = torch.empty_like(h) if cell.cell_state else None
+        out = None if out_shape is None else x.new_empty(out_shape)
+        gates = x.new_empty((rows, cell.columns, hidden)) if save else None
+        cells = x.new_empty((rows, hidden), dtype=torch.float32) if save and c is not None else None
+        return cls(h, c, out, gates, cells)
+
+    def complete(self) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
+        """As ops/step.py wants them: (out of a layer, h, c of an LSTM), gates, cells."""
+        results = (self.h,) if self.c is None else (self.h, self.c)
+        return results if self.out is None else (self.out, *results), self.gates, self.cells
 
 
 def tf32_flag(operator: str) -> bool:
