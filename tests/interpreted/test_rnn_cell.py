@@ -1,6 +1,5 @@
 """One step on Triton, as cells and T=1 layers run it, against the float64 oracle; and modules that come down to it."""
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -11,35 +10,11 @@ from torch import Tensor, nn
 
 import fastseq
 from fastseq.backends import triton as backend
-from fastseq.backends.call import RnnCall
-from tests.oracle import Case, Layer, Mismatch, Problem, check_layer, check_second, run
+from tests.one_step import KINDS, cases, check_larger_tensors, check_nan, check_parts, ways
+from tests.oracle import Case, Layer, Mismatch, Problem, check_layer, check_second
 
-
-def by_layer(cell: str, x: Tensor, h0: Any, c0: Any, weights: list[Tensor], *rest: Any) -> Any:
-    """A layer of one step."""
-    resets, batch_first, bias = rest[1], rest[3], len(weights) == 4
-    out, (h, *c) = backend.rnn(RnnCall(cell, x, h0, c0, weights, has_bias=bias, batch_first=batch_first, resets=resets))
-    return out, h, c[0] if c else None
-
-
-def by_cell(cell: str, x: Tensor, h0: Any, c0: Any, weights: list[Tensor], *rest: Any) -> Any:
-    """A cell, whose h is also the output."""
-    x = x[:, 0] if rest[3] else x[0]
-    h0, c0 = (None if s is None else s[0] for s in (h0, c0))
-    h, *c = backend.rnn_cell(RnnCall(cell, x, h0, c0, weights, has_bias=len(weights) == 4))
-    out = h.to(x.dtype)
-    return out[:, None] if rest[3] else out[None], h[None], c[0][None] if c else None
-
-
-WAYS = (by_layer, by_cell)
-KINDS = list(itertools.product(("lstm", "gru"), (torch.float32, torch.bfloat16, torch.float16)))
+WAYS = by_layer, by_cell = ways(backend)
 SHAPES = [(0, 3, 5), (1, 1, 1), (3, 5, 15), (2, 16, 32), (17, 19, 33)]  # B, I, H
-
-
-def cases() -> list[Case]:
-    """Each shape with each cell and dtype; states, biases and layout take turns."""
-    turns = itertools.cycle(itertools.product((True, False), repeat=3))
-    return [Case(c, t, 1, *s, False, "full", *next(turns)) for s, (c, t) in itertools.product(SHAPES, KINDS)]
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +36,7 @@ def test_step_with_resets(cell: str, batch_first: bool) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("case", cases(), ids=str)
+@pytest.mark.parametrize("case", cases(SHAPES), ids=str)
 def test_step(way: Layer, case: Case) -> None:
     """Outputs and every gradient."""
     check_layer(way, Problem.draw(case))
@@ -76,18 +51,7 @@ any_cell = pytest.mark.parametrize("case", [case for case in ANY if case.dtype =
 @any_cell
 def test_some_outputs_and_inputs_only(way: Layer, case: Case) -> None:
     """An undefined gradient stands for 0; what needs none is not computed, and the rest keeps its bits."""
-    problem = Problem.draw(case)
-    for used in ("out", "h_n", "c_n"):
-        if used in problem.grads:
-            check_layer(way, replace(problem, grads={used: problem.grads[used]}))
-    everything = run(way, problem)
-    for wanted in (["x"], ["h0"], ["w_hh.0"]):
-        leaves = {n: t.clone().requires_grad_(n in wanted) for n, t in problem.tensors.items()}
-        outputs = problem.call(way, leaves)
-        grads = [problem.grads[n] for n in outputs]
-        found = torch.autograd.grad(list(outputs.values()), [leaves[n] for n in wanted], grads)
-        for name, d in zip(wanted, found, strict=True):
-            assert torch.equal(d, everything[f"d_{name}"]), name
+    check_parts(way, Problem.draw(case))
 
 
 @any_case
@@ -107,36 +71,14 @@ def test_second_derivatives(way: Layer, cell: str) -> None:
 @any_cell
 def test_rows_of_larger_tensors(way: Layer, case: Case) -> None:
     """Rows of x far apart and off every alignment: the bits of contiguous ones."""
-    problem = Problem.draw(case)
-    expected = run(way, problem)
-
-    def inside(t: Tensor) -> Tensor:
-        large = t.new_full([n + 3 for n in t.shape], torch.nan)
-        return large[tuple(slice(1, n + 1) for n in t.shape)].copy_(t)
-
-    problem.tensors["x"] = inside(problem.tensors["x"])
-    leaves = {n: t.requires_grad_() for n, t in problem.tensors.items()}
-    outputs = problem.call(way, leaves)
-    found = torch.autograd.grad(
-        list(outputs.values()), list(leaves.values()), [inside(problem.grads[n]) for n in outputs]
-    )
-    for name, t in [*outputs.items(), *zip([f"d_{n}" for n in leaves], found, strict=True)]:
-        assert torch.equal(t, expected[name]), name
+    check_larger_tensors(way, Problem.draw(case))
 
 
 @pytest.mark.parametrize("way", WAYS)
 @any_cell
 def test_nan_stays_in_its_row(way: Layer, case: Case) -> None:
     """In outputs and input gradients."""
-    problem = Problem.draw(case)
-    clean, others = run(way, problem), torch.arange(case.B) != 2
-    for name in ("x", "h0"):
-        tensors = {n: t.clone() for n, t in problem.tensors.items()}
-        tensors[name][0, 2] = torch.nan
-        got = run(way, replace(problem, tensors=tensors))
-        assert got["out"][0, 2].isnan().any()
-        for n in {"out", "h_n", "c_n", "d_x", "d_h0", "d_c0"} & got.keys():
-            assert torch.equal(got[n][0, others], clean[n][0, others]), n
+    check_nan(way, Problem.draw(case))
 
 
 @pytest.mark.parametrize("field", ["forward", "backward", "HIDDEN", "INPUT"])
