@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastseq.ops import rnn_gpu
-from fastseq.ops.rnn_gpu import CellColumns
+from fastseq.ops import cells
 
 from .blocks import tanh
 
@@ -34,7 +33,7 @@ class Cell(NamedTuple):
     @property
     def PLACE(self) -> tuple[int, ...]:
         """Where backward stores the gradients of the columns."""
-        return CellColumns(*self[2:7]).PLACE
+        return cells.Columns(0, *self[2:7]).PLACE
 
 
 @triton.jit
@@ -74,6 +73,6 @@ def gru_backward(saved, before, after, dh, carry):
 
 
 CELLS = {
-    "lstm": Cell(lstm, lstm_backward, *rnn_gpu.CELLS["lstm"], direct=False),
-    "gru": Cell(gru, gru_backward, *rnn_gpu.CELLS["gru"], direct=True),
+    "lstm": Cell(lstm, lstm_backward, *cells.CELLS["lstm"][1:], direct=False),
+    "gru": Cell(gru, gru_backward, *cells.CELLS["gru"][1:], direct=True),
 }

@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, device, dtype
 
+from ..ops.cells import CELLS
 from ..ops.packed import PackedLayer
 
 __all__ = ["GATES", "RnnCall", "kind_of"]
 
-GATES = {"lstm": 4, "gru": 3, "gru_reset_before": 3}
+GATES = {name: cell.gates for name, cell in CELLS.items()}
 
 kind_of = attrgetter("shape", "dtype", "device")  # of a tensor: all that decides how a call runs
 

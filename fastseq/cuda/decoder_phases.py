@@ -8,7 +8,7 @@ on the numbers of rows, steps or source positions. Letters as in fastseq/ops/dec
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ..ops.common import CELLS
+from ..ops.cells import CELLS
 from ..ops.decoder_types import LoopSpec, LoopTensors
 
 __all__ = [
@@ -181,7 +181,7 @@ class Program(NamedTuple):
         loop, dims = self.loop, self.dims
         combine = {"tanh": 0, "linear": 1, "maxout": 2}[loop.combine]
         numbers = [
-            self.forward, CELLS[loop.cell], loop.cells, loop.layers, dims.H, dims.A, dims.D, dims.R, combine,
+            self.forward, CELLS[loop.cell].number, loop.cells, loop.layers, dims.H, dims.A, dims.D, dims.R, combine,
             dims.additive, *self.query, *self.asks,
         ]  # fmt: skip
         for of in zip(*self.before, strict=True):

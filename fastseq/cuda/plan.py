@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ..ops.cells import CELLS
 from .devices import DeviceSpec
 
 __all__ = ["CannotPlan", "RnnPlan", "Shape", "plan"]
@@ -17,7 +18,6 @@ WARPS, THREADS, MOST_PAIRS = 8, 256, 512  # rows * units of a block: rnn_batch.h
 TILE_ROWS, TILE_COLUMNS, TILE_BYTES = 16, 8, 512
 TILE_K = {"full32": 8, "tensor32": 8, "brain_half": 16, "half": 16}
 ELEMENT = {"full32": 4, "tensor32": 4, "brain_half": 2, "half": 2}
-GATES, COLUMNS = {"lstm": 4, "gru": 3}, 4
 DESIGNS = ("block", "cluster", "grid")  # csrc/cuda/group.h: how blocks meet
 
 
@@ -97,7 +97,7 @@ def plan(
 def _plan(cell: str, B: int, H: int, kind: str, device: DeviceSpec, directions: int, way: str) -> RnnPlan:
     found = list(candidates(cell, B, H, kind, device, directions, way))
     if not found:
-        gates = GATES[cell]
+        gates = CELLS[cell].gates
         size = gates * H * H * ELEMENT[kind]
         raise CannotPlan(
             f"W_hh of hidden_size={H} has {size / 1e6:.1f} MB in {kind}, {directions} direction(s); with the steps' "
@@ -172,7 +172,7 @@ def _pitch(depth: int, element: int) -> int:
 
 
 def _forward_sizes(cell: str, kind: str, H: int, shape: Shape) -> _Sizes | None:
-    gates, element = GATES[cell], ELEMENT[kind]
+    gates, element = CELLS[cell].gates, ELEMENT[kind]
     unit_tiles = shape.units // TILE_ROWS
     slices = WARPS // unit_tiles
     tiles = _cdiv(_cdiv(H, TILE_K[kind]), slices)
@@ -185,7 +185,7 @@ def _forward_sizes(cell: str, kind: str, H: int, shape: Shape) -> _Sizes | None:
     shared = (
         buffers * shape.rows * pitch * element
         + slices * gates * shape.rows * (shape.units + 4) * 4
-        + (2 * shape.rows + COLUMNS) * shape.units * 4
+        + (2 * shape.rows + CELLS[cell].columns) * shape.units * 4
         + 16
         + rest * TILE_BYTES
     )
@@ -193,7 +193,7 @@ def _forward_sizes(cell: str, kind: str, H: int, shape: Shape) -> _Sizes | None:
 
 
 def _backward_sizes(cell: str, kind: str, H: int, shape: Shape) -> _Sizes | None:
-    gates, element = GATES[cell], ELEMENT[kind]
+    gates, element = CELLS[cell].gates, ELEMENT[kind]
     strip = 8 if shape.kept == 3 else 4
     strips = _cdiv(H, strip * TILE_ROWS)
     every = gates * shape.units // TILE_K[kind]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops import rnn_gpu
-from ..ops.common import CELLS
+from ..ops.cells import CELLS
 from ..ops.rnn_gpu import Batch, GivenGradients, Saved
 from . import devices, native
 from .native import KINDS, address, kind_of
@@ -38,8 +38,8 @@ class Recurrence:
         chosen = _plan(cell, batch, inputs, hidden, dirs, "forward", self.tf32)
         group = _group(chosen, inputs, inputs.dtype)
         native.launch(
-            "rnn_forward", inputs, KINDS[chosen.kind], CELLS[cell], _batch(batch), chosen.shape.native(), hidden, dirs,
-            like.dtype is torch.float32, inputs.data_ptr(), _pair(w_hh), _pair(b_ih), _pair(b_hh), address(h0),
+            "rnn_forward", inputs, KINDS[chosen.kind], CELLS[cell].number, _batch(batch), chosen.shape.native(), hidden,
+            dirs, like.dtype is torch.float32, inputs.data_ptr(), _pair(w_hh), _pair(b_ih), _pair(b_hh), address(h0),
             address(c0), saved.out.data_ptr(), h_n.data_ptr(), address(c_n), address(saved.gates), address(saved.cells),
             _addresses(group),
         )  # fmt: skip
@@ -56,9 +56,9 @@ class Recurrence:
         chosen = _plan(cell, batch, out, hidden, dirs, "backward", self.tf32)
         group = _group(chosen, out, torch.float32)
         native.launch(
-            "rnn_backward", out, KINDS[chosen.kind], CELLS[cell], _batch(batch), chosen.shape.native(), hidden, dirs,
-            of_state is torch.float32, address(given.out), address(d_h_n), address(d_c_n), _pair(w_hh), address(h0),
-            address(c0), out.data_ptr(), address(saved.gates), address(saved.cells), d_gates.data_ptr(),
+            "rnn_backward", out, KINDS[chosen.kind], CELLS[cell].number, _batch(batch), chosen.shape.native(), hidden,
+            dirs, of_state is torch.float32, address(given.out), address(d_h_n), address(d_c_n), _pair(w_hh),
+            address(h0), address(c0), out.data_ptr(), address(saved.gates), address(saved.cells), d_gates.data_ptr(),
             address(h_before), address(d_h0), address(d_c0), _addresses(group),
         )  # fmt: skip
         return d_c0

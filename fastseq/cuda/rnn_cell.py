@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import rnn_gpu
-from ..ops.common import CELLS
+from ..ops.cells import CELLS
 from . import native
 from .native import KINDS, address, kind_of
 from .rnn import Recurrence
@@ -35,8 +35,8 @@ def forward(
     if rows:
         w_ih, w_hh, b_ih, b_hh = (*weights, None, None)[:4]
         native.launch(
-            "rnn_step", x, KINDS[kind_of(x.dtype, rnn_gpu.tf32_flag("matmul"))], CELLS[name], rows, x.shape[-1], hidden,
-            row, made.h.dtype is torch.float32, x.data_ptr(), address(w_ih), address(w_hh), address(b_ih),
+            "rnn_step", x, KINDS[kind_of(x.dtype, rnn_gpu.tf32_flag("matmul"))], CELLS[name].number, rows, x.shape[-1],
+            hidden, row, made.h.dtype is torch.float32, x.data_ptr(), address(w_ih), address(w_hh), address(b_ih),
             address(b_hh), address(h0), address(c0), address(made.out), *map(address, (*made[:2], *made[3:])),
         )  # fmt: skip
     return made.complete()

@@ -1,4 +1,4 @@
-"""What the operators share: the cells' numbers in the native module, addresses, and differentiable gradients."""
+"""What the operators share: addresses, whose kernels run, and differentiable gradients."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "CELLS", "PLAIN", "Kernels", "address", "distinct", "gpu_kernels", "is_direct", "runs_once", "saves_unseen",
+    "PLAIN", "Kernels", "address", "distinct", "gpu_kernels", "is_direct", "runs_once", "saves_unseen",
     "schema", "through_reference",
 ]  # fmt: skip
 
-CELLS = {"lstm": 0, "gru": 1, "gru_reset_before": 2}
 PLAIN = {Tensor, torch.nn.Parameter}
 
 

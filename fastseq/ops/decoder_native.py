@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .common import CELLS, address
+from .cells import CELLS
+from .common import address
 from .decoder_products import LoopGradients, all_gradients
 from .decoder_types import COLUMNS, KEPT, LoopSpec, LoopTensors, masked, parts
 from .linear import product
@@ -122,7 +123,7 @@ def native_sizes(loop: LoopSpec, x: LoopTensors, keep: bool) -> dict[str, int]:
     batch, source, units = (rows, 0, 0) if x.keys is None else x.keys.shape
     read = 0 if x.w_read is None else x.w_read.shape[0]
     return {
-        "cell": CELLS[loop.cell], "dtype": int(x.y.dtype is torch.bfloat16),
+        "cell": CELLS[loop.cell].number, "dtype": int(x.y.dtype is torch.bfloat16),
         "state_is_f32": int(x.h0[0].dtype is torch.float32), "rows": rows, "copies": rows // batch, "steps": steps,
         "source": source, "units": units, "features": 0 if x.memory is None else x.memory.shape[2],
         "hidden": x.hidden, "output": read // 2 if loop.combine == "maxout" else read, "attend": _ATTEND[loop.attend],

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import _native
-from .common import CELLS
+from .cells import CELLS
 
 __all__ = ["PACKED_PRODUCTS", "PackedLayer", "unwatched"]
 
@@ -108,7 +108,7 @@ def _mark(weights: Sequence[Tensor], place: int) -> _Mark:
 def _pack(cell: str, w_ih: Tensor, w_hh: Tensor) -> Tensor:
     """Bytes, aligned to a cache line as all memory from torch is."""
     assert _native.C is not None
-    sizes = CELLS[cell], w_ih.dtype is torch.bfloat16, w_ih.shape[1], w_hh.shape[1]
+    sizes = CELLS[cell].number, w_ih.dtype is torch.bfloat16, w_ih.shape[1], w_hh.shape[1]
     w_ih, w_hh = w_ih.contiguous(), w_hh.contiguous()
     buffer = torch.empty(_native.C.rnn_packed_bytes(*sizes), dtype=torch.uint8)
     _native.C.rnn_pack(*sizes, w_ih.data_ptr(), w_hh.data_ptr(), buffer.data_ptr(), torch.get_num_threads())

@@ -11,18 +11,17 @@ from torch import Tensor
 
 from .. import _native
 from ..backends import reference
-from .common import CELLS, Kernels, address, distinct, gpu_kernels, is_direct, schema, through_reference
+from .cells import CELLS
+from .common import Kernels, address, distinct, gpu_kernels, is_direct, schema, through_reference
 from .packed import PackedLayer
 
 __all__ = ["rnn_layer"]
 
-_COLUMNS = 4  # saved values a unit: i, f, g, o; or r, z, U_n h + b_hn, n
-
 # x [T, B, I], [B, T, I] if batch_first, or packed [N, I]. h0, c0 [D, B, H], in x's dtype or fp32. weights: D times
 # w_ih, w_hh (, b_ih, b_hh). resets [T, B] bool, [B, T] if batch_first: rows start there from zeros, in the reverse
 # direction at the step before. out in x's layout, D * H features; h_n, c_n [D, B, H]. Saved for backward: gates
-# [D, tokens, 4, H] in x's dtype, cells [D, tokens, H] in fp32 (LSTM), tokens = T * B or N; of them the active ones come
-# first, in step order, longest row first.
+# [D, tokens, columns, H] in x's dtype, cells [D, tokens, H] in fp32 (LSTM), tokens = T * B or N; of them the active
+# ones come first, in step order, longest row first.
 _LIBRARY = torch.library.Library("fastseq", "DEF")
 _LIBRARY.define(
     "rnn_forward(str cell, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? resets, "
@@ -60,13 +59,13 @@ def _outputs(
     dirs, hidden = (2 if bidirectional else 1), weights[1].shape[1]
     shape = (*x.shape[:-1], dirs * hidden)
     out = x.new_zeros(shape) if zero else x.new_empty(shape)
-    lstm = cell == "lstm"
+    lstm = CELLS[cell].cell_state
     h_n = (x if h0 is None else h0).new_empty((dirs, rows, hidden))
     c_n = torch.empty_like(h_n) if lstm else None
     if not save:
         return out, h_n, c_n, None, None
     tokens = _tokens(x, batch_sizes)
-    gates = x.new_empty((dirs, tokens, _COLUMNS, hidden))
+    gates = x.new_empty((dirs, tokens, CELLS[cell].columns, hidden))
     cells = x.new_empty((dirs, tokens, hidden), dtype=torch.float32) if lstm else None
     return out, h_n, c_n, gates, cells
 
@@ -100,7 +99,7 @@ def _forward(
     out, h_n, c_n, gates, cells = results
     _, _, out_step, out_row = _dims(out, batch_sizes, batch_first, rows)
     _native.C.rnn_forward(
-        CELLS[cell], x.dtype is torch.bfloat16, h_n.dtype is torch.float32, steps, rows, _tokens(x, batch_sizes),
+        CELLS[cell].number, x.dtype is torch.bfloat16, h_n.dtype is torch.float32, steps, rows, _tokens(x, batch_sizes),
         x.shape[-1], weights[1].shape[1], address(lengths), address(batch_sizes), (x.data_ptr(), step, row),
         (out.data_ptr(), out_step, out_row), tuple([w.data_ptr() for w in weights]), 2 if bidirectional else 1,
         address(h0), address(c0), h_n.data_ptr(), address(c_n), address(gates), address(cells), torch.get_num_threads(),
@@ -154,7 +153,7 @@ def _backward(
 
     d_x, d_h0, d_c0, *d_weights = results
     _native.C.rnn_backward(
-        CELLS[cell], x.dtype is torch.bfloat16, state_dtype is torch.float32,
+        CELLS[cell].number, x.dtype is torch.bfloat16, state_dtype is torch.float32,
         _dims(x, batch_sizes, batch_first, rows)[0], rows, gates.shape[1], x.shape[-1], weights[1].shape[1],
         address(lengths), address(batch_sizes), view(x), view(out), view(d_out), view(d_x),
         tuple([w.data_ptr() for w in weights]), 2 if bidirectional else 1, address(h0), address(c0), address(d_h_n),

@@ -12,34 +12,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .cells import CELLS
 from .common import PLAIN
 
 __all__ = [
-    "CELLS", "Batch", "CellColumns", "GivenGradients", "Recurrence", "Saved", "StepResults", "aligned", "backward",
+    "Batch", "GivenGradients", "Recurrence", "Saved", "StepResults", "aligned", "backward",
     "cell_gradients", "forward", "tf32_flag", "without_autocast",
 ]  # fmt: skip
-
-
-class CellColumns(NamedTuple):
-    """As csrc/cells.h: which gate (block of H rows) of W_ih, of W_hh adds to a column of pre-activations; -1: none."""
-
-    gates: int
-    columns: int
-    INPUT: tuple[int, ...]
-    HIDDEN: tuple[int, ...]
-    cell_state: bool
-
-    @property
-    def PLACE(self) -> tuple[int, ...]:
-        """Where gradients of the columns are stored: those of the input product come first, in its gates' order."""
-        free = iter(range(self.gates, self.columns))
-        return tuple(gate if gate >= 0 else next(free) for gate in self.INPUT)
-
-
-CELLS = {
-    "lstm": CellColumns(4, 4, (0, 1, 2, 3), (0, 1, 2, 3), True),
-    "gru": CellColumns(3, 4, (0, 1, -1, 2), (0, 1, 2, -1), False),
-}
 
 
 class Batch(NamedTuple):

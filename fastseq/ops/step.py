@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .. import _native
 from ..backends import reference
-from .common import CELLS, Kernels, address, gpu_kernels, through_reference
+from .cells import CELLS
+from .common import Kernels, address, gpu_kernels, through_reference
 from .packed import PACKED_PRODUCTS, PackedLayer
 
 __all__ = ["StepShape", "rnn_step"]
@@ -58,14 +59,14 @@ def _forward(
     """The results, then what backward reads: gates [B, 4, H] in x's dtype and an LSTM's cells [B, H] in fp32."""
     assert _native.C is not None
     cell, rows, row, state, out_shape = shape
-    lstm, hidden = cell == "lstm", state[-1]
+    (number, _, columns, _, _, lstm), hidden = CELLS[cell], state[-1]
     h = x.new_empty(state) if h0 is None else torch.empty_like(h0)
     c = torch.empty_like(h) if lstm else None
     out = None if out_shape is None else x.new_empty(out_shape)
-    gates = x.new_empty((rows, 4, hidden)) if save else None
+    gates = x.new_empty((rows, columns, hidden)) if save else None
     cells = x.new_empty((rows, hidden), dtype=torch.float32) if save and lstm else None
     _native.C.rnn_step(
-        CELLS[cell], x.dtype is _BF16, rows, x.shape[-1], hidden, x.data_ptr(), row, *_weights(weights), address(h0),
+        number, x.dtype is _BF16, rows, x.shape[-1], hidden, x.data_ptr(), row, *_weights(weights), address(h0),
         address(c0), address(out), h.data_ptr(), address(c), address(gates), address(cells), torch.get_num_threads(),
         address(packed),
     )  # fmt: skip
@@ -93,7 +94,7 @@ def _backward(
     d_c0 = torch.empty_like(c0) if needs[2] and c0 is not None else None
     d_weights = [torch.empty_like(w) if needs[3] else None for w in weights]
     _native.C.rnn_step_backward(  # type: ignore[union-attr]
-        CELLS[cell], x.dtype is _BF16, rows, x.shape[-1], hidden, x.data_ptr(), row, *_weights(weights),
+        CELLS[cell].number, x.dtype is _BF16, rows, x.shape[-1], hidden, x.data_ptr(), row, *_weights(weights),
         address(h0), address(c0), address(d_out), hidden, address(d_h), address(d_c), gates.data_ptr(),
         address(cells), address(d_x), address(d_h0), address(d_c0), *_weights(d_weights), torch.get_num_threads(),
     )  # fmt: skip
