@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .modules import GRU, LSTM, GRUCell, LSTMCell
+from .modules.dropin import DROP_INS
 from .modules.frozen import KEY
 
 __all__ = ["Change", "Report", "accelerate"]
 
-_FAST: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.GRU: GRU, nn.LSTMCell: LSTMCell, nn.GRUCell: GRUCell}
+_FAST = {stock: pair.fast for stock, pair in DROP_INS.items()}
 _STOCK = {fast: stock for stock, fast in _FAST.items()}
 _MARK = "_fastseq_accelerated"  # in the instances that accelerate changed, so that undo leaves others alone
 

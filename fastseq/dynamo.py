@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from .modules import GRU, LSTM
+from .modules.dropin import LAYERS
 from .patch import patched
 
 __all__ = ["install"]
@@ -31,10 +31,10 @@ def install() -> None:
 
 
 def _open(builder: ModuleType) -> None:
-    wrap = builder.VariableBuilder.wrap_module
+    wrap, ours = builder.VariableBuilder.wrap_module, tuple(pair.fast for pair in LAYERS.values())
 
     def wrap_module(self: Any, value: nn.Module) -> Any:
-        if isinstance(value, (LSTM, GRU)) or (patched() and isinstance(value, (nn.LSTM, nn.GRU))):
+        if isinstance(value, ours) or (patched() and isinstance(value, tuple(LAYERS))):
             with builder.config.patch(allow_rnn=True):
                 return wrap(self, value)
         return wrap(self, value)

@@ -11,8 +11,7 @@ from .backends.decoder_call import AttentionCall, DecoderCall
 from .backends.fused import without_frozen
 from .checks import check_call, check_cell
 from .dispatch import BACKENDS, Call, candidates, check_name, load, obstacle
-from .modules.cells import gru_cell_call, lstm_cell_call
-from .modules.rnn import gru_call, lstm_call
+from .modules.dropin import CELLS, DROP_INS, LAYERS, call_of
 
 __all__ = ["Explanation", "Verdict", "explain"]
 
@@ -68,20 +67,17 @@ def explain(target: Any, input: Any = None, hx: Any = None, *, lengths: Any = No
 
 def _call(module: nn.Module, input: Any, hx: Any, lengths: Any, resets: Any) -> tuple[RnnCall, bool]:
     """The module's call as `engine` would have it, and whether it is a cell's."""
-    if isinstance(module, (nn.LSTMCell, nn.GRUCell)):
+    if isinstance(module, tuple(CELLS)):
         if lengths is not None or resets is not None:
             raise TypeError(f"a cell takes no {'resets' if lengths is None else 'lengths'}")
-        call = (
-            lstm_cell_call(module, input, hx) if isinstance(module, nn.LSTMCell) else gru_cell_call(module, input, hx)
-        )
+        call = call_of(module, input, hx)
         if call.input.dim() == 1:
             engine.set_batched_cell(call)
         return call, True
-    if not isinstance(module, (nn.LSTM, nn.GRU)):
-        raise TypeError(
-            f"explain takes an LSTM, GRU, LSTMCell, GRUCell, Encoder, Attention or Decoder, got {type(module).__name__}"
-        )
-    call = lstm_call(module, input, hx) if isinstance(module, nn.LSTM) else gru_call(module, input, hx)
+    if not isinstance(module, tuple(LAYERS)):
+        ours = ", ".join(stock.__name__ for stock in DROP_INS)
+        raise TypeError(f"explain takes an {ours}, Encoder, Attention or Decoder, got {type(module).__name__}")
+    call = call_of(module, input, hx)
     if isinstance(input, PackedSequence):
         engine.set_packed(call, input, lengths, resets)
     elif input.dim() == 2:

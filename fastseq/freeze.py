@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .errors import InputError
-from .modules import GRU, LSTM, GRUCell, LSTMCell
+from .modules.dropin import DROP_INS
 from .modules.frozen import KEY, Frozen
 from .patch import patched
 
@@ -13,8 +13,8 @@ __all__ = ["freeze", "unfreeze"]
 
 M = TypeVar("M", bound=nn.Module)
 
-_OURS = LSTM, GRU, LSTMCell, GRUCell
-_STOCK = nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell  # while fastseq.patch() is in force
+_OURS = tuple(pair.fast for pair in DROP_INS.values())
+_STOCK = tuple(DROP_INS)  # while fastseq.patch() is in force
 
 
 def freeze(model: M) -> M:

@@ -5,37 +5,33 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .engine import run, run_cell
-from .modules.cells import gru_cell_call, lstm_cell_call
-from .modules.rnn import gru_call, lstm_call
+from .modules.dropin import CELLS, LAYERS, DropIn
 
 __all__ = ["Patch", "patch", "patched"]
 
 
-def _lstm(self: nn.LSTM, input: Any, hx: tuple[Tensor, Tensor] | None = None) -> Any:
-    return run(lstm_call(self, input, hx), "auto")
+def _layer_forward(pair: DropIn) -> Callable[..., Any]:
+    def forward(self: Any, input: Any, hx: Any = None) -> Any:
+        out, state = run(pair.call(self, input, hx), "auto")
+        return out, state if pair.states else state[0]
+
+    return forward
 
 
-def _gru(self: nn.GRU, input: Any, hx: Tensor | None = None) -> Any:
-    out, (h,) = run(gru_call(self, input, hx), "auto")
-    return out, h
+def _cell_forward(pair: DropIn) -> Callable[..., Any]:
+    def forward(self: Any, input: Any, hx: Any = None) -> Any:
+        state = run_cell(pair.call(self, input, hx), "auto")
+        return state if pair.states else state[0]
 
-
-def _lstm_cell(self: nn.LSTMCell, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> Any:
-    return run_cell(lstm_cell_call(self, input, hx), "auto")
-
-
-def _gru_cell(self: nn.GRUCell, input: Tensor, hx: Tensor | None = None) -> Any:
-    return run_cell(gru_cell_call(self, input, hx), "auto")[0]
+    return forward
 
 
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
-    nn.LSTM: _lstm,
-    nn.GRU: _gru,
-    nn.LSTMCell: _lstm_cell,
-    nn.GRUCell: _gru_cell,
+    **{stock: _layer_forward(pair) for stock, pair in LAYERS.items()},
+    **{stock: _cell_forward(pair) for stock, pair in CELLS.items()},
 }
 _originals: dict[type[nn.Module], Callable[..., Any]] = {}  # not empty while any patch is in force
 _patches = 0
