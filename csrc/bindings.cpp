@@ -37,6 +37,8 @@ Sequence with_resets(const SequencePlan& plan, const View& resets) {
   return sequence;
 }
 
+int64_t columns(CellKind cell) { return cell == CellKind::lstm || cell == CellKind::gru ? 4 : 1; }  // of cells.h, in layers
+
 // Where direction d of a layer finds its part of the layer's tensors; all but x and the weights are [D, ...] and contiguous.
 struct Part {
   int64_t element, state, gates, cells;
@@ -45,7 +47,7 @@ struct Part {
     const int64_t bytes = shape.dtype == DType::f32 ? 4 : 2;
     element = d * shape.hidden * bytes;  // within a row of out
     state = d * rows * shape.hidden * (shape.state_is_f32 ? 4 : bytes);
-    gates = d * tokens * 4 * shape.hidden * bytes;
+    gates = d * tokens * columns(shape.cell) * shape.hidden * bytes;
     cells = d * tokens * shape.hidden * 4;
   }
 };

@@ -81,6 +81,46 @@ struct Gru {
   static FS_HD V direct(V carry) { return carry; }
 };
 
+// Elman 1990, as in torch.nn.RNN: one gate, no carry.
+//   h' = f(W_h h + b_hh + W_x x + b_ih)
+template <class M, class Activation>
+struct Elman {
+  using V = typename M::V;
+  static constexpr int kGates = 1, kColumns = 1;
+  static constexpr int kInput[kGates] = {0}, kHidden[kGates] = {0};
+  static constexpr bool kCellState = false;
+
+  // saved: h'
+  static FS_HD void forward(const V (&pre)[kColumns], V& h, V&, V (&saved)[kColumns]) { h = saved[0] = Activation::of(pre[0]); }
+
+  static FS_HD void backward(const V (&saved)[kColumns], V, V, V dh, V& carry, V (&dpre)[kColumns]) {
+    dpre[0] = (dh + carry) * Activation::slope(saved[0]);
+    carry = V{};
+  }
+
+  static FS_HD V direct(V) { return V{} ; }
+};
+
+template <class M>
+struct Tanh {
+  using V = typename M::V;
+  static FS_HD V of(V x) { return M::tanh(x); }
+  static FS_HD V slope(V y) { return 1.f - y * y; }
+};
+
+template <class M>
+struct Relu {  // max(x, 0), but NaN of NaN
+  using V = typename M::V;
+  static FS_HD V of(V x) { return x <= V{} ? V{} : x; }
+  static FS_HD V slope(V y) { return y <= V{} ? V{} : V{} + 1.f; }
+};
+
+template <class M>
+struct RnnTanh : Elman<M, Tanh<M>> {};
+
+template <class M>
+struct RnnRelu : Elman<M, Relu<M>> {};
+
 // Cho 2014, eq. 5 to 8: the reset gate before the product; gates and columns r, z, n. Bahdanau 2014, A.1.1 and A.2 have the same
 // with 1 - z for z; here z keeps the state, as in Cho and in torch.
 //   n = tanh(W_n x + b_in + U_n (r h) + b_hn),  h' = (1 - z) n + z h

@@ -12,7 +12,21 @@ from .errors import InputError
 from .explain import explain
 from .freeze import freeze, unfreeze
 from .generation import GenerateOutput, generate
-from .modules import GRU, LSTM, Attention, Bridge, Decoder, Encoder, GRUCell, LocalP, LSTMCell, Seq2Seq, Seq2SeqOutput
+from .modules import (
+    GRU,
+    LSTM,
+    RNN,
+    Attention,
+    Bridge,
+    Decoder,
+    Encoder,
+    GRUCell,
+    LocalP,
+    LSTMCell,
+    RNNCell,
+    Seq2Seq,
+    Seq2SeqOutput,
+)
 from .patch import patch
 from .saving import load, save
 from .spec import DecoderOutput, DecoderSpec, DecoderState, Keys, Memory
@@ -21,6 +35,7 @@ from .warmup import warmup
 __all__ = [
     "GRU",
     "LSTM",
+    "RNN",
     "Attention",
     "Bridge",
     "Decoder",
@@ -35,6 +50,7 @@ __all__ = [
     "LSTMCell",
     "LocalP",
     "Memory",
+    "RNNCell",
     "Seq2Seq",
     "Seq2SeqOutput",
     "__version__",

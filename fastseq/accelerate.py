@@ -53,8 +53,6 @@ def _swap(name: str, module: nn.Module) -> Change | None:
         return Change(name, "accelerated", f"torch.nn.{kind.__name__} is now fastseq.{kind.__name__}")
     if kind in _STOCK:
         return Change(name, "skipped", f"is a fastseq.{kind.__name__} already")
-    if kind is nn.RNN or kind is nn.RNNCell:
-        return Change(name, "skipped", f"fastseq has no torch.nn.{kind.__name__}")
     if isinstance(module, tuple(_STOCK)):
         return Change(name, "skipped", f"{kind.__name__} is a subclass of a fastseq module already")
     if not isinstance(module, tuple(_FAST)):

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .ops.cells import CELLS
+
 __all__ = ["BUILT_IN", "DEFAULT", "FILE", "RULES", "Rule", "from_row", "measured", "to_row"]
 
 MOST = 1 << 62
@@ -26,7 +28,7 @@ class Rule(NamedTuple):
     operator: str = "rnn"  # a key of dispatch.OPERATORS
     device: str | None = None  # "cpu" | "cuda"; None: any
     gpu: str | None = None  # the one measured, by torch's name; None: any
-    cells: tuple[str, ...] = ("lstm", "gru", "gru_reset_before")  # of rnn
+    cells: tuple[str, ...] = tuple(CELLS)  # of rnn
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     grad: bool | None = None  # gradients are recorded; None: either
     lengths: bool | None = None  # lengths or packed data; None: either
@@ -41,7 +43,7 @@ CHOICES: dict[str, tuple[str, ...]] = {  # of a row's fields
     "backend": BACKENDS,
     "operator": ("rnn", "decoder", "attention"),
     "device": ("cuda",),
-    "cells": Rule._field_defaults["cells"],
+    "cells": tuple(CELLS),
     "dtypes": Rule._field_defaults["dtypes"],
 }
 BOUNDS = ("hidden", "batch", "steps")

@@ -1,6 +1,6 @@
-"""LSTM, GRU, attention, attention decoders and the loss of large vocabularies as functions of their weights.
+"""LSTM, GRU, RNN, attention, attention decoders and the loss of large vocabularies as functions of their weights.
 
-The `weights` of LSTM and GRU are flat, as torch.nn's modules order them: for each layer, for each direction,
+The `weights` of layers and cells are flat, as torch.nn's modules order them: for each layer, for each direction,
 w_ih [G*H, I], w_hh [G*H, P] (, b_ih [G*H], b_hh [G*H]) (, w_hr [P, H]); the number of layers, biases and the projection
 size P (or H) follow from them. Those of a decoder are a `DecoderParams`, of an attention an `AttentionParams`.
 """
@@ -21,7 +21,10 @@ from .errors import InputError
 from .losses import linear_cross_entropy
 from .spec import AttentionParams, DecoderOutput, DecoderParams, DecoderSpec, DecoderState, DropoutMasks, Keys
 
-__all__ = ["attention", "attention_decoder", "gru", "gru_cell", "linear_cross_entropy", "lstm", "lstm_cell", "reverse"]
+__all__ = [
+    "attention", "attention_decoder", "gru", "gru_cell", "linear_cross_entropy", "lstm", "lstm_cell", "reverse", "rnn",
+    "rnn_cell",
+]  # fmt: skip
 
 Lengths = Sequence[int] | Tensor | None
 
@@ -134,6 +137,59 @@ def gru(
     return out, h
 
 
+@overload
+def rnn(
+    input: PackedSequence,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    nonlinearity: str = ...,
+    bidirectional: bool = ...,
+    dropout: float = ...,
+    training: bool = ...,
+    backend: str = ...,
+) -> tuple[PackedSequence, Tensor]: ...
+@overload
+def rnn(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    nonlinearity: str = ...,
+    lengths: Lengths = ...,
+    resets: Tensor | None = ...,
+    bidirectional: bool = ...,
+    batch_first: bool = ...,
+    dropout: float = ...,
+    training: bool = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+def rnn(
+    input: Any,  # as for `lstm`
+    hx: Tensor | None,  # [L*D, B, H]; None: zeros
+    weights: Sequence[Tensor],
+    *,
+    nonlinearity: str = "tanh",  # | "relu"
+    lengths: Lengths = None,
+    resets: Tensor | None = None,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    backend: str = "auto",
+) -> tuple[Any, Tensor]:
+    """Plain recurrent layers (Elman 1990), h' = f(W_hh h + b_hh + W_ih x + b_ih): (output, h_n).
+
+    Output, lengths, resets and faults as for `lstm`.
+    """
+    cell = rnn_name(nonlinearity)
+    flat = list(weights)
+    bias, layers, _ = _structure(cell, flat, 2 if bidirectional else 1)
+    call = RnnCall(cell, input, hx, None, flat, None, None, bias, layers, dropout, training, bidirectional, batch_first)
+    out, (h,) = run(call, backend, lengths, resets)
+    return out, h
+
+
 def lstm_cell(
     input: Tensor,  # [B, I] or [I]
     hx: tuple[Tensor, Tensor] | None,  # h, c [B, H] or [H]; None: zeros
@@ -159,6 +215,20 @@ def gru_cell(
     """One GRU step: the next h."""
     flat = list(weights)
     call = RnnCall(gru_name(reset_after), input, hx, None, flat, has_bias=_cell_bias(flat))
+    return run_cell(call, backend)[0]
+
+
+def rnn_cell(
+    input: Tensor,  # [B, I] or [I]
+    hx: Tensor | None,  # [B, H] or [H]; None: zeros
+    weights: Sequence[Tensor],  # w_ih, w_hh (, b_ih, b_hh)
+    *,
+    nonlinearity: str = "tanh",  # | "relu"
+    backend: str = "auto",
+) -> Tensor:
+    """One step of a plain recurrent layer: the next h."""
+    flat = list(weights)
+    call = RnnCall(rnn_name(nonlinearity), input, hx, None, flat, has_bias=_cell_bias(flat))
     return run_cell(call, backend)[0]
 
 
@@ -235,6 +305,13 @@ def state_pair(hx: Any) -> tuple[Any, Any]:
 def gru_name(reset_after: bool) -> str:
     """The cell's key in GATES."""
     return "gru" if reset_after else "gru_reset_before"
+
+
+def rnn_name(nonlinearity: str) -> str:
+    """The cell's key in GATES."""
+    if nonlinearity not in ("tanh", "relu"):
+        raise InputError(f"nonlinearity={nonlinearity!r}; use 'tanh' or 'relu'")
+    return f"rnn_{nonlinearity}"
 
 
 def _structure(cell: str, weights: list[Tensor], directions: int) -> tuple[bool, int, int]:

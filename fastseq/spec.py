@@ -31,7 +31,7 @@ __all__ = [
     "prefix_mask",
 ]
 
-CELLS = ("lstm", "gru", "gru_reset_before")
+CELLS = ("lstm", "gru", "gru_reset_before", "rnn_tanh", "rnn_relu")
 READOUT = ("state", "prev_state", "context", "input")
 
 LayerState = tuple[Tensor, ...]  # (h [N, H],) or (h, c)

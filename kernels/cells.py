@@ -72,7 +72,31 @@ def gru_backward(saved, before, after, dh, carry):
     return (dn * u * r * (1 - r), dh * (before - n) * z * (1 - z), dn * r, dn), dh * z
 
 
+@triton.jit
+def rnn_tanh(pre, h, c):
+    h = tanh(pre[0])
+    return h, c, (h,)
+
+
+@triton.jit
+def rnn_tanh_backward(saved, before, after, dh, carry):
+    return ((dh + carry) * (1 - saved[0] * saved[0]),), tl.zeros_like(carry)
+
+
+@triton.jit
+def rnn_relu(pre, h, c):
+    h = tl.where(pre[0] <= 0, 0.0, pre[0])  # NaN of NaN
+    return h, c, (h,)
+
+
+@triton.jit
+def rnn_relu_backward(saved, before, after, dh, carry):
+    return (tl.where(saved[0] <= 0, 0.0, dh + carry),), tl.zeros_like(carry)
+
+
 CELLS = {
     "lstm": Cell(lstm, lstm_backward, *cells.CELLS["lstm"][1:], direct=False),
     "gru": Cell(gru, gru_backward, *cells.CELLS["gru"][1:], direct=True),
+    "rnn_tanh": Cell(rnn_tanh, rnn_tanh_backward, *cells.CELLS["rnn_tanh"][1:], direct=False),
+    "rnn_relu": Cell(rnn_relu, rnn_relu_backward, *cells.CELLS["rnn_relu"][1:], direct=False),
 }

@@ -329,6 +329,8 @@ def _cell(
     if cell == "gru":
         r, z = torch.sigmoid(gates[0] + inner[0]), torch.sigmoid(gates[1] + inner[1])
         return [z * h + (1 - z) * torch.tanh(gates[2] + r * inner[2])]
+    if cell.startswith("rnn_"):
+        return [getattr(torch, cell.removeprefix("rnn_"))(gates[0] + inner[0])]
     i, f, g, o = (a + b for a, b in zip(gates, inner, strict=True))
     c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
     return [torch.sigmoid(o) * torch.tanh(c), c]

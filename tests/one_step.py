@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fastseq.backends.call import RnnCall
-from tests.oracle import Case, Layer, Problem, check_layer, run
+from tests.oracle import Case, Layer, Problem, cell_kinds, check_layer, run
 
 __all__ = ["KINDS", "cases", "check_larger_tensors", "check_nan", "check_parts", "ways"]
 
-KINDS = list(itertools.product(("lstm", "gru"), (torch.float32, torch.bfloat16, torch.float16)))
+KINDS = cell_kinds((torch.float32, torch.bfloat16, torch.float16))
 
 
 def ways(backend: ModuleType) -> tuple[Layer, Layer]:

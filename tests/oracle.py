@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 __all__ = [
+    "CELLS",
+    "SMOOTH",
     "Case",
     "Layer",
     "Mismatch",
@@ -26,6 +28,7 @@ __all__ = [
     "allow",
     "behind",
     "budget",
+    "cell_kinds",
     "check_backward_changes_nothing",
     "check_layer",
     "check_second",
@@ -41,7 +44,9 @@ __all__ = [
 Layer = Callable[..., tuple[Tensor, Tensor, Tensor | None]]  # the signature of `plain`
 Measure = Callable[..., "Results"]  # of (layer, problem, dtype or nothing), as `run`
 Results = dict[str, Tensor]  # by name: out, h_n, (c_n), then d_x, d_h0, ...: the gradients
-GATES = {"lstm": 4, "gru": 3}
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+CELLS = tuple(GATES)
+SMOOTH = CELLS[:3]  # relu's slope jumps at 0, where 16 bits often miss the side: no budget holds for its gradients
 EPS, TINY = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny
 SUMS = ("d_w_", "d_b_", "d_we", "d_bi")  # gradients of the weights, as named here or in torch.nn
 STATES = ("h_n", "c_n", "d_h0", "d_c0")
@@ -220,6 +225,10 @@ def _scan(
             i, f, g, o = (gx + gh).chunk(4, -1)
             c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
             new = [o.sigmoid() * c.tanh(), c]
+        elif cell == "rnn_tanh":
+            new = [(gx + gh).tanh()]
+        elif cell == "rnn_relu":
+            new = [(gx + gh).relu()]
         else:
             (xr, xz, xn), (hr, hz, hn) = gx.chunk(3, -1), gh.chunk(3, -1)
             z = (xz + hz).sigmoid()
@@ -318,6 +327,11 @@ def nan_in_empty() -> Iterator[None]:
 def kind_of(name: str) -> str:
     """Outputs, gradients and second derivatives have errors of their own size each."""
     return "second" if name.startswith("d_d_") else "gradients" if name.startswith("d_") else "outputs"
+
+
+def cell_kinds(dtypes: Sequence[torch.dtype]) -> list[tuple[str, torch.dtype]]:
+    """Every cell with every dtype in which its gradients have a budget."""
+    return [(c, dtype) for c in CELLS for dtype in dtypes if c in SMOOTH or dtype == torch.float32]
 
 
 def largest(t: Tensor) -> float:

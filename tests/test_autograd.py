@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastseq
 from fastseq import _native
-from tests.oracle import GATES, Case, Problem, check_second
+from tests.oracle import CELLS, GATES, Case, Problem, check_second
 
 if _native.C is None:
     pytest.skip(str(_native.reason), allow_module_level=True)
@@ -22,7 +22,6 @@ from fastseq.backends import reference
 from fastseq.ops import rnn as ops
 from fastseq.ops.rnn import rnn_layer
 
-CELLS = ("lstm", "gru")
 ROWS = ("full", "lengths", "packed")
 SMALL = [
     Case(cell, T=3, B=3, I=2, H=9, rows=rows, bidirectional=two, resets=resets)

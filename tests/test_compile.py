@@ -18,6 +18,7 @@ if _native.C is None:
 MODULES = {
     "LSTM": lambda: fastseq.LSTM(5, 9, num_layers=2, bidirectional=True, backend="cpu"),
     "GRU": lambda: fastseq.GRU(5, 9, batch_first=True, backend="cpu"),
+    "RNN": lambda: fastseq.RNN(5, 9, nonlinearity="relu", backend="cpu"),
     "LSTMCell": lambda: fastseq.LSTMCell(5, 9, backend="cpu"),
     "GRUCell": lambda: fastseq.GRUCell(5, 9, backend="cpu"),
 }
@@ -34,8 +35,8 @@ def forget() -> Iterator[None]:
 def inputs(name: str, batch: int) -> tuple[Tensor, Any]:
     """Input and state for a batch of this size."""
     g = torch.Generator().manual_seed(batch)
-    lead = {"LSTM": (7, batch), "GRU": (batch, 7)}.get(name, (batch,))
-    rows = {"LSTM": (4, batch), "GRU": (1, batch)}.get(name, (batch,))
+    lead = {"LSTM": (7, batch), "GRU": (batch, 7), "RNN": (7, batch)}.get(name, (batch,))
+    rows = {"LSTM": (4, batch), "GRU": (1, batch), "RNN": (1, batch)}.get(name, (batch,))
     h, c = (torch.randn(*rows, 9, generator=g) for _ in range(2))
     return torch.randn(*lead, 5, generator=g), (h, c) if name.startswith("LSTM") else h
 

@@ -11,7 +11,7 @@ from fastseq.backends import cuda as backend
 from fastseq.cuda import rnn
 from tests.emulated import emulated
 from tests.one_step import KINDS, cases, check_larger_tensors, check_nan, check_parts, ways
-from tests.oracle import Case, Layer, Problem, check_layer, check_second
+from tests.oracle import CELLS, Case, Layer, Problem, check_layer, check_second
 
 __all__ = ["emulated"]
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -61,7 +61,7 @@ def test_fp32_state(case: Case) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", CELLS)
 def test_second_derivatives(way: Layer, cell: str) -> None:
     """A step's backward, recorded, can be differentiated."""
     check_second(way, Problem.draw(Case(cell, T=1, B=3, I=2, H=9)))
@@ -81,14 +81,14 @@ def test_nan_stays_in_its_row(way: Layer, case: Case) -> None:
     check_nan(way, Problem.draw(case))
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_step_with_resets(cell: str, batch_first: bool) -> None:
     """Of one step they choose the initial state."""
     check_layer(by_layer, Problem.draw(Case(cell, T=1, I=3, H=15, batch_first=batch_first, resets=True)))
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_modules(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers, stacks and cells by `backend="cuda"`: what the reference gives, gradients too; explain says why."""
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")

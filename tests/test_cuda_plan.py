@@ -9,13 +9,14 @@ import pytest
 from fastseq.cuda import devices, native, plan
 from fastseq.cuda.devices import A100, B200, DEVICES, H200, RTX_4090
 from fastseq.cuda.plan import CannotPlan
+from fastseq.ops.cells import CELLS
 from tests.emulated import emulated
+from tests.oracle import GATES
 
 __all__ = ["emulated"]  # a fixture
 
-CELLS = ("lstm", "gru")
 WAYS = ("forward", "backward")
-every_plan = pytest.mark.parametrize(("cell", "way"), list(itertools.product(CELLS, WAYS)))
+every_plan = pytest.mark.parametrize(("cell", "way"), list(itertools.product(GATES, WAYS)))
 
 
 @every_plan
@@ -49,7 +50,7 @@ def test_kernels_agree_on_sizes(emulated: ModuleType, cell: str, way: str) -> No
     for kind, H, B in itertools.product(native.KINDS, (5, 16, 100, 250, 520), (1, 30)):
         for p in plan.candidates(cell, B, H, kind, H200, 1, way):
             shared, pitch, _ = emulated.rnn_sizes(
-                native.KINDS[kind], CELLS.index(cell), way == "forward", p.shape.native(), H
+                native.KINDS[kind], CELLS[cell].number, way == "forward", p.shape.native(), H
             )
             assert shared == p.shared, p
             if p.exchange:

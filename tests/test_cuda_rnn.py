@@ -12,10 +12,14 @@ from fastseq.cuda import native
 from fastseq.ops import rnn as ops
 from tests.emulated import chosen, emulated
 from tests.oracle import (
+    CELLS,
+    GATES,
+    SMOOTH,
     Case,
     Mismatch,
     Problem,
     budget,
+    cell_kinds,
     check_backward_changes_nothing,
     check_layer,
     check_second,
@@ -28,14 +32,13 @@ __all__ = ["emulated"]
 pytestmark = pytest.mark.usefixtures("emulated", "without_tf32")
 
 layer = partial(ops.rnn_layer, on="cuda")
-CELLS = ("lstm", "gru")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 ROWS = ("full", "lengths", "packed")
 DESIGNS = {"block": 33, "cluster": 70, "grid": 70}  # and hidden units for it: no multiple of a tile
 SCHEDULES = (0, 1, 2, 4, 6, 8)  # seeds: 0 in order, even ones starve somebody
 every_design = pytest.mark.parametrize("design", DESIGNS)
 SEGMENTS = [(rows, False) for rows in ROWS] + [("full", True), ("lengths", True)]  # rows, and whether with resets
-KINDS = list(itertools.product(CELLS, (FP32, BF16, FP16), SEGMENTS, (False, True)))  # the last: bidirectional
+KINDS = [(*kind, rows, two) for kind in cell_kinds((FP32, BF16, FP16)) for rows in SEGMENTS for two in (False, True)]
 SHAPES = [  # T, B, I, H
     (1, 1, 1, 1),
     (1, 3, 5, 16),  # one step
@@ -67,7 +70,7 @@ def test_every_kind(design: str, number: int, emulated: ModuleType, monkeypatch:
 
 
 @every_design
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_weights_in_registers(design: str, cell: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers large enough for it."""
@@ -87,7 +90,7 @@ def test_corner_shapes(shape: tuple[int, int, int, int], cell: str, rows: str) -
 
 
 @every_design
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", SMOOTH)
 def test_tf32(design: str, cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within the budget of fp16, which has as many bits of mantissa and rounds more."""
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
@@ -97,7 +100,7 @@ def test_tf32(design: str, cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
         problem, case=replace(problem.case, dtype=FP32), tensors={n: t.float() for n, t in problem.tensors.items()},
         grads={n: g.float() for n, g in problem.grads.items()},
     )  # fmt: skip
-    with chosen(monkeypatch, design, 3, kept=design == "cluster") as ran, nan_in_empty():
+    with chosen(monkeypatch, design, 3, kept=design == "cluster" and GATES[cell] > 1) as ran, nan_in_empty():
         compare(run(layer, wide), truth, allowed)
     assert {p.kind for p in ran} == {"tensor32"}
 

@@ -404,7 +404,22 @@ def test_a_bridge_by_the_name_of_its_source() -> None:
             Bridge(**wrong)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("cell", "runs"), [("lstm", "cpu"), ("gru", "cpu"), ("gru_reset_before", "reference")])
+@pytest.mark.parametrize(
+    ("cell", "runs"), [("lstm", "cpu"), ("gru", "cpu"), ("rnn_tanh", "cpu"), ("gru_reset_before", "reference")]
+)
 def test_explain_looks_at_an_encoders_first_layer(cell: str, runs: str) -> None:
     encoder = fastseq.Encoder(5, 16, 2, cell=cell)
     assert fastseq.explain(encoder, torch.randn(3, 6, 5)).chosen == (runs if _native.C is not None else "torch")
+
+
+def test_plain_cells_loop_in_the_reference() -> None:
+    """Explain says so; a decoder that feeds nothing back is a stack of layers, which the kernels have."""
+    memory = fastseq.Encoder(5, 16, cell="rnn_relu")(torch.randn(3, 6, 5))
+    for preset, runs in (("luong", "reference"), ("sutskever", "cpu" if _native.C is not None else "reference")):
+        options = {} if preset == "sutskever" else {"memory_size": 16}
+        decoder = getattr(Decoder, preset)(5, 16, cell="rnn_relu", **options)
+        told = fastseq.explain(decoder, torch.randn(3, 4, 5), memory)
+        assert told.chosen == runs
+        if runs == "reference":
+            reasons = {verdict.backend: verdict.reason for verdict in told}
+            assert "cell='rnn_relu' within a decoder's loop is not fused" in reasons["cpu"] or _native.C is None

@@ -17,7 +17,7 @@ from tests.oracle import Mismatch, Results, compare
 REFERENCE = fast("reference")
 SCORES = ("additive", "dot", "bare", "projected")
 FIELDS: dict[str, tuple[Any, ...]] = {
-    "cell": ("lstm", "gru", "gru_reset_before"),
+    "cell": ("lstm", "gru", "gru_reset_before", "rnn_tanh", "rnn_relu"),
     "num_layers": (1, 1, 2, 3),
     "attention": (True, True, True, False),
     "attend": ("before", "after", "between"),

@@ -73,13 +73,15 @@ def test_memory_from_rnn_refuses(name: str) -> None:
         call()
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_relu"])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("lengths", [None, [3, 6, 0, 1]])
 def test_encoder_is_torchs_stack(cell: str, bidirectional: bool, lengths: list[int] | None) -> None:
     """Without its options: torch.nn's layers, forward and every gradient; rows of no length included."""
     encoder = Encoder(I, H, 2, cell=cell, bidirectional=bidirectional).double()
-    stock = getattr(nn, cell.upper())(I, H, 2, batch_first=True, bidirectional=bidirectional).double()
+    kind, *nonlinearity = cell.split("_")
+    options = {"nonlinearity": nonlinearity[0]} if nonlinearity else {}
+    stock = getattr(nn, kind.upper())(I, H, 2, batch_first=True, bidirectional=bidirectional, **options).double()
     names = {f"{n[:-1]}{k}{r}": f"layers.{k}.{n}{r}" for k in (0, 1) for r in ("", "_reverse")
              for n in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")}  # fmt: skip
     stock.load_state_dict({n: encoder.state_dict()[names[n]] for n in stock.state_dict()})

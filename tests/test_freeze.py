@@ -32,7 +32,7 @@ from fastseq.ops.rnn import rnn_layer
 from fastseq.ops.step import StepShape, rnn_step
 
 I, H = 19, 37  # noqa: E741  (the project's letter)
-KINDS = {"LSTM": fastseq.LSTM, "GRU": fastseq.GRU}
+KINDS = {"LSTM": fastseq.LSTM, "GRU": fastseq.GRU, "RNN": fastseq.RNN}
 CELLS = {"LSTMCell": fastseq.LSTMCell, "GRUCell": fastseq.GRUCell}
 
 

@@ -18,7 +18,8 @@ OPTIONS = [
     {"num_layers": 2, "dropout": 0.5},
 ]
 PROJECTED = [{"proj_size": 3}, {"proj_size": 3, "num_layers": 2, "bidirectional": True, "bias": False}]
-CASES = [("LSTM", o) for o in OPTIONS + PROJECTED] + [("GRU", o) for o in OPTIONS]
+CASES = [("LSTM", o) for o in OPTIONS + PROJECTED] + [(kind, o) for kind in ("GRU", "RNN") for o in OPTIONS]
+CASES += [("RNN", {"nonlinearity": "relu", **o}) for o in OPTIONS[:2]]
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
@@ -27,7 +28,8 @@ def test_layers_are_the_modules(kind: str, options: dict[str, object], rows: str
     _, module = twins(kind, backend="reference", **options, dtype=torch.float64)
     x, hx = draw(module, rows, True)
     layout = {"batch_first": True} if module.batch_first and rows != "unsorted" else {}
-    function = F.lstm if kind == "LSTM" else F.gru
+    function = {"LSTM": F.lstm, "GRU": F.gru, "RNN": F.rnn}[kind]
+    layout |= {"nonlinearity": module.nonlinearity} if kind == "RNN" else {}
     torch.manual_seed(4)
     got = function(
         x, hx, list(module.parameters()), bidirectional=module.bidirectional, dropout=module.dropout, training=True,
@@ -39,13 +41,13 @@ def test_layers_are_the_modules(kind: str, options: dict[str, object], rows: str
     assert all(torch.equal(a, b) for a, b in zip(flatten(got), flatten(expected), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
 def test_cells_are_the_modules(kind: str) -> None:
     for bias, hx, lead in product((True, False), (False, True), ((4,), ())):
         _, module = twins(kind, bias=bias)
         x, h = torch.randn(*lead, I), torch.randn(*lead, H)
         state = None if not hx else (h, -h) if kind == "LSTMCell" else h
-        function = F.lstm_cell if kind == "LSTMCell" else F.gru_cell
+        function = {"LSTMCell": F.lstm_cell, "GRUCell": F.gru_cell, "RNNCell": F.rnn_cell}[kind]
         got, expected = function(x, state, list(module.parameters())), module(x, state)
         assert all(torch.equal(a, b) for a, b in zip(flatten(got), flatten(expected), strict=True))
 

@@ -1,12 +1,10 @@
 """Every ISA variant of the kernels that this CPU can run, chosen in this process, against the same oracle."""
 
-import itertools
-
 import pytest
 import torch
 
 from fastseq import _native
-from tests.oracle import Case, Problem, check_layer, run
+from tests.oracle import Case, Problem, cell_kinds, check_layer, run
 
 if _native.C is None:
     pytest.skip(str(_native.reason), allow_module_level=True)
@@ -16,7 +14,7 @@ from fastseq.ops.rnn import rnn_layer
 VARIANTS = ("base", "avx2", "avx512", "avx512_bf16")
 CASES = [
     Case(cell, dtype, *shape, bidirectional=True, rows=rows, threads=threads, resets=resets)
-    for cell, dtype in itertools.product(("lstm", "gru"), (torch.float32, torch.bfloat16))
+    for cell, dtype in cell_kinds((torch.float32, torch.bfloat16))
     for shape, rows, threads, resets in (
         ((5, 9, 13, 17), "lengths", 1, False),
         ((3, 20, 33, 65), "packed", 2, False),

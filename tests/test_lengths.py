@@ -69,10 +69,11 @@ def test_parts_hand_them_on() -> None:
 
 
 @pytest.mark.parametrize("backend", [reference, stock])
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
 def test_unchecked_lengths_are_clamped(backend: Any, cell: str) -> None:
     """Below 0 is 0, above T is T."""
-    module = (nn.LSTM if cell == "lstm" else nn.GRU)(5, 6)
+    kinds = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn_tanh": nn.RNN, "rnn_relu": nn.RNN}
+    module = kinds[cell](5, 6)
     x = torch.randn(4, 3, 5)
 
     def answer(lengths: list[int]) -> Any:

@@ -24,8 +24,9 @@ OPTIONS = [
     {"num_layers": 3, "bidirectional": True, "bias": False},
 ]
 PROJECTED = [{"proj_size": 3}, {"proj_size": 3, "bias": False, "num_layers": 2, "bidirectional": True}]
-CASES = [("LSTM", o) for o in OPTIONS + PROJECTED] + [("GRU", o) for o in OPTIONS]
-LAYERS, CELLS = ["LSTM", "GRU"], ["LSTMCell", "GRUCell"]
+CASES = [("LSTM", o) for o in OPTIONS + PROJECTED] + [(kind, o) for kind in ("GRU", "RNN") for o in OPTIONS]
+CASES += [("RNN", {"nonlinearity": "relu", **o}) for o in OPTIONS[:2]]
+LAYERS, CELLS = ["LSTM", "GRU", "RNN"], ["LSTMCell", "GRUCell", "RNNCell"]
 
 
 def can(backend: str, options: dict[str, object]) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 import fastseq
 from tests.twins import H, I, flatten
 
-KINDS = ["LSTM", "GRU", "LSTMCell", "GRUCell"]
+KINDS = ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"]
 ORIGINALS = {kind: getattr(nn, kind).forward for kind in KINDS}
 
 

@@ -10,14 +10,14 @@ from torch import Tensor
 
 import fastseq
 from fastseq import _native
-from tests.oracle import GATES, Case, Problem, Terms, allow, compare, plain, run
+from tests.oracle import CELLS, GATES, Case, Problem, Terms, allow, compare, plain, run
 
 if _native.C is None:
     pytest.skip(str(_native.reason), allow_module_level=True)
 
 bounded = settings(max_examples=60, deadline=None, derandomize=True)  # a suite that fails fails again
 steps, rows, features, units = st.integers(1, 9), st.integers(0, 9), st.integers(1, 19), st.integers(1, 35)
-cells = st.sampled_from(["lstm", "gru"])
+cells = st.sampled_from(CELLS)
 
 
 def functional(

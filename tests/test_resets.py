@@ -19,7 +19,7 @@ T, B = 9, 5
 LENGTHS = [9, 4, 0, 7, 1]
 ABLE = [name for name in BACKENDS if name != "torch"]  # which refuses them
 backends = pytest.mark.parametrize("backend", ABLE)
-kinds = pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+kinds = pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 
 
 def draw(module: Any, steps: int = T) -> tuple[Tensor, Any, Tensor]:
@@ -170,7 +170,7 @@ def test_nothing_passes_a_reset(kind: str, backend: str) -> None:
     assert out[4:, :, :H].isfinite().all()
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before", "rnn_tanh"])
 def test_numeric_derivatives(cell: str) -> None:
     """First and second of the reference, by finite differences, with lengths, both directions and a projection."""
     lstm, hidden = cell == "lstm", 3

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastseq import _native
 from fastseq.backends import cpu
 from fastseq.backends.call import RnnCall
-from tests.oracle import Case, Layer, Problem, check_layer, check_second, run
+from tests.oracle import CELLS, Case, Layer, Problem, cell_kinds, check_layer, check_second, run
 
 if _native.C is None:
     pytest.skip(str(_native.reason), allow_module_level=True)
@@ -33,7 +33,7 @@ def by_cell(cell: str, x: Tensor, h0: Any, c0: Any, weights: list[Tensor], *rest
 
 
 WAYS = (by_layer, by_cell)
-KINDS = list(itertools.product(("lstm", "gru"), (torch.float32, torch.bfloat16)))
+KINDS = cell_kinds((torch.float32, torch.bfloat16))
 SHAPES = [
     (0, 3, 5),
     (1, 1, 1),
@@ -101,7 +101,7 @@ def test_gradient_of_one_output(way: Layer, case: Case, used: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", CELLS)
 def test_second_derivatives(way: Layer, cell: str) -> None:
     """A step's backward, recorded, can be differentiated."""
     check_second(way, Problem.draw(Case(cell, T=1, B=3, I=2, H=9)))

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import fastseq
 from fastseq import _native
-from tests.oracle import Case, Problem, Results, check_layer, run
+from tests.oracle import CELLS, Case, Problem, Results, check_layer, run
 
 if _native.C is None:
     pytest.skip(str(_native.reason), allow_module_level=True)
@@ -39,7 +39,7 @@ def assert_same_bits(got: Results, expected: Results) -> None:
         assert torch.equal(got[name], t), name
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("threads", [3, 8, 70])
 @pytest.mark.parametrize("shape", [(20, 40, 30, 70), (20, 2, 8, 260)], ids=["split_by_rows", "split_by_units"])
 def test_more_threads_than_cores(cell: str, threads: int, shape: tuple[int, int, int, int]) -> None:

@@ -32,7 +32,13 @@ FS_INLINE void dispatch(DType dtype, F&& f) {
 template <class F>
 FS_INLINE void dispatch(const Shape& shape, F&& f) {
   dispatch(shape.dtype, [&](auto element) {
-    shape.cell == CellKind::lstm ? f(Tag<Lstm<SimdMath>>{}, element) : f(Tag<Gru<SimdMath>>{}, element);
+    switch (shape.cell) {
+      case CellKind::lstm: return f(Tag<Lstm<SimdMath>>{}, element);
+      case CellKind::gru: return f(Tag<Gru<SimdMath>>{}, element);
+      case CellKind::rnn_tanh: return f(Tag<RnnTanh<SimdMath>>{}, element);
+      case CellKind::rnn_relu: return f(Tag<RnnRelu<SimdMath>>{}, element);
+      case CellKind::gru_reset_before: return;  // has no driver of layers
+    }
   });
 }
 

@@ -1,7 +1,7 @@
 // The boundary of the native core: one recurrent layer, forward and backward, as plain structs of raw pointers.
 // Nothing here knows Python or torch; the caller owns every buffer and has checked every shape.
 //
-// Letters: T steps, B rows, I input features, H units, N tokens (active row-steps), G gates (4 LSTM, 3 GRU).
+// Letters: T steps, B rows, I input features, H units, N tokens (active row-steps), G gates (4 LSTM, 3 GRU, 1 RNN).
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace fastseq {
 
-enum class CellKind : int { lstm, gru, gru_reset_before };
+enum class CellKind : int { lstm, gru, gru_reset_before, rnn_tanh, rnn_relu };
 enum class DType : int { f32, bf16 };
 
 // Which rows are active at which step. Rows are ordered by falling length, so the active ones are a prefix.
@@ -67,7 +67,7 @@ struct ForwardPass {
   Direction dir;
   View x, out;
   void *h_n, *c_n;  // [B, H]
-  void* gates;      // [N, 4, H] for backward, or null
+  void* gates;      // [N, kColumns, H] for backward, or null
   float* cells;     // [N, H] cell states for backward, or null; LSTM only
 };
 

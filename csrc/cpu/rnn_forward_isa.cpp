@@ -15,7 +15,7 @@ constexpr int64_t kChunkRows = 64;
 constexpr bool kReadsInPlace = W >= 16;  // with narrower vectors dot products take 2 to 13 % longer than packing and tiles
 
 template <class Cell>
-constexpr int kTileRows = kAccumulators / Cell::kGates;
+constexpr int kTileRows = kAccumulators / (Cell::kGates > 1 ? Cell::kGates : 2);  // a dozen sums keep the multipliers busy
 
 // Packed weights of one direction, [W-unit panel][unit of depth][gate][W]: those of W_ih, behind them those of W_hh.
 template <class Cell, class T>

@@ -7,7 +7,7 @@
 namespace fastseq::cuda {
 
 enum class Kind : int { kFull32, kTensor32, kBrainHalf, kHalf };  // product.h
-enum class CellKind : int { kLstm, kGru };                        // as in fastseq/ops/common.py
+enum class CellKind : int { kLstm, kGru, kRnnTanh = 3, kRnnRelu };  // as in fastseq/ops/cells.py
 
 // How a launch is laid out: fastseq/cuda/plan.py decides.
 struct RnnShape {

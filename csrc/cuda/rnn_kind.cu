@@ -19,7 +19,6 @@ template <> struct Numbers<Half> { using T = Fp16; using M = Rounded; };
 using P = FS_KIND;
 using T = Numbers<P>::T;
 using M = Numbers<P>::M;
-constexpr bool kInRegisters = !std::is_same_v<P, Full32>;  // of which a lane would hold 16 of a tile's 128 numbers, not 4
 
 LaunchShape launch_shape(const RnnShape& shape, int directions, int shared, void* stream) {
   const unsigned blocks = shape.blocks, cluster = shape.meeting == static_cast<int>(Meeting::kCluster) ? blocks : 1;
@@ -32,6 +31,8 @@ LaunchShape launch_shape(const RnnShape& shape, int directions, int shared, void
 template <template <class> class Cell>
 struct Of {
   static constexpr int kGates = Cell<M>::kGates;
+  // Not Full32, of which a lane would hold 16 of a tile's 128 numbers, not 4; nor one gate, whose weights are few.
+  static constexpr bool kInRegisters = !std::is_same_v<P, Full32> && kGates > 1;
   static constexpr int kStepShared = step_shared<P, Cell<M>>();
   static_assert(kStepShared <= 99 * 1024);
   using Forward = ForwardSizes<P, kGates, Cell<M>::kColumns>;
@@ -94,27 +95,34 @@ struct Of {
   }
 };
 
-using LstmOf = Of<Lstm>;
-using GruOf = Of<Gru>;
+template <class F>
+auto with_cell(CellKind cell, F f) {
+  switch (cell) {
+    case CellKind::kLstm: return f(Of<Lstm>{});
+    case CellKind::kGru: return f(Of<Gru>{});
+    case CellKind::kRnnTanh: return f(Of<RnnTanh>{});
+    case CellKind::kRnnRelu: break;
+  }
+  return f(Of<RnnRelu>{});
+}
 
 }  // namespace
 
 const RnnLaunches FS_LAUNCHES = {
     [](CellKind cell, const RnnForward& a, void* stream) {
-      return cell == CellKind::kLstm ? LstmOf::forward(a, stream) : GruOf::forward(a, stream);
+      return with_cell(cell, [&](auto of) { return of.forward(a, stream); });
     },
     [](CellKind cell, const RnnBackward& a, void* stream) {
-      return cell == CellKind::kLstm ? LstmOf::backward(a, stream) : GruOf::backward(a, stream);
+      return with_cell(cell, [&](auto of) { return of.backward(a, stream); });
     },
     [](CellKind cell, const RnnStep& a, void* stream) {
-      return cell == CellKind::kLstm ? LstmOf::step(a, stream) : GruOf::step(a, stream);
+      return with_cell(cell, [&](auto of) { return of.step(a, stream); });
     },
     [](CellKind cell, bool forward, const RnnShape& shape, int H) {
-      return cell == CellKind::kLstm ? LstmOf::sizes(forward, shape, H) : GruOf::sizes(forward, shape, H);
+      return with_cell(cell, [&](auto of) { return of.sizes(forward, shape, H); });
     },
     [](CellKind cell, bool forward, const RnnShape& shape, int H, int shared, int* count) {
-      return cell == CellKind::kLstm ? LstmOf::clusters(forward, shape, H, shared, count)
-                                     : GruOf::clusters(forward, shape, H, shared, count);
+      return with_cell(cell, [&](auto of) { return of.clusters(forward, shape, H, shared, count); });
     },
 };
 

@@ -101,6 +101,8 @@ def not_fused(call: DecoderCall, most_cells: int) -> Iterator[str]:
     if spec.query == "feed":
         yield "query='feed' is not fused; only a state asks"
     looped = make_plan(spec).layers
+    if looped and spec.cell in ("rnn_tanh", "rnn_relu"):
+        yield f"cell={spec.cell!r} within a decoder's loop is not fused"
     if spec.residual is not None and spec.residual < looped:
         yield f"residual={spec.residual} lies within the loop of {looped} layers; only layers above it may have one"
     if looped > most_cells:

@@ -7,6 +7,8 @@ lstm              Hochreiter and Schmidhuber 1997, with the forget gate of Gers,
                   the projection is Sak, Senior and Beaufays 2014, eq. 6
 gru_reset_before  Cho et al. 2014, eq. 5 to 8
 gru               the same with the reset gate behind the recurrent product, as in torch.nn.GRU and cuDNN
+rnn_tanh          Elman 1990
+rnn_relu          the same with another nonlinearity
 """
 
 from collections.abc import Callable, Sequence
@@ -135,8 +137,18 @@ def _gru_reset_before(gx: Tensor, state: State, w: Weights) -> State:
     return ((1 - z) * n + z * h,)
 
 
+def _rnn_tanh(gx: Tensor, state: State, w: Weights) -> State:
+    return ((gx + _recurrent(state[0], w)).tanh(),)
+
+
+def _rnn_relu(gx: Tensor, state: State, w: Weights) -> State:
+    return ((gx + _recurrent(state[0], w)).relu(),)
+
+
 Step = Callable[[Tensor, State, Weights], State]  # (x W_ih' + b_ih [B, G*H], state, weights) -> next state
-STEPS: dict[str, Step] = {"lstm": _lstm, "gru": _gru, "gru_reset_before": _gru_reset_before}
+STEPS: dict[str, Step] = {
+    "lstm": _lstm, "gru": _gru, "gru_reset_before": _gru_reset_before, "rnn_tanh": _rnn_tanh, "rnn_relu": _rnn_relu,
+}  # fmt: skip
 
 
 def _scan(

@@ -50,8 +50,8 @@ def rnn_cell(call: RnnCall) -> tuple[Tensor, ...]:
     x, w = call.input, call.weights
     b_ih, b_hh = w[2:] if call.has_bias else (None, None)
     h0 = x.new_zeros(x.shape[0], call.hidden_size) if call.h0 is None else call.h0
-    if call.cell == "gru":
-        return (_VF.gru_cell(x, h0, w[0], w[1], b_ih, b_hh),)
+    if call.cell != "lstm":
+        return (getattr(_VF, f"{call.cell}_cell")(x, h0, w[0], w[1], b_ih, b_hh),)
     c0 = x.new_zeros(x.shape[0], call.hidden_size) if call.c0 is None else call.c0
     return tuple(_VF.lstm_cell(x, (h0, c0), w[0], w[1], b_ih, b_hh))
 
@@ -64,8 +64,8 @@ def _onednn(call: RnnCall) -> bool:
 def _operator(
     call: RnnCall, x: Tensor, batch_sizes: Tensor | None, states: list[Tensor]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    operator: Any = _VF.gru if call.cell == "gru" else _VF.lstm
-    hx: Any = states[0] if call.cell == "gru" else states
+    operator: Any = getattr(_VF, call.cell)  # gru, lstm, rnn_tanh, rnn_relu
+    hx: Any = states if call.cell == "lstm" else states[0]
     options = (call.has_bias, call.num_layers, call.dropout, call.training, call.bidirectional)
     if batch_sizes is None:
         out, *finals = operator(x, hx, call.weights, *options, call.batch_first)
@@ -80,7 +80,7 @@ def _states(call: RnnCall) -> list[Tensor]:
     h0 = call.h0
     if h0 is None:
         h0 = call.input.new_zeros(rows, call.batch, call.proj_size or call.hidden_size)
-    if call.cell == "gru":
+    if call.cell != "lstm":
         return [h0]
     return [h0, call.input.new_zeros(rows, call.batch, call.hidden_size) if call.c0 is None else call.c0]
 

@@ -140,9 +140,10 @@ def _placements(units: int, H: int, device: DeviceSpec) -> Iterator[tuple[str, i
 
 def _kept(cell: str, kind: str, way: str) -> tuple[int, ...]:
     """rnn_kind.cu's variants."""
-    if kind == "full32":
+    gates = CELLS[cell].gates
+    if kind == "full32" or gates == 1:
         return (0,)
-    return (0, 8) if way == "forward" else (0, 3, 7 if cell == "lstm" else 6)
+    return (0, 8) if way == "forward" else (0, 3, 7 if gates == 4 else 6)
 
 
 def _made(

@@ -2,15 +2,16 @@
 
 from .attention import Attention, LocalP
 from .bridge import Bridge
-from .cells import GRUCell, LSTMCell
+from .cells import GRUCell, LSTMCell, RNNCell
 from .decoder import Decoder
 from .encoder import Encoder
-from .rnn import GRU, LSTM
+from .rnn import GRU, LSTM, RNN
 from .seq2seq import Seq2Seq, Seq2SeqOutput
 
 __all__ = [
     "GRU",
     "LSTM",
+    "RNN",
     "Attention",
     "Bridge",
     "Decoder",
@@ -18,6 +19,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "LocalP",
+    "RNNCell",
     "Seq2Seq",
     "Seq2SeqOutput",
 ]

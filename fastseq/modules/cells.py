@@ -1,4 +1,4 @@
-"""fastseq.LSTMCell and fastseq.GRUCell: torch.nn's cells with another forward."""
+"""fastseq.LSTMCell, fastseq.GRUCell and fastseq.RNNCell: torch.nn's cells with another forward."""
 
 from typing import Any, overload
 
@@ -7,11 +7,12 @@ from torch import Tensor, device, dtype, nn
 from ..backends.call import RnnCall
 from ..dispatch import check_name
 from ..engine import run_cell
+from ..errors import InputError
 from ..functional import state_pair
 from .frozen import frozen
 from .rnn import backend_repr
 
-__all__ = ["GRUCell", "LSTMCell", "gru_cell_call", "lstm_cell_call"]
+__all__ = ["GRUCell", "LSTMCell", "RNNCell", "gru_cell_call", "lstm_cell_call", "rnn_cell_call"]
 
 
 def lstm_cell_call(module: nn.LSTMCell, input: Tensor, hx: tuple[Tensor, Tensor] | None) -> RnnCall:
@@ -23,6 +24,13 @@ def lstm_cell_call(module: nn.LSTMCell, input: Tensor, hx: tuple[Tensor, Tensor]
 def gru_cell_call(module: nn.GRUCell, input: Tensor, hx: Tensor | None) -> RnnCall:
     """The call that `module` makes of (input, hx)."""
     return RnnCall("gru", input, hx, None, _weights(module), has_bias=module.bias, frozen=frozen(module))
+
+
+def rnn_cell_call(module: nn.RNNCell, input: Tensor, hx: Tensor | None) -> RnnCall:
+    """The call that `module` makes of (input, hx)."""
+    return RnnCall(
+        f"rnn_{module.nonlinearity}", input, hx, None, _weights(module), has_bias=module.bias, frozen=frozen(module)
+    )
 
 
 def _weights(module: nn.RNNCellBase) -> list[Tensor]:
@@ -91,6 +99,40 @@ class GRUCell(nn.GRUCell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """The next h [B, H] of input [B, I] and hx [B, H]; all without B for one row."""
         return run_cell(gru_cell_call(self, input, hx), self.backend)[0]
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + backend_repr(self)
+
+
+class RNNCell(nn.RNNCell):
+    """torch.nn.RNNCell, faster: the same arguments, parameters and results. backend as for `fastseq.LSTM`."""
+
+    backend: str = "auto"
+
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = ...,
+        nonlinearity: str = ...,
+        device: device | str | None = ...,
+        dtype: dtype | None = ...,
+        *,
+        backend: str = ...,
+    ) -> None: ...
+    @overload
+    def __init__(self, *args: Any, backend: str = ..., **kwargs: Any) -> None: ...
+    def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
+        check_name(backend)
+        super().__init__(*args, **kwargs)
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise InputError(f"nonlinearity={self.nonlinearity!r}; use 'tanh' or 'relu'")
+        self.backend = backend
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """The next h [B, H] of input [B, I] and hx [B, H]; all without B for one row."""
+        return run_cell(rnn_cell_call(self, input, hx), self.backend)[0]
 
     def extra_repr(self) -> str:
         return super().extra_repr() + backend_repr(self)

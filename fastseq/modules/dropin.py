@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..backends.call import RnnCall
-from .cells import GRUCell, LSTMCell, gru_cell_call, lstm_cell_call
-from .rnn import GRU, LSTM, gru_call, lstm_call
+from .cells import GRUCell, LSTMCell, RNNCell, gru_cell_call, lstm_cell_call, rnn_cell_call
+from .rnn import GRU, LSTM, RNN, gru_call, lstm_call, rnn_call
 
 __all__ = ["CELLS", "DROP_INS", "LAYERS", "DropIn", "call_of"]
 
@@ -21,10 +21,12 @@ class DropIn(NamedTuple):
 LAYERS: dict[type[nn.Module], DropIn] = {
     nn.LSTM: DropIn(LSTM, lstm_call, True),
     nn.GRU: DropIn(GRU, gru_call, False),
+    nn.RNN: DropIn(RNN, rnn_call, False),
 }
 CELLS: dict[type[nn.Module], DropIn] = {
     nn.LSTMCell: DropIn(LSTMCell, lstm_cell_call, True),
     nn.GRUCell: DropIn(GRUCell, gru_cell_call, False),
+    nn.RNNCell: DropIn(RNNCell, rnn_cell_call, False),
 }
 DROP_INS = LAYERS | CELLS
 

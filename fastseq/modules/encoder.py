@@ -1,5 +1,6 @@
 """fastseq.Encoder: recurrent layers over padded rows of any lengths, whose result a decoder reads."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +14,15 @@ from ..engine import run
 from ..errors import InputError
 from ..functional import Lengths
 from ..spec import CELLS, LayerState, Memory, one_of, prefix_mask
-from .rnn import GRU, LSTM, gru_call, lstm_call
+from .dropin import call_of
+from .rnn import GRU, LSTM, RNN, gru_call
 
 __all__ = ["Encoder"]
 
 
 @part
 class Encoder(nn.Module):
-    """LSTM or GRU layers, batch first: forward(x, lengths) -> Memory.
+    """LSTM, GRU or plain recurrent layers, batch first: forward(x, lengths) -> Memory.
 
     bidirectional: all layers, or an int, so many from the bottom (1: GNMT). residual: from the second layer on, a
     layer's input is added to its output where both have one size (Wu et al. 2016, eq. 6). dropout: on the input of
@@ -62,7 +64,8 @@ class Encoder(nn.Module):
         self.input_size, self.hidden_size, self.num_layers, self.cell = input_size, hidden_size, num_layers, cell
         self.bidirectional, self.dropout, self.residual = both, dropout, residual
         self.register_module("embedding", embedding)
-        kind = {"lstm": LSTM, "gru": GRU, "gru_reset_before": ResetBefore}[cell]
+        kinds: dict[str, Any] = {"lstm": LSTM, "gru": GRU, "gru_reset_before": ResetBefore}
+        kind = kinds[cell] if cell in kinds else partial(RNN, nonlinearity=cell.removeprefix("rnn_"))
         sizes = [hidden_size * (1 + (index < both)) for index in range(num_layers)]
         self.layers = nn.ModuleList(
             kind(
@@ -112,7 +115,7 @@ class Encoder(nn.Module):
         out, layer = x if self.embedding is None else self.embedding(x), self.layers[0]
         if isinstance(layer, ResetBefore):
             return layer.as_call(out)
-        return lstm_call(layer, out, None) if isinstance(layer, LSTM) else gru_call(layer, out, None)  # type: ignore[arg-type]
+        return call_of(layer, out, None)
 
     def config(self) -> dict[str, Any]:
         """The arguments that build it again, as plain data; a part is such data with its `kind`."""

@@ -1,4 +1,4 @@
-"""fastseq.LSTM and fastseq.GRU: torch.nn's modules with another forward.
+"""fastseq.LSTM, fastseq.GRU and fastseq.RNN: torch.nn's modules with another forward.
 
 Arguments, parameters, their order and initial values, state_dict and answers are torch.nn's. The forwards need nothing
 but what torch.nn's own __init__ leaves in an instance, since `accelerate` and `patch` give them to such instances.
@@ -15,7 +15,7 @@ from ..engine import run
 from ..functional import Lengths, state_pair
 from .frozen import frozen
 
-__all__ = ["GRU", "LSTM", "gru_call", "lstm_call"]
+__all__ = ["GRU", "LSTM", "RNN", "backend_repr", "gru_call", "lstm_call", "rnn_call"]
 
 LstmState = tuple[Tensor, Tensor]
 
@@ -31,8 +31,17 @@ def lstm_call(module: nn.LSTM, input: Any, hx: LstmState | None) -> RnnCall:
 
 def gru_call(module: nn.GRU, input: Any, hx: Tensor | None) -> RnnCall:
     """The call that `module` makes of (input, hx)."""
+    return _call("gru", module, input, hx)
+
+
+def rnn_call(module: nn.RNN, input: Any, hx: Tensor | None) -> RnnCall:
+    """The call that `module` makes of (input, hx)."""
+    return _call(module.mode.lower(), module, input, hx)
+
+
+def _call(cell: str, module: nn.RNNBase, input: Any, hx: Tensor | None) -> RnnCall:
     return RnnCall(
-        "gru", input, hx, None, _weights(module), None, None, module.bias, module.num_layers, module.dropout,
+        cell, input, hx, None, _weights(module), None, None, module.bias, module.num_layers, module.dropout,
         module.training, module.bidirectional, module.batch_first, frozen=frozen(module),
     )  # fmt: skip
 
@@ -142,6 +151,54 @@ class GRU(nn.GRU):
     ) -> tuple[Any, Tensor]:
         """(output, h_n); input, lengths, resets and faults as for `LSTM.forward`."""
         out, (h,) = run(gru_call(self, input, hx), self.backend, lengths, resets)
+        return out, h
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + backend_repr(self)
+
+
+class RNN(nn.RNN):
+    """torch.nn.RNN (Elman 1990; nonlinearity "tanh" or "relu"), faster: the same arguments, parameters and results.
+
+    backend, lengths and resets as for `LSTM`.
+    """
+
+    backend: str = "auto"
+
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = ...,
+        nonlinearity: str = ...,
+        bias: bool = ...,
+        batch_first: bool = ...,
+        dropout: float = ...,
+        bidirectional: bool = ...,
+        device: device | str | None = ...,
+        dtype: dtype | None = ...,
+        *,
+        backend: str = ...,
+    ) -> None: ...
+    @overload
+    def __init__(self, *args: Any, backend: str = ..., **kwargs: Any) -> None: ...
+    def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
+        check_name(backend)
+        super().__init__(*args, **kwargs)
+        self.backend = backend
+
+    @overload
+    def forward(
+        self, input: Tensor, hx: Tensor | None = ..., *, lengths: Lengths = ..., resets: Tensor | None = ...
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(self, input: PackedSequence, hx: Tensor | None = ...) -> tuple[PackedSequence, Tensor]: ...
+    def forward(
+        self, input: Any, hx: Tensor | None = None, *, lengths: Lengths = None, resets: Tensor | None = None
+    ) -> tuple[Any, Tensor]:
+        """(output, h_n); input, lengths, resets and faults as for `LSTM.forward`."""
+        out, (h,) = run(rnn_call(self, input, hx), self.backend, lengths, resets)
         return out, h
 
     def extra_repr(self) -> str:

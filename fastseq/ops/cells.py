@@ -26,4 +26,6 @@ CELLS = {
     "lstm": Columns(0, 4, 4, (0, 1, 2, 3), (0, 1, 2, 3), True),
     "gru": Columns(1, 3, 4, (0, 1, -1, 2), (0, 1, 2, -1), False),
     "gru_reset_before": Columns(2, 3, 3, (0, 1, 2), (0, 1, 2), False),
+    "rnn_tanh": Columns(3, 1, 1, (0,), (0,), False),
+    "rnn_relu": Columns(4, 1, 1, (0,), (0,), False),
 }

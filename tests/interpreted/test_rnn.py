@@ -16,10 +16,12 @@ from torch import Tensor
 
 from fastseq.ops import rnn as ops
 from tests.oracle import (
+    CELLS,
     Case,
     Mismatch,
     Problem,
     Results,
+    cell_kinds,
     check_backward_changes_nothing,
     check_layer,
     check_second,
@@ -28,10 +30,9 @@ from tests.oracle import (
 )
 
 layer = partial(ops.rnn_layer, on="triton")
-CELLS = ("lstm", "gru")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 ROWS = ("full", "lengths", "packed")
-KINDS = list(itertools.product(CELLS, (FP32, BF16, FP16), ROWS, (False, True)))  # the last: bidirectional
+KINDS = [(*kind, rows, two) for kind in cell_kinds((FP32, BF16, FP16)) for rows in ROWS for two in (False, True)]
 FLAGS = list(itertools.product((False, True), repeat=3))  # hx, bias, batch_first
 HIDDEN = {"sequence": 13, "steps": 19, "barrier": 19}  # one block of units, or two
 SHAPES = [  # T, B, I, H

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fastseq
 from fastseq.backends import triton as backend
 from tests.one_step import KINDS, cases, check_larger_tensors, check_nan, check_parts, ways
-from tests.oracle import Case, Layer, Mismatch, Problem, check_layer, check_second
+from tests.oracle import CELLS, Case, Layer, Mismatch, Problem, check_layer, check_second
 
 WAYS = by_layer, by_cell = ways(backend)
 SHAPES = [(0, 3, 5), (1, 1, 1), (3, 5, 15), (2, 16, 32), (17, 19, 33)]  # B, I, H
@@ -28,7 +28,7 @@ def no_layer(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
         monkeypatch.setattr(rnn, "run", refused)
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_step_with_resets(cell: str, batch_first: bool) -> None:
     """Of one step they choose the initial state."""
@@ -61,7 +61,7 @@ def test_fp32_state(case: Case) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", CELLS)
 def test_second_derivatives(way: Layer, cell: str) -> None:
     """A step's backward, recorded, can be differentiated."""
     check_second(way, Problem.draw(Case(cell, T=1, B=3, I=2, H=9)))
@@ -101,7 +101,7 @@ def same(got: Any, expected: Any) -> None:
 
 
 @pytest.mark.layer_kernels
-@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_modules(name: str, steps: int) -> None:
     """Two layers in both directions, padded, with lengths and packed, give what torch.nn's module gives."""
@@ -117,14 +117,14 @@ def test_modules(name: str, steps: int) -> None:
     same(module(x[:, 0])[0], stock(x[:, 0])[0])
 
 
-@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "LSTM", "GRU"])
+@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell", "LSTM", "GRU", "RNN"])
 def test_modules_of_one_step(name: str) -> None:
     """Cells, and layers that are called with T=1."""
     module, stock = getattr(fastseq, name)(4, 5, backend="triton"), getattr(nn, name)(4, 5)
     stock.load_state_dict(module.state_dict())
     x = torch.randn(3, 4) if name.endswith("Cell") else torch.randn(1, 3, 4)
     same(module(x), stock(x))
-    state = stock(x)[1] if name in ("LSTM", "GRU") else stock(x)
+    state = stock(x)[1] if name in ("LSTM", "GRU", "RNN") else stock(x)
     same(module(x, state), stock(x, state))
 
 

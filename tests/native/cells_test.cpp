@@ -74,6 +74,14 @@ struct LstmCase : OneProduct<Lstm> {
   }
 };
 
+struct RnnTanhCase : OneProduct<RnnTanh> {
+  static State formula(const Inputs& in) { return {std::tanh(in[0]), in[kC]}; }
+};
+
+struct RnnReluCase : OneProduct<RnnRelu> {
+  static State formula(const Inputs& in) { return {in[0] > 0 ? in[0] : 0, in[kC]}; }
+};
+
 struct GruCase : OneProduct<Gru> {
   static State formula(const Inputs& in) {
     const double z = logistic(in[1]), n = std::tanh(in[3] + logistic(in[0]) * in[2]);
@@ -156,6 +164,8 @@ void check_both(const std::string& name) {
 void check_cells() {
   check_both<LstmCase>("lstm");
   check_both<GruCase>("gru");
+  check_both<RnnTanhCase>("rnn_tanh");
+  check_both<RnnReluCase>("rnn_relu");
   check_both<GruResetBeforeCase>("gru_reset_before");
 }
 
