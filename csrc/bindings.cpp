@@ -52,6 +52,18 @@ struct Part {
   }
 };
 
+// Masks of direction d, of what fastseq/ops/rnn.py makes of a layer's: three views, [D, B, H], three shares; empty: none.
+Noise noise_of(const py::tuple& given, const Shape& shape, int64_t rows, int d) {
+  Noise noise;
+  if (given.empty()) return noise;
+  const int64_t of_direction = d * shape.hidden;  // bools
+  noise.any = true;
+  noise.update = view(given[0], of_direction), noise.keep_h = view(given[1], of_direction), noise.keep_c = view(given[2], of_direction);
+  noise.recurrent = at(given[3].cast<Address>(), d * rows * shape.hidden * (shape.dtype == DType::f32 ? 4 : 2));
+  noise.update_scale = given[4].cast<float>(), noise.share_h = given[5].cast<float>(), noise.share_c = given[6].cast<float>();
+  return noise;
+}
+
 // Addresses of w_ih, w_hh, b_ih, b_hh of direction d among a layer's flat list; 0 where there is none.
 struct Weights {
   void* own[4] = {};
@@ -65,7 +77,7 @@ struct Weights {
 void forward(int cell, int dtype, bool state_is_f32, int64_t steps, int64_t rows, int64_t tokens, int64_t input, int64_t hidden,
              Address lengths, Address batch_sizes, const py::tuple& x, const py::tuple& out, const py::tuple& weights, int directions,
              Address h0, Address c0, Address h_n, Address c_n, Address gates, Address cells, int threads, const py::tuple& resets,
-             const py::tuple& packed) {
+             const py::tuple& packed, const py::tuple& c_out, const py::tuple& noise) {
   const Shape shape = shape_of(cell, dtype, state_is_f32, input, hidden);
   const View segments = view(resets);
   ForwardPass passes[2];
@@ -78,7 +90,9 @@ void forward(int cell, int dtype, bool state_is_f32, int64_t steps, int64_t rows
                  at(h_n, part.state),
                  at(c_n, part.state),
                  at(gates, part.gates),
-                 static_cast<float*>(at(cells, part.cells))};
+                 static_cast<float*>(at(cells, part.cells)),
+                 view(c_out, part.element),
+                 noise_of(noise, shape, rows, d)};
     if (!packed.empty()) passes[d].dir.packed = at(packed[d].cast<Address>());
   }
   const py::gil_scoped_release released;
@@ -90,7 +104,7 @@ void backward(int cell, int dtype, bool state_is_f32, int64_t steps, int64_t row
               Address lengths, Address batch_sizes, const py::tuple& x, const py::tuple& out, const py::tuple& d_out,
               const py::tuple& d_x, const py::tuple& weights, int directions, Address h0, Address c0, Address d_h_n, Address d_c_n,
               Address gates, Address cells, Address d_h0, Address d_c0, const py::tuple& d_weights, int threads,
-              const py::tuple& resets) {
+              const py::tuple& resets, const py::tuple& d_c_out, const py::tuple& noise) {
   const Shape shape = shape_of(cell, dtype, state_is_f32, input, hidden);
   const View segments = view(resets);
   BackwardPass passes[2];
@@ -112,7 +126,9 @@ void backward(int cell, int dtype, bool state_is_f32, int64_t steps, int64_t row
                  dw.own[0],
                  dw.own[1],
                  dw.own[2],
-                 dw.own[3]};
+                 dw.own[3],
+                 view(d_c_out, part.element),
+                 noise_of(noise, shape, rows, d)};
   }
   const py::gil_scoped_release released;
   const SequencePlan order = plan(steps, rows, lengths, batch_sizes);

@@ -14,6 +14,20 @@
 
 namespace fastseq {
 
+// What a step writes, whole. Recurrent dropout (Semeniuta 2016) puts a multiplication in its place; both passes apply it.
+struct Whole {
+  template <class V>
+  FS_HD V operator()(V x) const {
+    return x;
+  }
+};
+
+template <class V>
+struct Scaled {
+  V factor;
+  FS_HD V operator()(V x) const { return x * factor; }
+};
+
 // Hochreiter & Schmidhuber 1997 with the forget gate of Gers 2000; gates in torch's order i, f, g, o.
 //   c' = f c + i g,  h' = o tanh(c')
 template <class M>
@@ -23,23 +37,28 @@ struct Lstm {
   static constexpr int kInput[kGates] = {0, 1, 2, 3}, kHidden[kGates] = {0, 1, 2, 3};
   static constexpr bool kCellState = true;
 
-  static FS_HD void forward(const V (&pre)[kColumns], V& h, V& c, V (&saved)[kColumns]) {
+  template <class Update = Whole>
+  static FS_HD void forward(const V (&pre)[kColumns], V& h, V& c, V (&saved)[kColumns], Update update = {}) {
     saved[0] = M::sigmoid(pre[0]);
     saved[1] = M::sigmoid(pre[1]);
     saved[2] = M::tanh(pre[2]);
     saved[3] = M::sigmoid(pre[3]);
-    c = saved[1] * c + saved[0] * saved[2];
+    c = next_c(saved, c, update);
     h = saved[3] * M::tanh(c);
   }
 
+  template <class Update = Whole>
+  static FS_HD V next_c(const V (&saved)[kColumns], V c, Update update = {}) { return saved[1] * c + saved[0] * update(saved[2]); }
+
   // before, after: the cell state c, c'. carry: in dL/dc' from later steps, out dL/dc.
-  static FS_HD void backward(const V (&saved)[kColumns], V before, V after, V dh, V& carry, V (&dpre)[kColumns]) {
+  template <class Update = Whole>
+  static FS_HD void backward(const V (&saved)[kColumns], V before, V after, V dh, V& carry, V (&dpre)[kColumns], Update update = {}) {
     const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
     const V squashed = M::tanh(after);
     const V dc = carry + dh * o * (1.f - squashed * squashed);
-    dpre[0] = dc * g * i * (1.f - i);
+    dpre[0] = dc * update(g) * i * (1.f - i);
     dpre[1] = dc * before * f * (1.f - f);
-    dpre[2] = dc * i * (1.f - g * g);
+    dpre[2] = update(dc * i) * (1.f - g * g);
     dpre[3] = dh * squashed * o * (1.f - o);
     carry = dc * f;
   }
@@ -58,21 +77,24 @@ struct Gru {
   static constexpr bool kCellState = false;
 
   // saved: r, z, U_n h + b_hn, n
-  static FS_HD void forward(const V (&pre)[kColumns], V& h, V&, V (&saved)[kColumns]) {
+  template <class Update = Whole>
+  static FS_HD void forward(const V (&pre)[kColumns], V& h, V&, V (&saved)[kColumns], Update update = {}) {
     saved[0] = M::sigmoid(pre[0]);
     saved[1] = M::sigmoid(pre[1]);
     saved[2] = pre[2];
     saved[3] = M::tanh(pre[3] + saved[0] * pre[2]);
-    h = saved[3] + saved[1] * (h - saved[3]);
+    const V written = update(saved[3]);
+    h = written + saved[1] * (h - written);
   }
 
   // before: the state h. carry: in and out, the part of dL/dh that bypasses the gates (z dL/dh').
-  static FS_HD void backward(const V (&saved)[kColumns], V before, V, V dh, V& carry, V (&dpre)[kColumns]) {
+  template <class Update = Whole>
+  static FS_HD void backward(const V (&saved)[kColumns], V before, V, V dh, V& carry, V (&dpre)[kColumns], Update update = {}) {
     const V r = saved[0], z = saved[1], u = saved[2], n = saved[3];
     dh = dh + carry;
-    const V dn = dh * (1.f - z) * (1.f - n * n);
+    const V dn = update(dh * (1.f - z)) * (1.f - n * n);
     dpre[0] = dn * u * r * (1.f - r);
-    dpre[1] = dh * (before - n) * z * (1.f - z);
+    dpre[1] = dh * (before - update(n)) * z * (1.f - z);
     dpre[2] = dn * r;
     dpre[3] = dn;
     carry = dh * z;
@@ -90,10 +112,14 @@ struct Elman {
   static constexpr int kInput[kGates] = {0}, kHidden[kGates] = {0};
   static constexpr bool kCellState = false;
 
-  // saved: h'
-  static FS_HD void forward(const V (&pre)[kColumns], V& h, V&, V (&saved)[kColumns]) { h = saved[0] = Activation::of(pre[0]); }
+  // saved: h'. What it writes is all of h': nothing of it is dropped.
+  template <class Update = Whole>
+  static FS_HD void forward(const V (&pre)[kColumns], V& h, V&, V (&saved)[kColumns], Update = {}) {
+    h = saved[0] = Activation::of(pre[0]);
+  }
 
-  static FS_HD void backward(const V (&saved)[kColumns], V, V, V dh, V& carry, V (&dpre)[kColumns]) {
+  template <class Update = Whole>
+  static FS_HD void backward(const V (&saved)[kColumns], V, V, V dh, V& carry, V (&dpre)[kColumns], Update = {}) {
     dpre[0] = (dh + carry) * Activation::slope(saved[0]);
     carry = V{};
   }
@@ -120,6 +146,42 @@ struct RnnTanh : Elman<M, Tanh<M>> {};
 
 template <class M>
 struct RnnRelu : Elman<M, Relu<M>> {};
+
+// One unit's random masks at one step. keep_h, keep_c: the share of the old state that stays (zoneout, Krueger 2016).
+template <class V>
+struct Masks {
+  Scaled<V> update;
+  V keep_h, keep_c;
+};
+
+// A step of Cell under masks. Forward: h, c before the step in, after it out.
+template <class Cell, class V = typename Cell::V>
+FS_HD void masked_forward(const V (&pre)[Cell::kColumns], V& h, V& c, V (&saved)[Cell::kColumns], const Masks<V>& masks) {
+  V new_h = h, new_c = c;
+  Cell::forward(pre, new_h, new_c, saved, masks.update);
+  h = masks.keep_h * h + (1.f - masks.keep_h) * new_h;  // exact where all of one is kept
+  c = masks.keep_c * c + (1.f - masks.keep_c) * new_c;
+}
+
+// before: as Cell::backward has it, c or h. carry as there; kept: in what later steps add to dL/dh' beside the gates and carry, out
+// the same for dL/dh.
+template <class Cell, class V = typename Cell::V>
+FS_HD void masked_backward(const V (&saved)[Cell::kColumns], V before, V dh, V& carry, V& kept, V (&dpre)[Cell::kColumns],
+                           const Masks<V>& masks) {
+  dh = dh + kept;
+  if constexpr (Cell::kCellState) {
+    const V held = carry * masks.keep_c;
+    carry = carry - held;
+    Cell::backward(saved, before, Cell::next_c(saved, before, masks.update), dh - dh * masks.keep_h, carry, dpre, masks.update);
+    carry = carry + held;
+    kept = dh * masks.keep_h;
+  } else {
+    dh = dh + carry;
+    carry = V{};
+    Cell::backward(saved, before, V{}, dh - dh * masks.keep_h, carry, dpre, masks.update);
+    kept = dh * masks.keep_h;
+  }
+}
 
 // Cho 2014, eq. 5 to 8: the reset gate before the product; gates and columns r, z, n. Bahdanau 2014, A.1.1 and A.2 have the same
 // with 1 - z for z; here z keeps the state, as in Cho and in torch.

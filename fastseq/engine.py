@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .autocast import output_dtype
-from .backends.call import RnnCall
+from .backends.call import Results, RnnCall
 from .checks import check_call, check_cell, check_resets, checked_lengths, need_tensor
 from .dispatch import Call, choose, forced
 from .errors import InputError
@@ -36,7 +36,7 @@ Check = Callable[[RnnCall, torch.dtype | None], None]  # check_call or check_cel
 Plan = Callable[..., Any]  # takes a call, gives its results
 
 
-def run(call: RnnCall, backend: str, lengths: Any = None, resets: Any = None) -> tuple[Any, tuple[Tensor, ...]]:
+def run(call: RnnCall, backend: str, lengths: Any = None, resets: Any = None) -> Results:
     """A layer stack on all that torch.nn takes: a padded or unbatched tensor, or a PackedSequence.
 
     lengths: [B]. resets: bool, the input's leading dimensions.
@@ -51,8 +51,9 @@ def run(call: RnnCall, backend: str, lengths: Any = None, resets: Any = None) ->
     if isinstance(x, PackedSequence):
         return _run_packed(call, x, backend, lengths, resets)
     set_batched(call, lengths, resets)
-    out, state = run(call, backend)
-    return out.squeeze(0 if call.batch_first else 1), tuple(s.squeeze(1) for s in state)
+    out, state, *c_out = run(call, backend)
+    row = 0 if call.batch_first else 1
+    return out.squeeze(row), tuple(s.squeeze(1) for s in state), *(c.squeeze(row) for c in c_out)
 
 
 def run_cell(call: RnnCall, backend: str) -> tuple[Tensor, ...]:
@@ -137,7 +138,7 @@ def _cast(call: RnnCall, dtype: torch.dtype) -> RnnCall:
         call.cell, call.input.to(dtype), None if call.h0 is None else call.h0.to(dtype),
         None if call.c0 is None else call.c0.to(dtype), [w.to(dtype) for w in call.weights], call.lengths,
         call.batch_sizes, call.has_bias, call.num_layers, call.dropout, call.training, call.bidirectional,
-        call.batch_first, call.proj_size, call.resets,
+        call.batch_first, call.proj_size, call.resets, call.noise, call.states,
     )  # fmt: skip
 
 
@@ -145,19 +146,18 @@ def _run_cast(rnn: Plan, compute: torch.dtype, output: torch.dtype, call: RnnCal
     """`call` in `compute`, its results in `output`."""
     with torch.autocast(call.input.device.type, enabled=False):
         head, *rest = rnn(_cast(call, compute))
-        if rest and isinstance(rest[0], tuple):  # a layer stack: (output, states); otherwise a cell's states
-            return head.to(output), tuple(s.to(output) for s in rest[0])
+        if rest and isinstance(rest[0], tuple):  # a layer stack: `Results`; otherwise a cell's states
+            return head.to(output), tuple(s.to(output) for s in rest[0]), *(s.to(output) for s in rest[1:])
         return tuple(s.to(output) for s in (head, *rest))
 
 
-def _run_packed(
-    call: RnnCall, x: PackedSequence, backend: str, lengths: Any, resets: Any
-) -> tuple[Any, tuple[Tensor, ...]]:
+def _run_packed(call: RnnCall, x: PackedSequence, backend: str, lengths: Any, resets: Any) -> Results:
     set_packed(call, x, lengths, resets)
-    out, state = plan(call, backend, _plan_layers)(call)
+    out, state, *c_out = plan(call, backend, _plan_layers)(call)
     if x.unsorted_indices is not None:
         state = tuple(s.index_select(1, x.unsorted_indices) for s in state)
-    return PackedSequence(out, call.batch_sizes, x.sorted_indices, x.unsorted_indices), state
+    order = (call.batch_sizes, x.sorted_indices, x.unsorted_indices)
+    return PackedSequence(out, *order), state, *(PackedSequence(c, *order) for c in c_out)
 
 
 def set_lengths(call: RnnCall, lengths: Any) -> None:

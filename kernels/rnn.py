@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastseq.ops import rnn_gpu
+from fastseq.ops.extras import Extras
 from fastseq.ops.rnn_gpu import Batch, GivenGradients, Saved
 
 from . import rnn_sequence, rnn_steps
@@ -25,7 +26,7 @@ __all__ = ["backward", "forward"]
 class _Recurrence:
     def forward(
         self, cell: str, batch: Batch, inputs: Tensor, w_hh: Sequence[Tensor], b_ih: Sequence[Tensor],
-        b_hh: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None, saved: Saved, like: Tensor,
+        b_hh: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None, saved: Saved, like: Tensor, extras: Extras,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         kind, x = CELLS[cell], inputs
         dirs, hidden = len(w_hh), w_hh[0].shape[1]
@@ -53,7 +54,7 @@ class _Recurrence:
     def backward(
         self, cell: str, batch: Batch, given: GivenGradients, w_hh: Sequence[Tensor], h0: Tensor | None,
         c0: Tensor | None, saved: Saved, d_gates: Tensor, h_before: Tensor | None, d_h0: Tensor | None,
-        d_c0: Tensor | None,
+        d_c0: Tensor | None, extras: Extras,
     ) -> Tensor | None:  # fmt: skip
         kind, out = CELLS[cell], saved.out
         dirs, hidden = len(w_hh), w_hh[0].shape[1]
@@ -65,7 +66,7 @@ class _Recurrence:
         read = (h0, c0, *batch.places, *saved, d_gates, h_before)
         config = find("rnn_sequence_backward", out.dtype, hidden, device_of(out))
         if config is not None:
-            args: tuple[Tensor | None, ...] = (*given, *_pair(w_hh), *read, d_h0, d_c0)
+            args: tuple[Tensor | None, ...] = (*given[:3], *_pair(w_hh), *read, d_h0, d_c0)
             _run_sequence(rnn_sequence.backward_kernel, out, args, batch, constants, config)
             return d_c0
         carry = _started(given.c_n, (dirs, batch.B, hidden), out)

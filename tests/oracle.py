@@ -2,7 +2,8 @@
 
 The same few lines run in float64, which is taken as the truth, and in the dtype under test, whose error against that
 truth is what plain PyTorch would have made of the same numbers. A kernel may err twice as much, plus one rounding of
-its result; nothing else is allowed for. Nothing here is shared with fastseq, its `reference` included.
+its result; nothing else is allowed for. Nothing here is shared with fastseq, its `reference` included, but the tuple
+that masks come in.
 
 Letters: T steps, B rows, I features, H units, D directions, N tokens of a packed batch.
 """
@@ -10,11 +11,13 @@ Letters: T steps, B rows, I features, H units, D directions, N tokens of a packe
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+from fastseq.ops.extras import NONE, Extras
 
 __all__ = [
     "CELLS",
@@ -74,9 +77,12 @@ class Case:
     state: torch.dtype | None = None  # of h0 and c0; None: dtype
     threads: int = 1
     resets: bool = False  # segments begin within the rows; not of packed ones
+    noise: str = ""  # "zoneout", "mean": what is left of it in evaluation; "state", "update": recurrent dropout; "both"
+    states: bool = False  # c of every step is a result, of an LSTM
 
     def __str__(self) -> str:
-        flags = [f for f in ("bidirectional", "hx", "bias", "batch_first", "resets") if getattr(self, f)]
+        flags = [f for f in ("bidirectional", "hx", "bias", "batch_first", "resets", "states") if getattr(self, f)]
+        flags += [self.noise] * bool(self.noise)
         name = str(self.dtype).removeprefix("torch.")
         shape = f"T{self.T}-B{self.B}-I{self.I}-H{self.H}"
         return "-".join([self.cell, name, shape, self.rows, *flags, f"threads{self.threads}"])
@@ -92,6 +98,7 @@ class Problem:
     lengths: Tensor | None = None
     batch_sizes: Tensor | None = None
     resets: Tensor | None = None  # in x's layout
+    extras: Extras = NONE
 
     @classmethod
     def draw(cls, case: Case, seed: int = 0) -> "Problem":
@@ -129,9 +136,11 @@ class Problem:
             tensors[f"w_hh.{d}"] = normal(gates * hidden, hidden, scale=hidden**-0.5)
             for name in ("b_ih", "b_hh") if case.bias else ():
                 tensors[f"{name}.{d}"] = normal(gates * hidden, scale=0.5)
+        if case.states and case.cell == "lstm":
+            grads["c_out"] = normal(*lead, dirs * hidden)
         assert not (case.resets and case.rows == "packed")
         resets = torch.rand(lead, generator=g) < 0.3 if case.resets else None  # behind the lengths as well: for nobody
-        return cls(case, tensors, grads, lengths, batch_sizes, resets)
+        return cls(case, tensors, grads, lengths, batch_sizes, resets, draw_extras(case, lead, g))
 
     def near(self, seed: int) -> "Problem":
         """The same problem with every value changed by about a hundredth."""
@@ -152,11 +161,33 @@ class Problem:
     def call(self, layer: Layer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """out, h_n and c_n of `layer` on these tensors."""
         weights = [t for name, t in tensors.items() if name[:2] in ("w_", "b_")]
-        out, h_n, c_n = layer(
+        more = [] if self.extras == NONE else [self.extras]
+        out, h_n, c_n, *c_out = layer(
             self.case.cell, tensors["x"], tensors.get("h0"), tensors.get("c0"), weights, self.lengths, self.resets,
-            self.batch_sizes, self.case.batch_first, self.case.bidirectional,
+            self.batch_sizes, self.case.batch_first, self.case.bidirectional, *more,
         )  # fmt: skip
-        return {"out": out, "h_n": h_n} | ({} if c_n is None else {"c_n": c_n})
+        found = {"out": out, "h_n": h_n, "c_n": c_n, "c_out": c_out[0] if c_out else None}
+        return {name: t for name, t in found.items() if t is not None}
+
+
+def draw_extras(case: Case, lead: tuple[int, ...], g: torch.Generator) -> Extras:
+    """Random masks: a quarter of the units is held, a third dropped."""
+    dirs, lstm = 2 if case.bidirectional else 1, case.cell == "lstm"
+
+    def flags(p: float) -> Tensor:
+        return torch.rand(*lead, dirs * case.H, generator=g) < p
+
+    update = hold_h = hold_c = recurrent = None
+    scale, share_h, share_c = 1.0, 0.0, 0.0
+    if case.noise in ("zoneout", "both"):
+        hold_h, hold_c = flags(0.25), flags(0.25) if lstm else None
+    if case.noise == "mean":
+        share_h, share_c = 0.25, 0.125 if lstm else 0.0
+    if case.noise in ("update", "both") and GATES[case.cell] > 1:
+        update, scale = flags(2 / 3), 1.5
+    if case.noise in ("state", "both"):
+        recurrent = (torch.rand(dirs, case.B, case.H, generator=g) < 2 / 3).to(case.dtype) * 1.5
+    return Extras(update, hold_h, hold_c, recurrent, (scale, share_h, share_c), case.states)
 
 
 def behind(lengths: Tensor, case: Case) -> Tensor:
@@ -176,7 +207,8 @@ def plain(
     batch_sizes: Tensor | None,  # [T]
     batch_first: bool,
     bidirectional: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    extras: Extras = NONE,
+) -> tuple[Tensor | None, ...]:
     """One layer, step by step, every operation in x's dtype; h and c are carried in that of h0."""
     if batch_sizes is not None:
         valid = torch.arange(int(batch_sizes[0])) < batch_sizes[:, None]  # [T, B]
@@ -193,23 +225,29 @@ def plain(
         first = (resets.T if batch_first else resets) & valid
     last = torch.cat((first[1:], torch.zeros_like(first[:1])))  # the steps before
     dirs = 2 if bidirectional else 1
+    masks = [None if m is None else (m[place] if batch_sizes is not None else m.transpose(0, 1) if batch_first else m)
+             for m in extras[:3]]  # fmt: skip
     per, outs, finals = len(weights) // dirs, [], []
     for d in range(dirs):
         fresh = (last if d else first)[..., None]
-        out, state = _scan(cell, xs, valid[..., None], fresh, h0, c0, weights[d * per : (d + 1) * per], d)
+        own = [None if m is None else m.unflatten(-1, (dirs, -1))[..., d, :] for m in masks]
+        drop = None if extras.recurrent is None else extras.recurrent[d].to(x.dtype)
+        noise = (*own, drop, *extras.rates)
+        out, state = _scan(cell, xs, valid[..., None], fresh, h0, c0, weights[d * per : (d + 1) * per], d, noise)
         outs.append(out)
         finals.append(state)
-    out = torch.cat(outs, -1)
-    out = out[valid] if batch_sizes is not None else out.transpose(0, 1) if batch_first else out
+    results = [torch.cat(steps, -1) for steps in zip(*outs, strict=True)]
+    results = [t[valid] if batch_sizes is not None else t.transpose(0, 1) if batch_first else t for t in results]
     h_n, *c_n = (torch.stack(s) for s in zip(*finals, strict=True))
-    return out, h_n, c_n[0] if c_n else None
+    return results[0], h_n, c_n[0] if c_n else None, results[1] if c_n and extras.states else None
 
 
 def _scan(
     cell: str, xs: Tensor, valid: Tensor, fresh: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor],
-    d: int,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """Direction d: (out [T, B, H], [h] or [h, c]). Past a row's end its state stays and its output is 0.
+    d: int, noise: tuple[Any, ...],
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """Direction d: (h, and of an LSTM c, of all steps [T, B, H]; [h] or [h, c]). Past a row's end its state stays, its
+    output is 0. noise: masks of update, of what h and c keep [T, B, H], of h in the product [B, H]; three rates.
 
     valid, fresh [T, B, 1]: the steps that a row has, and those that it begins from 0.
     """
@@ -217,13 +255,15 @@ def _scan(
     b_ih, b_hh = biases or (None, None)
     zeros = xs.new_zeros(xs.shape[1], w_hh.shape[1])
     state = [zeros if s is None else s[d] for s in ((h0, c0) if cell == "lstm" else (h0,))]
-    steps: list[Tensor] = [zeros] * len(xs)
+    update, hold_h, hold_c, drop, scale, share_h, share_c = noise
+    steps: list[list[Tensor]] = [[]] * len(xs)
     for t in reversed(range(len(xs))) if d else range(len(xs)):
         state = [s.masked_fill(fresh[t], 0.0) for s in state]
-        gx, gh = linear(xs[t], w_ih, b_ih), linear(state[0].to(xs.dtype), w_hh, b_hh)
+        seen, written = state[0].to(xs.dtype), 1.0 if update is None else update[t] * scale
+        gx, gh = linear(xs[t], w_ih, b_ih), linear(seen if drop is None else seen * drop, w_hh, b_hh)
         if cell == "lstm":
             i, f, g, o = (gx + gh).chunk(4, -1)
-            c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+            c = f.sigmoid() * state[1] + i.sigmoid() * (g.tanh() * written)
             new = [o.sigmoid() * c.tanh(), c]
         elif cell == "rnn_tanh":
             new = [(gx + gh).tanh()]
@@ -232,10 +272,12 @@ def _scan(
         else:
             (xr, xz, xn), (hr, hz, hn) = gx.chunk(3, -1), gh.chunk(3, -1)
             z = (xz + hz).sigmoid()
-            new = [(1 - z) * (xn + (xr + hr).sigmoid() * hn).tanh() + z * state[0]]
+            new = [(1 - z) * ((xn + (xr + hr).sigmoid() * hn).tanh() * written) + z * state[0]]
+        for k, (hold, share) in enumerate(((hold_h, share_h), (hold_c, share_c))[: len(new)]):
+            new[k] = (1 - share) * new[k] + share * state[k] if hold is None else torch.where(hold[t], state[k], new[k])
         state = [torch.where(valid[t], n, s) for n, s in zip(new, state, strict=True)]
-        steps[t] = torch.where(valid[t], new[0], 0.0).to(xs.dtype)
-    return torch.stack(steps), state
+        steps[t] = [torch.where(valid[t], n, 0.0).to(xs.dtype) for n in new]
+    return [torch.stack(s) for s in zip(*steps, strict=True)], state
 
 
 def differentiate(outputs: Mapping[str, Tensor], grads: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Results:

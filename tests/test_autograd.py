@@ -20,6 +20,7 @@ if _native.C is None:
 
 from fastseq.backends import reference
 from fastseq.ops import rnn as ops
+from fastseq.ops.extras import NONE
 from fastseq.ops.rnn import rnn_layer
 
 ROWS = ("full", "lengths", "packed")
@@ -219,7 +220,7 @@ def test_fake_tensors_have_no_memory(grad: bool) -> None:
 
 
 def arguments(problem: Problem, save: bool = True) -> tuple[Any, ...]:
-    """Those of rnn_forward."""
+    """Those of rnn_forward, but for the masks."""
     t, case = problem.tensors, problem.case
     weights = [w for n, w in t.items() if n[:2] in ("w_", "b_")]
     return (
@@ -235,6 +236,9 @@ OPERATOR = [
     Case("lstm", torch.bfloat16, rows="packed", state=torch.float32),
     Case("gru", rows="full", hx=False, bias=False),
     Case("lstm", bidirectional=True, resets=True),
+    Case("lstm", bidirectional=True, rows="packed", noise="update", states=True),
+    Case("gru", rows="lengths", noise="zoneout"),
+    Case("lstm", hx=False, noise="state"),
 ]
 
 
@@ -243,7 +247,9 @@ OPERATOR = [
 @pytest.mark.parametrize("save", [False, True])
 def test_opcheck_forward(case: Case, save: bool) -> None:
     """Schema, fake kernel and tracing of rnn_forward agree with what it does."""
-    torch.library.opcheck(torch.ops.fastseq.rnn_forward.default, arguments(Problem.draw(case), save), test_utils=CHECKS)
+    problem = Problem.draw(case)
+    args = (*arguments(problem, save), problem.extras.masks, problem.extras.rates, problem.extras.states)
+    torch.library.opcheck(torch.ops.fastseq.rnn_forward.default, args, test_utils=CHECKS)
 
 
 @no_alias
@@ -253,14 +259,16 @@ def test_opcheck_backward(case: Case, needs: tuple[bool, ...]) -> None:
     """The same of rnn_backward."""
     problem = Problem.draw(case)
     *call, _ = args = arguments(problem)
-    out, _, _, gates, cells = torch.ops.fastseq.rnn_forward(*args)
-    grads = [problem.grads.get(name) for name in ("out", "h_n", "c_n")]
-    inputs = (call[0], *grads, *call[1:], out, gates, cells, list(needs))
+    masks, rates = problem.extras.masks, problem.extras.rates
+    out, _, _, _, gates, cells = torch.ops.fastseq.rnn_forward(*args, masks, rates, problem.extras.states)
+    grads = [problem.grads.get(name) for name in ("out", "h_n", "c_n", "c_out")]
+    inputs = (call[0], *grads, *call[1:], out, gates, cells, list(needs), masks, rates)
     torch.library.opcheck(torch.ops.fastseq.rnn_backward.default, inputs, test_utils=CHECKS)
 
 
 def test_the_operator_is_the_kernel() -> None:
     """Called through the dispatcher, as compiled code does, it gives the bits of the direct call."""
     args = arguments(Problem.draw(Case("lstm", rows="lengths", bidirectional=True, resets=True)))
-    for a, b in zip(torch.ops.fastseq.rnn_forward(*args)[:3], ops._forward(*args)[:3], strict=True):
+    direct = ops._forward(*args, NONE)[:3]
+    for a, b in zip(torch.ops.fastseq.rnn_forward(*args, [], [], False)[:3], direct, strict=True):
         assert torch.equal(a, b)

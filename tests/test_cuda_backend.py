@@ -138,11 +138,11 @@ def test_operators_agree_with_their_schemas(cell: str, rows: str) -> None:
     )
     checks = ("test_schema", "test_faketensor")
     forward, backward = torch.ops.fastseq.rnn_forward.default, torch.ops.fastseq.rnn_backward.default
-    torch.library.opcheck(forward, (*call, True), {"on": "cuda"}, test_utils=checks)
-    out, _, _, gates, cells = forward(*call, True, on="cuda")
+    torch.library.opcheck(forward, (*call, True, [], [], False), {"on": "cuda"}, test_utils=checks)
+    out, _, _, _, gates, cells = forward(*call, True, [], [], False, on="cuda")
     assert torch.equal(out, ops.rnn_layer(*call, on="cuda")[0])
-    grads = (problem.grads["out"], problem.grads["h_n"], problem.grads.get("c_n"))
-    inputs = (cell, *grads, *call[1:], out, gates, cells, [True] * 4)
+    grads = (problem.grads["out"], problem.grads["h_n"], problem.grads.get("c_n"), None)
+    inputs = (cell, *grads, *call[1:], out, gates, cells, [True] * 4, [], [])
     torch.library.opcheck(backward, inputs, {"on": "cuda"}, test_utils=checks)
 
 

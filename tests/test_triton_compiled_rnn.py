@@ -21,6 +21,7 @@ from fastseq.kernels import launch, rnn, rnn_cell
 from fastseq.kernels.devices import DEVICES, Device
 from fastseq.kernels.launch import Launch
 
+from fastseq.ops.extras import NONE
 from fastseq.ops.rnn_gpu import Batch
 from fastseq.ops.step import StepShape
 from tests.compiled import check, compile_key, compile_launch, faults
@@ -91,8 +92,9 @@ def launches(shape: Shape, device: Device, B: int = 8, T: int = 3, features: int
             batch = Batch(T, B, T * B, 0, 1, new(T, dtype=ints), new(B, dtype=ints))
             patch.setattr(Batch, "of", lambda *args: batch)
         options = (lengths, resets, None, False, shape.bidirectional)
-        out, h_n, c_n, gates, cells = rnn.forward(shape.cell, x, h0, c0, weights, *options, True)
-        rnn.backward(shape.cell, out, h_n, c_n, x, h0, c0, weights, *options, out, gates, cells, [True] * 4)
+        out, h_n, c_n, _, gates, cells = rnn.forward(shape.cell, x, h0, c0, weights, *options, True, NONE)
+        saved = (out, gates, cells, [True] * 4, NONE)
+        rnn.backward(shape.cell, out, h_n, c_n, None, x, h0, c0, weights, *options, *saved)
     return started
 
 

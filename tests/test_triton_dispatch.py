@@ -235,8 +235,9 @@ def test_what_backward_gives_for_a_layer(cell: str, dtype: torch.dtype) -> None:
     c0 = h0 if cell == "lstm" else None
     weights = [fake(gates * H, n, dtype=dtype) for n in (I, H)] + [fake(gates * H, dtype=dtype)] * 2
     options = (weights, None, None, None, False, False)
-    out, h_n, _, kept, cells = torch.ops.fastseq.rnn_forward(cell, x, h0, c0, *options, True)
-    d = torch.ops.fastseq.rnn_backward(cell, out, h_n, None, x, h0, c0, *options, out, kept, cells, [True] * 4)
+    out, h_n, _, _, kept, cells = torch.ops.fastseq.rnn_forward(cell, x, h0, c0, *options, True, [], [], False)
+    results = (out, kept, cells, [True] * 4, [], [])
+    d = torch.ops.fastseq.rnn_backward(cell, out, h_n, None, None, x, h0, c0, *options, *results)
     for found, of in zip(d, [x, h0, c0, *weights], strict=True):
         if of is not None:
             same(found, tuple(of.shape), dtype)

@@ -27,17 +27,20 @@ struct BackwardBuffers {
   uint32_t* w_hh;   // [panels][depth][kPanel]
   uint32_t* gates;  // [N][row_units]
   uint32_t* zeros;  // [row_units]
-  float *pending, *carry;  // [B][width]
+  float *pending, *carry, *kept;  // [B][width]; kept: only with masks
   T* h0;            // [B][H]
+  T* operands;      // [N][H] what W_hh multiplied, where a mask did too
 
-  BackwardBuffers(Carver& carve, Gates gates_of_cell, const Shape& shape, const Sequence& seq)
+  BackwardBuffers(Carver& carve, Gates gates_of_cell, const Shape& shape, const Sequence& seq, const Noise& noise)
       : cell(gates_of_cell), gate_units(units<T>(shape.hidden)), panels((shape.hidden + kPanel - 1) / kPanel), width(panels * kPanel) {
     w_hh = carve.take<uint32_t>(panels * depth() * kPanel);
     gates = carve.take<uint32_t>(seq.tokens() * row_units());
     zeros = carve.take<uint32_t>(row_units());
     pending = carve.take<float>(seq.rows * width);
     carry = carve.take<float>(seq.rows * width);
+    kept = carve.take<float>(noise.any ? seq.rows * width : 0);
     h0 = carve.take<T>(seq.rows * shape.hidden);
+    operands = carve.take<T>(noise.recurrent ? seq.tokens() * shape.hidden : 0);
   }
 
   FS_INLINE int64_t depth() const { return cell.gates * gate_units; }
@@ -125,9 +128,13 @@ class Products {
     p.for_tokens(begin, count, rows, [&](int64_t t, int64_t position) { return p.pass_.d_x.template at<T>(p.seq_, t, position); });
   }
 
-  // The hidden states before each token; zeros, where its row started anew.
+  // What W_hh multiplied at each token: the hidden state before it; zeros, where its row started anew.
   static void h_rows(const void* context, int64_t begin, int64_t count, const T** rows) {
     const Products& p = of(context);
+    if (p.pass_.noise.recurrent) {
+      for (int64_t i = 0; i < count; ++i) rows[i] = p.gates_.operands + (begin + i) * p.H_;
+      return;
+    }
     p.for_tokens(begin, count, rows, [&](int64_t t, int64_t position) -> const T* {
       if (p.seq_.starts_anew(t, position, p.pass_.dir.reverse)) return reinterpret_cast<const T*>(p.gates_.zeros);
       const int64_t e = p.pass_.dir.reverse ? t + 1 : t - 1;

@@ -54,6 +54,17 @@ FS_INLINE void store_state(const Shape& shape, void* to, int64_t at, vf x, int n
   shape.state_is_f32 ? store(static_cast<float*>(to) + at, x, n) : store(static_cast<T*>(to) + at, x, n);
 }
 
+// The masks of units [u, u + n) of a row at one step; past n whatever.
+FS_INLINE vf load_mask(const View& mask, const Sequence& seq, int64_t t, int64_t r, int64_t u, int n, float set, float without) {
+  return mask.data ? load_flags(mask.at<const uint8_t>(seq, t, r) + u, n) * set : splat(without);
+}
+
+FS_INLINE Masks<vf> load_masks(const Noise& noise, const Sequence& seq, int64_t t, int64_t r, int64_t u, int n) {
+  return {{load_mask(noise.update, seq, t, r, u, n, noise.update_scale, 1.f)},
+          load_mask(noise.keep_h, seq, t, r, u, n, 1.f, noise.share_h),
+          load_mask(noise.keep_c, seq, t, r, u, n, 1.f, noise.share_c)};
+}
+
 // The gate of the input (recurrent) product that adds to a pre-activation column, or -1.
 template <class Cell>
 constexpr int input_gate(int column) {

@@ -63,12 +63,22 @@ struct View {
   }
 };
 
+// Random masks of a direction's steps. A mask is bool, laid out as `out`; null: the same share at every step.
+struct Noise {
+  bool any = false;
+  View update{}, keep_h{}, keep_c{};
+  float update_scale = 1, share_h = 0, share_c = 0;  // update where its mask is true; what is kept of h and c without a mask
+  const void* recurrent = nullptr;  // [B, H] in T: multiplies h on its way into W_hh; or null
+};
+
 struct ForwardPass {
   Direction dir;
   View x, out;
   void *h_n, *c_n;  // [B, H]
   void* gates;      // [N, kColumns, H] for backward, or null
   float* cells;     // [N, H] cell states for backward, or null; LSTM only
+  View c_out{};     // every cell state, laid out as out; or null; LSTM only
+  Noise noise{};
 };
 
 struct BackwardPass {
@@ -83,6 +93,8 @@ struct BackwardPass {
   void *d_h0, *d_c0;       // [B, H] or null: not wanted
   void *d_w_ih, *d_w_hh;   // null: not wanted
   void *d_b_ih, *d_b_hh;
+  View d_c_out{};          // data null: no gradient
+  Noise noise{};
 };
 
 // Up to two directions of one layer; `threads` is a request, the team that comes is what counts.

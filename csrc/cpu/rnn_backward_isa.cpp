@@ -73,6 +73,7 @@ class Backward {
       store(buf_.pending + r * buf_.width + u, load_state<T>(shape_, pass_.d_h_n, from + u, n), W);
       store(buf_.carry + r * buf_.width + u, load_state<T>(shape_, Cell::kCellState ? pass_.d_c_n : nullptr, from + u, n), W);
       store(buf_.h0 + r * H_ + u, load_state<T>(shape_, pass_.dir.h0, from + u, n), n);
+      if (pass_.noise.any) store(buf_.kept + r * buf_.width + u, vf{}, W);
     }
   }
 
@@ -89,7 +90,8 @@ class Backward {
           const int64_t r = own_.row(i);
           const bool anew = r < active && seq_.starts_anew(t, r, pass_.dir.reverse);
           for (int64_t u = p * kPanel; u < (p + 1) * kPanel && u < H_; u += W) {
-            const vf dh = arrived[i - begin][(u - p * kPanel) / W];
+            vf dh = arrived[i - begin][(u - p * kPanel) / W];
+            if (pass_.noise.recurrent && r < before) dh *= recurrent_mask(r, u);
             r < active ? through_cell(t, r, u, dh, anew) : to_initial_state(r, u, dh);
           }
         }
@@ -116,6 +118,17 @@ class Backward {
     for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA { arrived[m][v] = sum; });
   }
 
+  FS_INLINE vf recurrent_mask(int64_t r, int64_t u) const {
+    return load(static_cast<const T*>(pass_.noise.recurrent) + seq_.order[r] * H_ + u, lanes(u));
+  }
+
+  // h before step t of a row: of the step before, or the initial one.
+  FS_INLINE vf load_h_before(int64_t t, int64_t r, int64_t u, int n) const {
+    const int64_t e = earlier(t);
+    const bool has_earlier = e >= 0 && e < seq_.steps && r < seq_.active(e);
+    return has_earlier ? load(pass_.out.template at<T>(seq_, e, r) + u, n) : load_state<T>(shape_, pass_.dir.h0, seq_.order[r] * H_ + u, n);
+  }
+
   // anew: the row started from zeros at this step, so that nothing goes on to the step before.
   FS_INLINE void through_cell(int64_t t, int64_t r, int64_t u, vf dh, bool anew) const {
     const int n = lanes(u);
@@ -123,22 +136,26 @@ class Backward {
     if (pass_.d_out.data) dh += load(pass_.d_out.template at<T>(seq_, t, r) + u, n);
     vf saved[kColumns], dpre[kColumns], after = {}, previous;
     for (int j = 0; j < kColumns; ++j) saved[j] = load(static_cast<const T*>(pass_.gates) + (token * kColumns + j) * H_ + u, n);
-    const int64_t e = earlier(t);
-    const bool has_earlier = e >= 0 && e < seq_.steps && r < seq_.active(e);
     if constexpr (Cell::kCellState) {
+      const int64_t e = earlier(t);
+      const bool has_earlier = e >= 0 && e < seq_.steps && r < seq_.active(e);
       after = load(pass_.cells + token * H_ + u, n);
       previous = has_earlier ? load(pass_.cells + (seq_.offsets[e] + r) * H_ + u, n)
                              : load_state<T>(shape_, pass_.dir.c0, seq_.order[r] * H_ + u, n);
     } else {
-      previous = has_earlier ? load(pass_.out.template at<T>(seq_, e, r) + u, n)
-                             : load_state<T>(shape_, pass_.dir.h0, seq_.order[r] * H_ + u, n);
+      previous = load_h_before(t, r, u, n);
     }
     if (anew) previous = vf{};
     float* carried = buf_.carry + r * buf_.width + u;
     vf carry = load_vector<vf>(carried);
-    Cell::backward(saved, previous, after, dh, carry, dpre);
-    store(carried, carry, W);
-    if (anew) store(carried, vf{}, W);
+    if constexpr (Cell::kCellState)
+      if (pass_.d_c_out.data) carry += load(pass_.d_c_out.template at<T>(seq_, t, r) + u, n);
+    if (pass_.noise.any) {
+      through_masked_cell(t, r, u, saved, previous, dh, anew, carry, dpre);
+    } else {
+      Cell::backward(saved, previous, after, dh, carry, dpre);
+    }
+    store(carried, anew ? vf{} : carry, W);
     T* row = reinterpret_cast<T*>(buf_.gate_row(token));
     for (int j = 0; j < kColumns; ++j) {
       T* to = row + j * buf_.gate_units * Dot<T>::kPerUnit + u;
@@ -147,9 +164,23 @@ class Backward {
     }
   }
 
+  FS_INLINE void through_masked_cell(int64_t t, int64_t r, int64_t u, const vf (&saved)[kColumns], vf previous, vf dh, bool anew,
+                                     vf& carry, vf (&dpre)[kColumns]) const {
+    const int n = lanes(u);
+    float* held = buf_.kept + r * buf_.width + u;
+    vf kept = load_vector<vf>(held);
+    masked_backward<Cell>(saved, previous, dh, carry, kept, dpre, load_masks(pass_.noise, seq_, t, r, u, n));
+    store(held, anew ? vf{} : kept, W);
+    if (!pass_.noise.recurrent) return;
+    vf h = previous;
+    if constexpr (Cell::kCellState) h = anew ? vf{} : load_h_before(t, r, u, n);
+    store(buf_.operands + (seq_.offsets[t] + r) * H_ + u, h * recurrent_mask(r, u), n);
+  }
+
   FS_INLINE void to_initial_state(int64_t r, int64_t u, vf dh) const {
     const int64_t at = seq_.order[r] * H_ + u;
     const vf carry = load_vector<vf>(buf_.carry + r * buf_.width + u);
+    if (pass_.noise.any) dh += load_vector<vf>(buf_.kept + r * buf_.width + u);
     if (pass_.d_h0) store_state<T>(shape_, pass_.d_h0, at, dh + Cell::direct(carry), lanes(u));
     if constexpr (Cell::kCellState)
       if (pass_.d_c0) store_state<T>(shape_, pass_.d_c0, at, carry, lanes(u));
@@ -180,11 +211,12 @@ void run(const Shape& shape, const Sequence& seq, const BackwardPass* passes, in
   const Gates cell = Gates::of<Cell>();
   threads = usable_threads(threads);
   Scratch scratch;
-  const B measured(scratch.measure, cell, shape, seq);
-  if (directions == 2) B(scratch.measure, cell, shape, seq);
+  const Noise& noise = passes[0].noise;  // both directions have the same kinds
+  const B measured(scratch.measure, cell, shape, seq, noise);
+  if (directions == 2) B(scratch.measure, cell, shape, seq, noise);
   typename P::Buffers(scratch.measure, P(shape, seq, passes[0], measured), threads);
   Carver carve = scratch.allocate();
-  const B first(carve, cell, shape, seq), second = directions == 2 ? B(carve, cell, shape, seq) : first;
+  const B first(carve, cell, shape, seq, noise), second = directions == 2 ? B(carve, cell, shape, seq, noise) : first;
   const B* buffers[2] = {&first, &second};
   const P forwards(shape, seq, passes[0], first), backwards(shape, seq, passes[directions - 1], second);
   const P* products[2] = {&forwards, &backwards};

@@ -164,13 +164,19 @@ class Forward {
       const int n = lanes(p);
       const vf h = anew ? vf{} : load_state<T>(shape_, pass_.dir.h0, from + p * W, n);
       store(buf_.h + r * width_ + p * W, h, W);
-      for (uint32_t* operand : operands) store(reinterpret_cast<T*>(operand) + p * W, h, n);
+      for (uint32_t* operand : operands) store(reinterpret_cast<T*>(operand) + p * W, multiplied(h, r, p * W, n), n);
       if constexpr (Cell::kCellState)
         store(buf_.c + r * width_ + p * W, anew ? vf{} : load_state<T>(shape_, pass_.dir.c0, from + p * W, n), W);
     }
   }
 
   int lanes(int64_t p) const { return at_.lanes(p); }
+
+  // h as W_hh multiplies it.
+  FS_INLINE vf multiplied(vf h, int64_t r, int64_t u, int n) const {
+    const T* mask = static_cast<const T*>(pass_.noise.recurrent);
+    return mask ? h * load(mask + seq_.order[r] * H_ + u, n) : h;
+  }
 
   // W_ih x + bias, for the input's gates, all steps of the chunk, one slot a row and step: a panel of weights serves them all
   // while it is in the cache.
@@ -300,11 +306,15 @@ class Forward {
     float* c_state = Cell::kCellState ? buf_.c + r * width_ + u : nullptr;
     vf h = load_vector<vf>(h_state), c = {};
     if constexpr (Cell::kCellState) c = load_vector<vf>(c_state);
-    Cell::forward(pre, h, c, saved);
+    if (pass_.noise.any) {
+      masked_forward<Cell>(pre, h, c, saved, load_masks(pass_.noise, seq_, t, r, u, n));
+    } else {
+      Cell::forward(pre, h, c, saved);
+    }
     store(h_state, h, W);
     if constexpr (Cell::kCellState) store(c_state, c, W);
     T* operand = reinterpret_cast<T*>(buf_.operand[(s + 1) & 1] + r * buf_.depth_h) + u;
-    store(operand, h, n);
+    store(operand, multiplied(h, r, u, n), n);
     store(pass_.out.template at<T>(seq_, t, r) + u, h, n);
     if (pass_.gates) {
       const int64_t token = seq_.offsets[t] + r;
@@ -312,6 +322,8 @@ class Forward {
         store(static_cast<T*>(pass_.gates) + (token * Cell::kColumns + j) * H_ + u, saved[j], n);
       if constexpr (Cell::kCellState) store(pass_.cells + token * H_ + u, c, n);
     }
+    if constexpr (Cell::kCellState)
+      if (pass_.c_out.data) store(pass_.c_out.template at<T>(seq_, t, r) + u, c, n);
     if (seq_.starts_anew(pass_.dir.reverse ? t - 1 : t + 1, r, pass_.dir.reverse)) {  // now: later other threads read it
       store(h_state, vf{}, W);
       if constexpr (Cell::kCellState) store(c_state, vf{}, W);

@@ -97,7 +97,8 @@ class Step {
 bool is_step(const Shape& shape, const Sequence& seq, const ForwardPass& pass) {
   const bool converts = shape.dtype == DType::bf16 && shape.state_is_f32 && pass.dir.h0;  // the product takes h in T
   const bool prefers_packed = pass.dir.packed && step_products(shape, seq.rows) >= kPackedProducts;
-  return seq.steps == 1 && seq.rows <= kStepRows && seq.active(0) == seq.rows && !converts && !seq.resets && !prefers_packed;
+  return seq.steps == 1 && seq.rows <= kStepRows && seq.active(0) == seq.rows && !converts && !seq.resets && !prefers_packed &&
+         !pass.noise.any && !pass.c_out.data;
 }
 
 void rnn_step(const Shape& shape, const Sequence& seq, const ForwardPass* passes, int directions, int threads) {

@@ -44,6 +44,7 @@ constexpr int kAccumulators = 12;
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint8_t vb __attribute__((vector_size(W)));
 typedef uint16_t vh __attribute__((vector_size(2 * W)));
 
 template <class F, int... I>
@@ -137,6 +138,14 @@ FS_INLINE vf load(const float* p, int n) { return n == W ? load_vector<vf>(p) : 
 
 FS_INLINE vf load(const bf16* p, int n) {
   return widen(n == W ? load_vector<vh>(p) : load_halves<vh>(p, n));
+}
+
+// The first n <= W bools as 1 or 0.
+FS_INLINE vf load_flags(const uint8_t* p, int n) {
+  if (n == W) return __builtin_convertvector(load_vector<vb>(p), vf);
+  uint8_t lanes[W] = {};
+  std::memcpy(lanes, p, n);
+  return __builtin_convertvector(load_vector<vb>(lanes), vf);
 }
 
 FS_INLINE void store(float* p, vf x, int n) {

@@ -8,11 +8,14 @@ from typing import Any, ClassVar
 from torch import Tensor, device, dtype
 
 from ..ops.cells import CELLS
+from ..ops.extras import Noise
 from ..ops.packed import PackedLayer
 
-__all__ = ["GATES", "RnnCall", "kind_of"]
+__all__ = ["GATES", "Results", "RnnCall", "kind_of"]
 
 GATES = {name: cell.gates for name, cell in CELLS.items()}
+
+Results = tuple[Any, ...]  # of a layer stack: (output, (h_n,) or (h_n, c_n)), and with `states` c of every step
 
 kind_of = attrgetter("shape", "dtype", "device")  # of a tensor: all that decides how a call runs
 
@@ -44,6 +47,8 @@ class RnnCall:
     batch_first: bool = False
     proj_size: int = 0
     resets: Tensor | None = None  # bool, [T, B] or, if batch_first, [B, T]: the state is zeroed before that step
+    noise: Noise | None = None  # masks that each layer draws; None where none would do anything
+    states: bool = False  # of an LSTM: c of every step of the last layer is a third result, in the output's layout
     frozen: Sequence[PackedLayer] | None = None  # one a layer, for "cpu" where no gradient is recorded
 
     def kind(self) -> tuple[Any, ...]:
@@ -53,6 +58,7 @@ class RnnCall:
             self.cell, self.has_bias, self.num_layers, self.bidirectional, self.batch_first, self.proj_size,
             self.lengths is None, self.resets is None or kind_of(self.resets),
             None if self.batch_sizes is None else self.batch,
+            self.noise, self.noise is None or self.training, self.states,
             kind_of(x), h is None or kind_of(h), c is None or kind_of(c), *map(kind_of, self.weights),
         )  # fmt: skip
 

@@ -237,7 +237,7 @@ def _layer(
         hs, _, _, _, state, _ = decoder_loop(LoopSpec(cell), LoopTensors(x, h0=(h0,), weights=weights), False, on)
         return hs, state
     c = None if c0 is None else c0[None]
-    out, h_n, c_n = rnn_layer(cell, x, h0[None], c, weights, None, None, None, True, False, on)
+    out, h_n, c_n, _ = rnn_layer(cell, x, h0[None], c, weights, None, None, None, True, False, on=on)
     return out, (h_n[0],) if c_n is None else (h_n[0], c_n[0])
 
 

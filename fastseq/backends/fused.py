@@ -10,7 +10,7 @@ from ..ops.packed import PACKED_PRODUCTS, PackedLayer, unwatched
 from ..ops.rnn import rnn_layer
 from ..ops.step import StepShape, rnn_step
 from . import stack
-from .call import RnnCall
+from .call import Results, RnnCall
 
 __all__ = ["not_fused", "rnn", "rnn_cell", "without_frozen"]
 
@@ -26,10 +26,11 @@ def not_fused(call: RnnCall) -> str | None:
     return None
 
 
-def rnn(call: RnnCall, on: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+def rnn(call: RnnCall, on: str) -> Results:
     """A layer stack on the kernels of backend `on`."""
     x = call.input
     one_step = x.dim() == 3 and x.shape[1 if call.batch_first else 0] == 1 and call.lengths is None
+    one_step = one_step and call.noise is None and not call.states
     if one_step and call.resets is not None and not call.bidirectional:
         _reset(call, call.resets)
     if one_step and call.num_layers == 1 and not call.bidirectional and _steps_directly(call, on):
@@ -50,8 +51,8 @@ def rnn_cell(call: RnnCall, on: str) -> tuple[Tensor, ...]:
         return rnn_step(shape, x, call.h0, call.c0, call.weights, on, _frozen(call, on))
     h0 = None if call.h0 is None else call.h0[None]
     c0 = None if call.c0 is None else call.c0[None]
-    _, h_n, c_n = rnn_layer(
-        call.cell, x[None], h0, c0, call.weights, None, None, None, False, False, on, _frozen(call, on)
+    _, h_n, c_n, _ = rnn_layer(
+        call.cell, x[None], h0, c0, call.weights, None, None, None, False, False, on=on, frozen=_frozen(call, on)
     )  # fmt: skip
     return (h_n[0],) if c_n is None else (h_n[0], c_n[0])
 

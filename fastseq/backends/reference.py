@@ -9,6 +9,10 @@ gru_reset_before  Cho et al. 2014, eq. 5 to 8
 gru               the same with the reset gate behind the recurrent product, as in torch.nn.GRU and cuDNN
 rnn_tanh          Elman 1990
 rnn_relu          the same with another nonlinearity
+
+Zoneout is Krueger et al. 2016, section 3.2: h and c keep their values where a mask says so, and h comes from a c that
+does not. Recurrent dropout is Gal and Ghahramani 2016, eq. 7, on h before W_hh, or Semeniuta et al. 2016, eq. 9 and 12,
+on what a step writes.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..ops.cells import CELLS
+from ..ops.extras import NONE, Extras
 from . import stack
-from .call import RnnCall
+from .call import Results, RnnCall
 
 __all__ = ["NAME", "STEPS", "Weights", "layer", "refuses", "rnn", "rnn_cell", "unavailable", "wide"]
 
@@ -38,7 +44,7 @@ def refuses(call: RnnCall) -> str | None:
     return None
 
 
-def rnn(call: RnnCall) -> tuple[Tensor, tuple[Tensor, ...]]:
+def rnn(call: RnnCall) -> Results:
     """A layer stack."""
     return stack.run(call, layer)
 
@@ -62,10 +68,14 @@ def layer(
     batch_sizes: Tensor | None,  # [T]
     batch_first: bool,
     bidirectional: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One layer in one or both directions: (out in x's layout, h_n [D, B, P], c_n [D, B, H] or None)."""
+    extras: Extras = NONE,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """One layer in one or both directions: (out in x's layout, h_n [D, B, P], c_n [D, B, H] or None, c of every step).
+
+    The last is None unless extras ask for it; of a cell that has c it is in out's layout.
+    """
     if batch_sizes is not None:
-        return _packed_layer(cell, x, h0, c0, weights, batch_sizes, bidirectional)
+        return _packed_layer(cell, x, h0, c0, weights, batch_sizes, bidirectional, extras)
     xs, mask = wide(x.transpose(0, 1) if batch_first else x), None
     begins = None if resets is None else (resets.transpose(0, 1) if batch_first else resets)[:, :, None]  # [T, B, 1]
     if lengths is not None:
@@ -75,11 +85,17 @@ def layer(
         begins = None if begins is None else begins & mask
     runs = []
     for d, w in enumerate(Weights.split(weights, 2 if bidirectional else 1)):
+        held = _Masks.of(extras, d, cell, w, batch_first)
+        w = w if extras.recurrent is None else w._replace(drop=wide(extras.recurrent[d]))
         state = _initial(cell, None if h0 is None else h0[d], None if c0 is None else c0[d], w, xs[0])
-        runs.append(_scan(STEPS[cell], xs, state, w, mask, begins, reverse=d == 1))
-    out = torch.cat([out for out, _ in runs], -1).to(x.dtype)
+        runs.append(_scan(STEPS[cell], xs, state, w, mask, begins, held, reverse=d == 1))
+    outputs = [torch.cat(both, -1).to(x.dtype) for both in zip(*(steps for steps, _ in runs), strict=True)]
+    if batch_first:
+        outputs = [t.transpose(0, 1) for t in outputs]
     finals = [torch.stack(s).to(_state_dtype(h0, x)) for s in zip(*(state for _, state in runs), strict=True)]
-    return (out.transpose(0, 1) if batch_first else out), finals[0], finals[1] if cell == "lstm" else None
+    lstm = cell == "lstm"
+    c_out = outputs[1] if lstm and extras.states else None
+    return outputs[0], finals[0], finals[1] if lstm else None, c_out
 
 
 class Weights(NamedTuple):
@@ -90,6 +106,7 @@ class Weights(NamedTuple):
     b_ih: Tensor | None = None  # [G*H]
     b_hh: Tensor | None = None  # [G*H]
     hr: Tensor | None = None  # [P, H]
+    drop: Tensor | None = None  # [B, P]: multiplies h in the recurrent product
     beside: Tensor | None = None  # [B, G*H]: joins the recurrent product; not of gru_reset_before, which has two
 
     @classmethod
@@ -104,75 +121,123 @@ class Weights(NamedTuple):
         return parts
 
 
+class _Masks(NamedTuple):
+    """One direction's masks of all steps, time-major."""
+
+    update: Tensor | None  # [T, B, H], scaled
+    hold: tuple[Tensor | float, ...]  # of h, of c: [T, B, P or H] bool, or the share of the old value that is kept
+
+    @classmethod
+    def of(cls, extras: Extras, d: int, cell: str, w: "Weights", batch_first: bool) -> "_Masks | None":
+        if extras.silent:
+            return None
+        hidden, state = w.ih.shape[0] // CELLS[cell].gates, w.hh.shape[1]
+
+        def own(mask: Tensor | None, units: int) -> Tensor | None:
+            if mask is None:
+                return None
+            return (mask.transpose(0, 1) if batch_first else mask)[..., d * units : (d + 1) * units]
+
+        update, hold_h, hold_c = own(extras.update, hidden), own(extras.hold_h, state), own(extras.hold_c, hidden)
+        scale, h, c = extras.rates
+        hold = (h if hold_h is None else hold_h, c if hold_c is None else hold_c)
+        return cls(None if update is None else update * scale, hold)
+
+    def held(self, t: int, old: State, new: State) -> State:
+        """What zoneout makes of a step's new state."""
+        return tuple(
+            _held(m if isinstance(m, float) else m[t], o, n) for m, o, n in zip(self.hold, old, new, strict=False)
+        )
+
+
+def _held(mask: Tensor | float, old: Tensor, new: Tensor) -> Tensor:
+    if isinstance(mask, float):
+        return new + mask * (old - new) if mask else new
+    return torch.where(mask, old, new)
+
+
+def _dropped(h: Tensor, w: Weights) -> Tensor:
+    return h if w.drop is None else h * w.drop
+
+
+def _written(value: Tensor, update: Tensor | None) -> Tensor:
+    return value if update is None else value * update
+
+
 def _recurrent(h: Tensor, w: Weights) -> Tensor:
-    product = linear(h, w.hh, w.b_hh)
+    product = linear(_dropped(h, w), w.hh, w.b_hh)
     return product if w.beside is None else product + w.beside
 
 
-def _lstm(gx: Tensor, state: State, w: Weights) -> State:
+def _lstm(gx: Tensor, state: State, w: Weights, update: Tensor | None = None) -> State:
     h, c = state
     i, f, g, o = (gx + _recurrent(h, w)).chunk(4, -1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    c = f.sigmoid() * c + i.sigmoid() * _written(g.tanh(), update)
     h = o.sigmoid() * c.tanh()
     return (h if w.hr is None else linear(h, w.hr)), c
 
 
-def _gru(gx: Tensor, state: State, w: Weights) -> State:
+def _gru(gx: Tensor, state: State, w: Weights, update: Tensor | None = None) -> State:
     (h,) = state
     xr, xz, xn = gx.chunk(3, -1)
     hr, hz, hn = _recurrent(h, w).chunk(3, -1)
     r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
-    n = (xn + r * hn).tanh()
+    n = _written((xn + r * hn).tanh(), update)
     return ((1 - z) * n + z * h,)
 
 
-def _gru_reset_before(gx: Tensor, state: State, w: Weights) -> State:
+def _gru_reset_before(gx: Tensor, state: State, w: Weights, update: Tensor | None = None) -> State:
     (h,) = state
+    seen = _dropped(h, w)
     hidden = h.shape[-1]
     xr, xz, xn = gx.chunk(3, -1)
     b_gates, b_n = (None, None) if w.b_hh is None else (w.b_hh[: 2 * hidden], w.b_hh[2 * hidden :])
-    hr, hz = linear(h, w.hh[: 2 * hidden], b_gates).chunk(2, -1)
+    hr, hz = linear(seen, w.hh[: 2 * hidden], b_gates).chunk(2, -1)
     r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
-    n = (xn + linear(r * h, w.hh[2 * hidden :], b_n)).tanh()
+    n = _written((xn + linear(r * seen, w.hh[2 * hidden :], b_n)).tanh(), update)
     return ((1 - z) * n + z * h,)
 
 
-def _rnn_tanh(gx: Tensor, state: State, w: Weights) -> State:
+def _rnn_tanh(gx: Tensor, state: State, w: Weights, update: None = None) -> State:
     return ((gx + _recurrent(state[0], w)).tanh(),)
 
 
-def _rnn_relu(gx: Tensor, state: State, w: Weights) -> State:
+def _rnn_relu(gx: Tensor, state: State, w: Weights, update: None = None) -> State:
     return ((gx + _recurrent(state[0], w)).relu(),)
 
 
-Step = Callable[[Tensor, State, Weights], State]  # (x W_ih' + b_ih [B, G*H], state, weights) -> next state
+Step = Callable[..., State]  # (x W_ih' + b_ih [B, G*H], state, weights, update's mask or None) -> next state
 STEPS: dict[str, Step] = {
     "lstm": _lstm, "gru": _gru, "gru_reset_before": _gru_reset_before, "rnn_tanh": _rnn_tanh, "rnn_relu": _rnn_relu,
 }  # fmt: skip
 
 
 def _scan(
-    step: Step, x: Tensor, state: State, w: Weights, mask: Tensor | None, begins: Tensor | None, reverse: bool
-) -> tuple[Tensor, State]:
-    """One direction over x [T, B, I]: (out [T, B, P], final state). Masked steps keep the state and give 0.
+    step: Step, x: Tensor, state: State, w: Weights, mask: Tensor | None, begins: Tensor | None, masks: _Masks | None,
+    reverse: bool,
+) -> tuple[tuple[Tensor, ...], State]:  # fmt: skip
+    """One direction over x [T, B, I]: (states of all steps [T, B, .], the final one). Masked steps keep it and give 0.
 
     begins [T, B, 1]: where a segment begins. Its first step starts from 0; in reverse the last one before it does.
     """
     gx = linear(x, w.ih, w.b_ih).unbind(0)
-    out: list[Tensor] = [x] * len(gx)
+    steps: list[State] = [()] * len(gx)
     for t in reversed(range(len(gx))) if reverse else range(len(gx)):
         begin = t + reverse
         if begins is not None and begin < len(gx):
             state = tuple(torch.where(begins[begin], 0.0, s) for s in state)
+        update = None if masks is None or masks.update is None else masks.update[t]
         if mask is None:
-            state = step(gx[t], state, w)
-            out[t] = state[0]
+            new = step(gx[t], state, w, update)
+            steps[t] = state = new if masks is None else masks.held(t, state, new)
         else:
             m = mask[t]
-            new = step(gx[t], tuple(torch.where(m, s, 0.0) for s in state), w)
+            old = tuple(torch.where(m, s, 0.0) for s in state)
+            new = step(gx[t], old, w, update)
+            new = new if masks is None else masks.held(t, old, new)
             state = tuple(torch.where(m, n, s) for n, s in zip(new, state, strict=True))
-            out[t] = torch.where(m, new[0], 0.0)
-    return torch.stack(out), state
+            steps[t] = tuple(torch.where(m, n, 0.0) for n in new)
+    return tuple(torch.stack(s) for s in zip(*steps, strict=True)), state
 
 
 def _packed_layer(
@@ -183,14 +248,20 @@ def _packed_layer(
     weights: Sequence[Tensor],
     batch_sizes: Tensor,
     bidirectional: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    extras: Extras,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Packed data through the padded layer: gather, run with lengths, gather back."""
     rows = torch.arange(int(batch_sizes[0]))
     valid = rows < batch_sizes[:, None]  # [T, B]
     place = (batch_sizes.cumsum(0) - batch_sizes)[:, None] + rows  # row b of step t lies at place[t, b]
-    padded = x[torch.where(valid, place, 0).to(x.device)]
-    out, h_n, c_n = layer(cell, padded, h0, c0, weights, valid.sum(0), None, None, False, bidirectional)
-    return out.flatten(0, 1)[valid.flatten().nonzero()[:, 0].to(x.device)], h_n, c_n
+    place = torch.where(valid, place, 0).to(x.device)
+    update, hold_h, hold_c = (None if m is None else m[place] for m in extras[:3])
+    extras = extras._replace(update=update, hold_h=hold_h, hold_c=hold_c)
+    out, h_n, c_n, states = layer(
+        cell, x[place], h0, c0, weights, valid.sum(0), None, None, False, bidirectional, extras
+    )
+    back = valid.flatten().nonzero()[:, 0].to(x.device)
+    return out.flatten(0, 1)[back], h_n, c_n, None if states is None else states.flatten(0, 1)[back]
 
 
 def _initial(cell: str, h0: Tensor | None, c0: Tensor | None, w: Weights, x: Tensor) -> State:

@@ -7,7 +7,7 @@ from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import stack
-from .call import RnnCall
+from .call import Results, RnnCall
 
 __all__ = ["NAME", "refuses", "rnn", "rnn_cell", "unavailable"]
 
@@ -23,6 +23,10 @@ def refuses(call: RnnCall) -> str | None:
     """What PyTorch's operators lack."""
     if call.cell == "gru_reset_before":
         return "torch has no GRU with the reset gate before the product"
+    if call.noise is not None:
+        return "torch's operators have neither zoneout nor dropout within the recurrence"
+    if call.states:
+        return "torch's operators give no cell state but the last"
     if call.resets is not None:
         return "torch's operators have no resets within a sequence"
     if torch.compiler.is_compiling():
@@ -36,7 +40,7 @@ def refuses(call: RnnCall) -> str | None:
     return None
 
 
-def rnn(call: RnnCall) -> tuple[Tensor, tuple[Tensor, ...]]:
+def rnn(call: RnnCall) -> Results:
     """A layer stack, in one call of torch's operator."""
     if call.lengths is None:
         return _operator(call, call.input, call.batch_sizes, _states(call))
@@ -121,7 +125,8 @@ def _layer(
     batch_sizes: None,
     batch_first: bool,
     bidirectional: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    extras: None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One layer of a stack whose rows have lengths (`stack.Layer`)."""
     per = len(weights) // (2 if bidirectional else 1)
     call = RnnCall(
@@ -129,4 +134,4 @@ def _layer(
         proj_size=weights[-1].shape[0] if per % 2 else 0,
     )  # fmt: skip
     out, (h_n, *c_n) = _padded(call, lengths)
-    return out, h_n, c_n[0] if c_n else None
+    return out, h_n, c_n[0] if c_n else None, None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..ops import rnn_gpu
 from ..ops.cells import CELLS
+from ..ops.extras import Extras
 from ..ops.rnn_gpu import Batch, GivenGradients, Saved
 from . import devices, native
 from .native import KINDS, address, kind_of
@@ -30,7 +31,7 @@ class Recurrence:
 
     def forward(
         self, cell: str, batch: Batch, inputs: Tensor, w_hh: Sequence[Tensor], b_ih: Sequence[Tensor],
-        b_hh: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None, saved: Saved, like: Tensor,
+        b_hh: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None, saved: Saved, like: Tensor, extras: Extras,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         dirs, hidden = len(w_hh), w_hh[0].shape[1]
         h_n = like.new_empty((dirs, batch.B, hidden))
@@ -48,11 +49,11 @@ class Recurrence:
     def backward(
         self, cell: str, batch: Batch, given: GivenGradients, w_hh: Sequence[Tensor], h0: Tensor | None,
         c0: Tensor | None, saved: Saved, d_gates: Tensor, h_before: Tensor | None, d_h0: Tensor | None,
-        d_c0: Tensor | None,
+        d_c0: Tensor | None, extras: Extras,
     ) -> Tensor | None:  # fmt: skip
         dirs, hidden, out = len(w_hh), w_hh[0].shape[1], saved.out
         of_state = out.dtype if h0 is None else h0.dtype
-        d_h_n, d_c_n = (None if t is None else t.to(of_state) for t in given[1:])
+        d_h_n, d_c_n = (None if t is None else t.to(of_state) for t in given[1:3])
         chosen = _plan(cell, batch, out, hidden, dirs, "backward", self.tf32)
         group = _group(chosen, out, torch.float32)
         native.launch(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..ops import rnn_gpu
 from ..ops.cells import CELLS
+from ..ops.extras import NONE
 from . import native
 from .native import KINDS, address, kind_of
 from .rnn import Recurrence
@@ -61,8 +62,8 @@ def backward(
     of_layer = (1, rows, state[-1])
     h, c = (None if s is None else s.reshape(of_layer) for s in (h0, c0))
     found = rnn_gpu.backward(
-        _OF_CELLS, name, d_out, d_h, d_c, x.reshape(1, rows, x.shape[-1]), h, c, weights, None, None, None, False,
-        False, x.new_empty(0), gates[None], None if cells is None else cells[None], needs,
+        _OF_CELLS, name, d_out, d_h, d_c, None, x.reshape(1, rows, x.shape[-1]), h, c, weights, None, None, None, False,
+        False, x.new_empty(0), gates[None], None if cells is None else cells[None], needs, NONE,
     )  # fmt: skip
     of_inputs = [
         d.view(t.shape) if t is not None and need else None

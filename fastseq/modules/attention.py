@@ -23,7 +23,7 @@ from ..dispatch import check_name
 from ..engine import autocast_dtype
 from ..errors import InputError
 from ..spec import AttentionParams, Keys, Memory, one_of
-from .rnn import backend_repr
+from .recurrent import backend_repr
 
 __all__ = ["Attention", "AttentionMaker", "LocalP", "check_memory", "need_dtype", "parameter", "uniform"]
 

@@ -10,7 +10,7 @@ from ..engine import run_cell
 from ..errors import InputError
 from ..functional import state_pair
 from .frozen import frozen
-from .rnn import backend_repr
+from .recurrent import backend_repr
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell", "gru_cell_call", "lstm_cell_call", "rnn_cell_call"]
 

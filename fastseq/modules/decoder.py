@@ -29,7 +29,7 @@ from ..spec import (
 from .attention import Attention, AttentionMaker, check_memory, need_dtype, parameter, uniform
 from .bridge import Bridge, BridgeMap, StateMaker, mean
 from .presets import Presets
-from .rnn import backend_repr
+from .recurrent import backend_repr
 
 __all__ = ["Decoder"]
 

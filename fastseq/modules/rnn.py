@@ -10,22 +10,23 @@ from torch import Tensor, device, dtype, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..backends.call import RnnCall
-from ..dispatch import check_name
 from ..engine import run
 from ..functional import Lengths, state_pair
 from .frozen import frozen
+from .recurrent import Recurrent, first_state, noise_of
 
-__all__ = ["GRU", "LSTM", "RNN", "backend_repr", "gru_call", "lstm_call", "rnn_call"]
+__all__ = ["GRU", "LSTM", "RNN", "gru_call", "lstm_call", "rnn_call"]
 
 LstmState = tuple[Tensor, Tensor]
 
 
 def lstm_call(module: nn.LSTM, input: Any, hx: LstmState | None) -> RnnCall:
     """The call that `module` makes of (input, hx)."""
-    h0, c0 = state_pair(hx)
+    h0, c0 = state_pair(first_state(module, input) if hx is None else hx)
     return RnnCall(
         "lstm", input, h0, c0, _weights(module), None, None, module.bias, module.num_layers, module.dropout,
-        module.training, module.bidirectional, module.batch_first, module.proj_size, frozen=frozen(module),
+        module.training, module.bidirectional, module.batch_first, module.proj_size, noise=noise_of(module),
+        frozen=frozen(module),
     )  # fmt: skip
 
 
@@ -40,9 +41,10 @@ def rnn_call(module: nn.RNN, input: Any, hx: Tensor | None) -> RnnCall:
 
 
 def _call(cell: str, module: nn.RNNBase, input: Any, hx: Tensor | None) -> RnnCall:
+    hx = first_state(module, input) if hx is None else hx
     return RnnCall(
         cell, input, hx, None, _weights(module), None, None, module.bias, module.num_layers, module.dropout,
-        module.training, module.bidirectional, module.batch_first, frozen=frozen(module),
+        module.training, module.bidirectional, module.batch_first, noise=noise_of(module), frozen=frozen(module),
     )  # fmt: skip
 
 
@@ -55,14 +57,20 @@ def _weights(module: nn.RNNBase) -> list[Tensor]:
         return [getattr(module, name) for name in names]
 
 
-class LSTM(nn.LSTM):
+class LSTM(Recurrent, nn.LSTM):
     """torch.nn.LSTM, faster: the same arguments, parameters, state_dict, results and random draws.
 
     backend: "auto" (the fastest that can run the call), or the name of one of `fastseq.backends()`, which then runs or
     raises InputError. `forward` also takes lengths [B] for padded rows, in any order, and resets within a sequence.
-    """
 
-    backend: str = "auto"  # a class default: instances made by torch.nn have no such attribute
+    zoneout: the probability that a unit of h and of c keeps its value of the step before, or (that of h, that of c);
+    in evaluation so much of the old value is mixed in (Krueger et al. 2016).
+    recurrent_dropout: in training, of h on its way into W_hh, one mask for all steps of a row (Gal and Ghahramani
+    2016); with recurrent_dropout_on="update" of what a step writes into c, a mask for every step (Semeniuta et al.
+    2016).
+    learn_state: parameters initial_h [L*D, P] and initial_c [L*D, H], at first 0, take the place of zeros where hx is
+    None. Raises InputError for probabilities outside [0, 1).
+    """
 
     @overload
     def __init__(
@@ -78,14 +86,16 @@ class LSTM(nn.LSTM):
         device: device | str | None = ...,
         dtype: dtype | None = ...,
         *,
+        zoneout: float | tuple[float, float] = ...,
+        recurrent_dropout: float = ...,
+        recurrent_dropout_on: str = ...,
+        learn_state: bool = ...,
         backend: str = ...,
     ) -> None: ...
     @overload
-    def __init__(self, *args: Any, backend: str = ..., **kwargs: Any) -> None: ...
-    def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
-        check_name(backend)
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.backend = backend
 
     @overload
     def forward(
@@ -104,19 +114,34 @@ class LSTM(nn.LSTM):
         segments give what they give alone: hx enters the first one, forward, and in reverse the last one.
         Raises InputError or TypeError, naming the argument.
         """
-        return run(lstm_call(self, input, hx), self.backend, lengths, resets)  # type: ignore[return-value]
+        return run(lstm_call(self, input, hx), self.backend, lengths, resets)
 
-    def extra_repr(self) -> str:
-        return super().extra_repr() + backend_repr(self)
+    @overload
+    def forward_states(
+        self, input: Tensor, hx: LstmState | None = ..., *, lengths: Lengths = ..., resets: Tensor | None = ...
+    ) -> tuple[Tensor, LstmState, Tensor]: ...
+    @overload
+    def forward_states(
+        self, input: PackedSequence, hx: LstmState | None = ...
+    ) -> tuple[PackedSequence, LstmState, PackedSequence]: ...
+    def forward_states(
+        self, input: Any, hx: LstmState | None = None, *, lengths: Lengths = None, resets: Tensor | None = None
+    ) -> tuple[Any, LstmState, Any]:
+        """(output, (h_n, c_n), cells): `forward`, and c after every step of the last layer, as output has its h.
+
+        cells have D * hidden_size features in the input's layout, 0 behind a row's length; gradients flow through them.
+        """
+        call = lstm_call(self, input, hx)
+        call.states = True
+        return run(call, self.backend, lengths, resets)
 
 
-class GRU(nn.GRU):
+class GRU(Recurrent, nn.GRU):
     """torch.nn.GRU, faster: the same arguments, parameters, state_dict, results and random draws.
 
-    backend, lengths and resets as for `LSTM`.
+    All else as for `LSTM`, but that there is no c: zoneout is one probability, and recurrent_dropout_on="update" drops
+    of the candidate n.
     """
-
-    backend: str = "auto"
 
     @overload
     def __init__(
@@ -131,14 +156,16 @@ class GRU(nn.GRU):
         device: device | str | None = ...,
         dtype: dtype | None = ...,
         *,
+        zoneout: float = ...,
+        recurrent_dropout: float = ...,
+        recurrent_dropout_on: str = ...,
+        learn_state: bool = ...,
         backend: str = ...,
     ) -> None: ...
     @overload
-    def __init__(self, *args: Any, backend: str = ..., **kwargs: Any) -> None: ...
-    def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
-        check_name(backend)
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.backend = backend
 
     @overload
     def forward(
@@ -153,17 +180,13 @@ class GRU(nn.GRU):
         out, (h,) = run(gru_call(self, input, hx), self.backend, lengths, resets)
         return out, h
 
-    def extra_repr(self) -> str:
-        return super().extra_repr() + backend_repr(self)
 
-
-class RNN(nn.RNN):
+class RNN(Recurrent, nn.RNN):
     """torch.nn.RNN (Elman 1990; nonlinearity "tanh" or "relu"), faster: the same arguments, parameters and results.
 
-    backend, lengths and resets as for `LSTM`.
+    All else as for `LSTM`, but that there is no c: zoneout is one probability, and recurrent_dropout_on="state" all
+    there is.
     """
-
-    backend: str = "auto"
 
     @overload
     def __init__(
@@ -179,14 +202,16 @@ class RNN(nn.RNN):
         device: device | str | None = ...,
         dtype: dtype | None = ...,
         *,
+        zoneout: float = ...,
+        recurrent_dropout: float = ...,
+        recurrent_dropout_on: str = ...,
+        learn_state: bool = ...,
         backend: str = ...,
     ) -> None: ...
     @overload
-    def __init__(self, *args: Any, backend: str = ..., **kwargs: Any) -> None: ...
-    def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
-        check_name(backend)
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.backend = backend
 
     @overload
     def forward(
@@ -200,11 +225,3 @@ class RNN(nn.RNN):
         """(output, h_n); input, lengths, resets and faults as for `LSTM.forward`."""
         out, (h,) = run(rnn_call(self, input, hx), self.backend, lengths, resets)
         return out, h
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + backend_repr(self)
-
-
-def backend_repr(module: Any) -> str:
-    """What a module's repr says of its backend: nothing while it is auto."""
-    return "" if module.backend == "auto" else f", backend={module.backend!r}"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .cells import CELLS
 from .common import PLAIN
+from .extras import Extras
 
 __all__ = [
     "Batch", "GivenGradients", "Recurrence", "Saved", "StepResults", "aligned", "backward",
@@ -108,6 +109,7 @@ class GivenGradients(NamedTuple):
     out: Tensor | None
     h_n: Tensor | None
     c_n: Tensor | None
+    cells: Tensor | None  # [D, tokens, H] fp32, of every step's c; 0 behind the lengths
 
 
 class Recurrence(Protocol):
@@ -115,14 +117,14 @@ class Recurrence(Protocol):
 
     def forward(
         self, cell: str, batch: Batch, inputs: Tensor, w_hh: Sequence[Tensor], b_ih: Sequence[Tensor],
-        b_hh: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None, saved: Saved, like: Tensor,
+        b_hh: Sequence[Tensor], h0: Tensor | None, c0: Tensor | None, saved: Saved, like: Tensor, extras: Extras,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Fill `saved`, from inputs [D, tokens, G * H]; h_n and c_n [D, B, H], of like's dtype."""
+        """Fill `saved`, from inputs [D, tokens, G * H]; h_n and c_n [D, B, H], of like's dtype. Masks lie as `out`."""
 
     def backward(
         self, cell: str, batch: Batch, given: GivenGradients, w_hh: Sequence[Tensor], h0: Tensor | None,
         c0: Tensor | None, saved: Saved, d_gates: Tensor, h_before: Tensor | None, d_h0: Tensor | None,
-        d_c0: Tensor | None,
+        d_c0: Tensor | None, extras: Extras,
     ) -> Tensor | None:  # fmt: skip
         """Fill d_gates and, unless they are None, h_before and d_h0; d_c0, which need not be the one handed in."""
 
@@ -140,8 +142,9 @@ def forward(
     batch_first: bool,
     bidirectional: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """out, h_n, c_n of an LSTM, and with `save` gates [D, tokens, 4, H] and an LSTM's cells [D, tokens, H] in fp32."""
+    extras: Extras,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """out, h_n, an LSTM's c_n and c_out; with `save` gates [D, tokens, columns, H] and cells [D, tokens, H] fp32."""
     kind, batch = CELLS[cell], Batch.of(x, lengths, resets, batch_sizes, batch_first)
     h0, c0 = _states(h0, c0)
     w_ih, w_hh, b_ih, b_hh = _split(weights, bidirectional)
@@ -154,14 +157,19 @@ def forward(
         whole = kind.gates == kind.columns  # then each gate takes its input's place as it is computed
         gates = inputs if whole else x.new_empty((dirs, batch.tokens, kind.columns * hidden))
         gates = gates.view(dirs, batch.tokens, kind.columns, hidden)
-        cells = x.new_empty((dirs, batch.tokens, hidden), dtype=torch.float32) if kind.cell_state else None
+    if kind.cell_state and (save or extras.states):
+        cells = new((dirs, batch.tokens, hidden), dtype=torch.float32)
     like = x if h0 is None else h0
     if not batch.B:
         shape = (dirs, 0, hidden)
-        return out, like.new_empty(shape), like.new_empty(shape) if kind.cell_state else None, gates, cells
+        c_out = torch.empty_like(out) if cells is not None and extras.states else None
+        return out, like.new_empty(shape), like.new_empty(shape) if kind.cell_state else None, c_out, gates, cells
     saved = Saved(out, gates, cells)
-    h_n, c_n = recurrence.forward(cell, batch, inputs, w_hh, b_ih, b_hh, h0, c0, saved, like)
-    return out, h_n, c_n, gates, cells
+    h_n, c_n = recurrence.forward(cell, batch, inputs, w_hh, b_ih, b_hh, h0, c0, saved, like, _aligned_masks(extras))
+    c_out = None
+    if cells is not None and extras.states:  # [D, tokens, H], as x's rows -> [.., D * H]
+        c_out = cells.transpose(0, 1).to(out.dtype).reshape(out.shape)
+    return out, h_n, c_n, c_out, gates, cells if save else None
 
 
 def backward(
@@ -170,6 +178,7 @@ def backward(
     d_out: Tensor | None,
     d_h_n: Tensor | None,
     d_c_n: Tensor | None,
+    d_c_out: Tensor | None,
     x: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -183,6 +192,7 @@ def backward(
     gates: Tensor,
     cells: Tensor | None,
     needs: Sequence[bool],  # x, h0, c0, weights
+    extras: Extras,
 ) -> list[Tensor]:
     """d_x, d_h0, d_c0, then one a weight; those not needed are empty."""
     kind, batch = CELLS[cell], Batch.of(x, lengths, resets, batch_sizes, batch_first)
@@ -197,11 +207,15 @@ def backward(
     if batch.B:
         given = GivenGradients(
             None if d_out is None else aligned(d_out.to(out.dtype)),
-            *(None if t is None else aligned(t) for t in (d_h_n, d_c_n)),
+            None if d_h_n is None else aligned(d_h_n),
+            None if d_c_n is None else aligned(d_c_n),
+            None if d_c_out is None else _of_directions(d_c_out, dirs, batch.tokens),
         )
         h0, c0 = (None if t is None else aligned(t) for t in (h0, c0))
         saved = Saved(out, gates, cells if kind.cell_state else None)
-        d_c0 = recurrence.backward(cell, batch, given, w_hh, h0, c0, saved, d_gates, h_before, d_h0, d_c0)
+        d_c0 = recurrence.backward(
+            cell, batch, given, w_hh, h0, c0, saved, d_gates, h_before, d_h0, d_c0, _aligned_masks(extras)
+        )
     if needs[3] and batch.ragged:  # behind a row's end may stand NaN
         x = torch.where(batch.valid(batch_first), x, 0.0)
     rows = x.reshape(batch.tokens, x.shape[-1])
@@ -227,6 +241,18 @@ def _states(h0: Tensor | None, c0: Tensor | None) -> tuple[Tensor | None, Tensor
     if h0 is not None and c0 is not None and c0.dtype != h0.dtype:
         h0, c0 = h0.float(), c0.float()
     return None if h0 is None else aligned(h0), None if c0 is None else aligned(c0)
+
+
+def _aligned_masks(extras: Extras) -> Extras:
+    """Its masks contiguous, and bools as bytes."""
+    update, hold_h, hold_c = (None if m is None else aligned(m.view(torch.uint8)) for m in extras[:3])
+    recurrent = None if extras.recurrent is None else aligned(extras.recurrent)
+    return extras._replace(update=update, hold_h=hold_h, hold_c=hold_c, recurrent=recurrent)
+
+
+def _of_directions(t: Tensor, dirs: int, tokens: int) -> Tensor:
+    """[D, tokens, H] fp32 of a tensor that is laid out as `out`."""
+    return aligned(t.reshape(tokens, dirs, -1).transpose(0, 1).float())
 
 
 def _projected(x: Tensor, w_ih: Sequence[Tensor], tokens: int) -> Tensor:

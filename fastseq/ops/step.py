@@ -110,7 +110,7 @@ def _reference(
     """The same results by plain PyTorch."""
     h0, c0 = (None if s is None else s.reshape(1, shape.rows, -1) for s in (h0, c0))
     x = x.reshape(1, shape.rows, -1)
-    out, h, c = reference.layer(shape.cell, x, h0, c0, weights, None, None, None, False, False)
+    out, h, c, _ = reference.layer(shape.cell, x, h0, c0, weights, None, None, None, False, False)
     results = (h.view(shape.state),) if c is None else (h.view(shape.state), c.view(shape.state))
     return results if shape.out is None else (out.reshape(shape.out), *results)
 

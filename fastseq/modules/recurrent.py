@@ -1,0 +1,111 @@
+"""What fastseq's layers have beyond torch.nn's: options of the recurrence, a learned first state, a backend."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from ..dispatch import check_name
+from ..errors import InputError
+from ..ops.extras import Noise
+
+__all__ = ["Recurrent", "backend_repr", "first_state", "noise_of"]
+
+
+class Recurrent(nn.Module):
+    """Goes before torch.nn's class among the bases. Instances made by torch.nn itself have the class's defaults."""
+
+    backend: str = "auto"
+    zoneout: float | tuple[float, float] = 0.0
+    recurrent_dropout: float = 0.0
+    recurrent_dropout_on: str = "state"
+    learn_state: bool = False
+
+    def __init__(
+        self,
+        *args: Any,
+        backend: str = "auto",
+        zoneout: float | tuple[float, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        recurrent_dropout_on: str = "state",
+        learn_state: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        check_name(backend)
+        super().__init__(*args, **kwargs)
+        self.backend = backend
+        for name, value in (
+            ("zoneout", zoneout), ("recurrent_dropout", recurrent_dropout),
+            ("recurrent_dropout_on", recurrent_dropout_on), ("learn_state", learn_state),
+        ):  # fmt: skip
+            if value != getattr(type(self), name):
+                setattr(self, name, value)
+        _noise(self)  # raises for what no call could be made with
+        if learn_state:
+            base: Any = self
+            rows = base.num_layers * (2 if base.bidirectional else 1)
+            like = base.weight_hh_l0
+            self.initial_h = nn.Parameter(like.new_zeros(rows, like.shape[1]))
+            if isinstance(self, nn.LSTM):
+                self.initial_c = nn.Parameter(like.new_zeros(rows, base.hidden_size))
+
+    def reset_parameters(self) -> None:
+        """torch.nn's draws; a learned first state begins at 0 and draws nothing."""
+        super().reset_parameters()  # type: ignore[misc]
+        if self.learn_state:
+            for name in ("initial_h", "initial_c"):
+                if name in self._parameters:
+                    nn.init.zeros_(getattr(self, name))
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        for name in ("zoneout", "recurrent_dropout", "recurrent_dropout_on", "learn_state"):
+            if getattr(self, name) != getattr(Recurrent, name):
+                text += f", {name}={getattr(self, name)!r}"
+        return text + backend_repr(self)
+
+
+def noise_of(module: nn.RNNBase) -> Noise | None:
+    """The masks that a call of `module` draws now; None where there are none, as in a module of torch.nn."""
+    if not isinstance(module, Recurrent) or not (module.zoneout or module.recurrent_dropout):
+        return None
+    noise = _noise(module)
+    return noise if module.training or any(noise.zoneout) else None
+
+
+def _noise(module: Any) -> Noise:
+    """The module's options as they are now. Raises InputError for what none can be."""
+    given, cell, kind = module.zoneout, module.mode.lower(), type(module).__name__
+    zoneout = tuple(given) if isinstance(given, (tuple, list)) else (given, given if cell == "lstm" else 0.0)
+    if len(zoneout) != 2 or (cell != "lstm" and zoneout[1]):
+        either = ", or (of h, of c)" if cell == "lstm" else ""
+        raise InputError(f"zoneout={given!r} of {kind}; pass a probability{either}")
+    noise = Noise(zoneout, module.recurrent_dropout, module.recurrent_dropout_on)
+    for name, p in (("zoneout", zoneout[0]), ("zoneout", zoneout[1]), ("recurrent_dropout", noise.dropout)):
+        if not 0 <= p < 1:
+            raise InputError(f"{name}={p}; it is a probability, 0 to below 1")
+    if noise.on not in ("state", "update"):
+        raise InputError(f"recurrent_dropout_on={noise.on!r}; use 'state' (Gal 2016) or 'update' (Semeniuta 2016)")
+    if noise.dropout and noise.on == "update" and cell.startswith("rnn"):
+        raise InputError(f"recurrent_dropout_on='update' of {kind}, which writes its whole state; use 'state'")
+    return noise
+
+
+def first_state(module: Any, input: Any) -> Any:
+    """hx where none is given: None, or what `module` has learned, for each row."""
+    if not getattr(module, "learn_state", False):
+        return None
+    rows: Any = ()
+    if isinstance(input, PackedSequence):
+        rows = (int(input.batch_sizes[0]),)
+    elif isinstance(input, Tensor) and input.dim() == 3:
+        rows = (input.shape[0 if module.batch_first else 1],)
+    states = [getattr(module, name) for name in ("initial_h", "initial_c") if hasattr(module, name)]
+    if rows:
+        states = [s.unsqueeze(1).expand(s.shape[0], *rows, s.shape[1]) for s in states]
+    return tuple(states) if len(states) == 2 else states[0]
+
+
+def backend_repr(module: Any) -> str:
+    """What a module's repr says of its backend: nothing while it is auto."""
+    return "" if module.backend == "auto" else f", backend={module.backend!r}"

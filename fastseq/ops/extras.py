@@ -1,0 +1,88 @@
+"""What a layer's operator is asked for beyond torch.nn's: random masks within the recurrence, and every cell state.
+
+Masks are drawn by torch's generator, outside the operators, so that every backend sees the same ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["NONE", "Extras", "Noise"]
+
+
+class Extras(NamedTuple):
+    """Of one layer. Masks over steps are bool and in out's layout: [T, B, D*H], [B, T, D*H] or packed [N, D*H]."""
+
+    update: Tensor | None = None  # where False, what a step would write is dropped; where True, scaled by rates[0]
+    hold_h: Tensor | None = None  # where True, a step keeps the unit's h of before; None: the share rates[1] of it
+    hold_c: Tensor | None = None  # the same of c, rates[2]; for a cell without c always None
+    recurrent: Tensor | None = None  # [D, B, H] in x's dtype: multiplies h on its way into W_hh, at every step
+    rates: tuple[float, float, float] = (1.0, 0.0, 0.0)
+    states: bool = False  # c of every step is a result too, in out's layout and dtype
+
+    @property
+    def masks(self) -> list[Tensor | None]:
+        """As the operators' schemas take them; [] where there is nothing to do."""
+        masks = [self.update, self.hold_h, self.hold_c, self.recurrent]
+        return [] if self.silent else masks
+
+    @property
+    def silent(self) -> bool:
+        """Whether the recurrence is that of torch.nn."""
+        return self.rates == (1.0, 0.0, 0.0) and self[:4] == (None,) * 4
+
+    @classmethod
+    def of(cls, masks: Sequence[Tensor | None], rates: Sequence[float], states: bool) -> "Extras":
+        """From the arguments of a schema."""
+        if not masks:
+            return cls(states=states)
+        update, hold_h, hold_c, recurrent = masks
+        scale, h, c = rates
+        return cls(update, hold_h, hold_c, recurrent, (scale, h, c), states)
+
+
+NONE = Extras()
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """The options of a module that draws masks: what Krueger et al. 2016, Gal and Ghahramani 2016 and Semeniuta et al.
+    2016 do to a recurrence. In evaluation zoneout mixes states in proportion, and nothing else is left of them.
+    """
+
+    zoneout: tuple[float, float] = (0.0, 0.0)  # of h, of c
+    dropout: float = 0.0
+    on: str = "state"  # "state": h before W_hh, one mask a sequence; "update": what a step writes, one a step
+
+    def drawn(
+        self,
+        x: Tensor,  # a layer's input, as `RnnCall` has it
+        rows: int,
+        directions: int,
+        hidden: int,
+        state: int,  # units of h: hidden, or the projection's
+        cell_state: bool,
+        training: bool,
+    ) -> Extras:
+        """One layer's masks."""
+        kept_h, kept_c = self.zoneout
+
+        def mask(p: float, units: int) -> Tensor | None:
+            if not (training and p):
+                return None
+            return torch.empty((*x.shape[:-1], directions * units), dtype=torch.bool, device=x.device).bernoulli_(p)
+
+        update = recurrent = None
+        if training and self.dropout:
+            kept = 1.0 - self.dropout
+            if self.on == "update":
+                update = mask(kept, hidden)
+            else:
+                recurrent = x.new_empty((directions, rows, state)).bernoulli_(kept).div_(kept)
+        scale = 1.0 if update is None else 1.0 / (1.0 - self.dropout)
+        hold_h, hold_c = mask(kept_h, state), mask(kept_c, hidden) if cell_state else None
+        rates = (scale, 0.0 if training else kept_h, 0.0 if training or not cell_state else kept_c)
+        return Extras(update, hold_h, hold_c, recurrent, rates)
