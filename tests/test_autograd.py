@@ -237,7 +237,7 @@ OPERATOR = [
     Case("gru", rows="full", hx=False, bias=False),
     Case("lstm", bidirectional=True, resets=True),
     Case("lstm", bidirectional=True, rows="packed", noise="update", states=True),
-    Case("gru", rows="lengths", noise="zoneout"),
+    Case("gru", noise="zoneout"),
     Case("lstm", hx=False, noise="state"),
 ]
 

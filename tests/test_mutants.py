@@ -96,7 +96,7 @@ MUTANTS: dict[str, tuple[str, Callable[..., Any], set[str]]] = {
     "directions_exchanged": ("_forward", one_way, {"layer_lstm", "layer_gru", "onnxruntime"}),
     "lengths_ignored": ("_forward", replaced(5), {"layer_lstm", "layer_gru", "layer_bf16", "onnxruntime"}),
     "resets_ignored": ("_forward", replaced(6), {"resets_lstm", "resets_gru", "resets_second"}),
-    "resets_ignored_by_backward": ("_backward", replaced(9), {"resets_lstm", "resets_gru"}),
+    "resets_ignored_by_backward": ("_backward", replaced(10), {"resets_lstm", "resets_gru"}),
     "resets_one_step_late": ("_forward", shifted(6), {"resets_lstm", "resets_gru"}),
     "hx_ignored": ("_forward", replaced(2, 3), {"layer_lstm", "layer_gru", "layer_bf16", "onnxruntime", "module"}),
     "input_gradient_cut": ("_backward", cleared(0), {"layer_lstm", "layer_gru", "layer_bf16", "module"}),

@@ -96,7 +96,7 @@ def test_every_layer_of_a_stack_resets(kind: str, options: dict[str, Any], backe
     per = len(flat) // module.num_layers
     for k in range(module.num_layers):
         state = [s[k * dirs : (k + 1) * dirs] for s in flatten(hx)]
-        function, hx_k = (F.lstm, tuple(state)) if kind == "LSTM" else (F.gru, state[0])
+        function, hx_k = getattr(F, kind.lower()), tuple(state) if kind == "LSTM" else state[0]
         below, _ = function(
             below, hx_k, flat[k * per : (k + 1) * per], lengths=LENGTHS, resets=resets, bidirectional=dirs == 2,
             batch_first=module.batch_first, backend=backend,

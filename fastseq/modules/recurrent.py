@@ -5,8 +5,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from ..backends.call import Results, RnnCall
 from ..dispatch import check_name
+from ..engine import run
 from ..errors import InputError
+from ..functional import Lengths
 from ..ops.extras import Noise
 
 __all__ = ["Recurrent", "backend_repr", "first_state", "noise_of"]
@@ -56,6 +59,14 @@ class Recurrent(nn.Module):
             for name in ("initial_h", "initial_c"):
                 if name in self._parameters:
                     nn.init.zeros_(getattr(self, name))
+
+    def _run(self, call: RnnCall, lengths: Lengths, resets: Tensor | None) -> Results:
+        if resets is not None and self.learn_state:
+            raise InputError(
+                "resets with learn_state=True: a segment would begin from zeros, not from the learned state; cut the "
+                "rows where segments begin and pass lengths=, or build the layer without learn_state"
+            )
+        return run(call, self.backend, lengths, resets)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()

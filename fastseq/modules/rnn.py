@@ -10,7 +10,6 @@ from torch import Tensor, device, dtype, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..backends.call import RnnCall
-from ..engine import run
 from ..functional import Lengths, state_pair
 from .frozen import frozen
 from .recurrent import Recurrent, first_state, noise_of
@@ -69,7 +68,7 @@ class LSTM(Recurrent, nn.LSTM):
     2016); with recurrent_dropout_on="update" of what a step writes into c, a mask for every step (Semeniuta et al.
     2016).
     learn_state: parameters initial_h [L*D, P] and initial_c [L*D, H], at first 0, take the place of zeros where hx is
-    None. Raises InputError for probabilities outside [0, 1).
+    None; resets begin from zeros, so the two are refused together. Raises InputError for probabilities outside [0, 1).
     """
 
     @overload
@@ -114,7 +113,7 @@ class LSTM(Recurrent, nn.LSTM):
         segments give what they give alone: hx enters the first one, forward, and in reverse the last one.
         Raises InputError or TypeError, naming the argument.
         """
-        return run(lstm_call(self, input, hx), self.backend, lengths, resets)
+        return self._run(lstm_call(self, input, hx), lengths, resets)
 
     @overload
     def forward_states(
@@ -133,7 +132,7 @@ class LSTM(Recurrent, nn.LSTM):
         """
         call = lstm_call(self, input, hx)
         call.states = True
-        return run(call, self.backend, lengths, resets)
+        return self._run(call, lengths, resets)
 
 
 class GRU(Recurrent, nn.GRU):
@@ -177,7 +176,7 @@ class GRU(Recurrent, nn.GRU):
         self, input: Any, hx: Tensor | None = None, *, lengths: Lengths = None, resets: Tensor | None = None
     ) -> tuple[Any, Tensor]:
         """(output, h_n); input, lengths, resets and faults as for `LSTM.forward`."""
-        out, (h,) = run(gru_call(self, input, hx), self.backend, lengths, resets)
+        out, (h,) = self._run(gru_call(self, input, hx), lengths, resets)
         return out, h
 
 
@@ -223,5 +222,5 @@ class RNN(Recurrent, nn.RNN):
         self, input: Any, hx: Tensor | None = None, *, lengths: Lengths = None, resets: Tensor | None = None
     ) -> tuple[Any, Tensor]:
         """(output, h_n); input, lengths, resets and faults as for `LSTM.forward`."""
-        out, (h,) = run(rnn_call(self, input, hx), self.backend, lengths, resets)
+        out, (h,) = self._run(rnn_call(self, input, hx), lengths, resets)
         return out, h

