@@ -351,6 +351,10 @@ PYBIND11_MODULE(_C, m) {
   m.attr("PACKED_PRODUCTS") = kPackedProducts;
   m.def("rnn_pack", &pack);
   m.def("rnn_step_backward", &step_backward);
+  m.def("random_flags", [](uint64_t seed, int64_t count, uint32_t bound, Address to, int threads) {
+    const py::gil_scoped_release released;
+    kernels(DType::f32).random_flags({seed, count, bound, static_cast<uint8_t*>(at(to))}, threads);
+  });
   m.def("discard", [](Address memory, int64_t bytes) { discard(at(memory), bytes); });
   m.def("decoder_forward", &run_decoder_forward);
   m.def("decoder_backward", &run_decoder_backward);

@@ -312,3 +312,68 @@ def test_repr_and_changes(kind: str, options: dict[str, Any]) -> None:
     x = torch.randn(7, 3, 5)
     assert torch.equal(module(x)[0], module(x)[0])
     assert repr(getattr(fastseq, kind)(5, 8)) == repr(getattr(nn, kind)(5, 8))
+
+
+def native_flags(count: int, bound: int, seed: int = 0) -> Tensor:
+    flags = torch.empty(count, dtype=torch.bool)
+    _native.C.random_flags(seed, count, bound, flags.data_ptr(), torch.get_num_threads())
+    return flags
+
+
+def xoshiro(seed: int, lane: int, draws: int) -> list[int]:
+    """xoshiro128++ 1.0 of Blackman and Vigna 2021, begun as csrc/cpu/random_flags.h tells."""
+    M32, M64 = (1 << 32) - 1, (1 << 64) - 1
+    state, words = (seed + lane * 0xD1342543DE82EF95) & M64, []
+    for _ in range(2):
+        state = (state + 0x9E3779B97F4A7C15) & M64
+        z = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & M64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & M64
+        z ^= z >> 31
+        words += [z & M32, z >> 32]
+
+    def rotated(x: int, bits: int) -> int:
+        return (x << bits | x >> (32 - bits)) & M32
+
+    (a, b, c, d), numbers = words, []
+    for _ in range(draws):
+        numbers.append((rotated((a + d) & M32, 7) + a) & M32)
+        c, d = c ^ a, d ^ b
+        b, a = b ^ c, a ^ d
+        c, d = c ^ (words[1] << 9 & M32), rotated(d, 11)
+        words = [a, b, c, d]
+    return numbers
+
+
+@pytest.mark.skipif(_native.C is None, reason=str(_native.reason))
+@pytest.mark.parametrize("isa", [] if _native.C is None else _native.C.isa_available())
+def test_native_flags(isa: str) -> None:
+    """By the recipe of the header, on every ISA and by any number of threads; as often true as asked for."""
+    count, bound, seed = 70_001, 20_000, (1 << 61) + 3
+    try:
+        _native.C.choose_isa(isa)
+        torch.set_num_threads(2)
+        flags = native_flags(count, bound, seed)
+        torch.set_num_threads(1)
+        assert torch.equal(flags, native_flags(count, bound, seed))
+    finally:
+        _native.C.choose_isa("")
+    for block, lane in ((0, 0), (0, 15), (9, 3)):
+        numbers = xoshiro(seed, block * 16 + lane, 128)
+        halves = [half < bound for x in numbers for half in (x & 0xFFFF, x >> 16)]
+        assert flags[block * 4096 + lane : (block + 1) * 4096 : 16].tolist() == halves
+    p = bound / 65536
+    assert abs(flags.float().mean().item() - p) < 5 * (p * (1 - p) / count) ** 0.5  # five standard deviations
+
+
+def test_draws_follow_torchs_generator() -> None:
+    """A seed repeats them, within torch.compile and torch.func too, where torch draws them; another one does not."""
+    module, x = fastseq.GRU(5, 8, zoneout=0.5), torch.randn(7, 3, 5)
+
+    def drawn(seed: int, call: Any) -> Tensor:
+        torch.manual_seed(seed)
+        return call(x)[0].detach()
+
+    transformed = torch.func.vmap(module, in_dims=1, out_dims=(1, 1), randomness="different")
+    for call in (module, torch.compile(module, fullgraph=True, backend="aot_eager"), transformed):
+        assert torch.equal(drawn(1, call), drawn(1, call))
+        assert not torch.equal(drawn(1, call), drawn(2, call))

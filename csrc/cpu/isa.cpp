@@ -16,13 +16,14 @@
   double tile_rate(DType, int64_t repeats);                                                                   \
   int64_t rnn_packed_bytes(const Shape&);                                                                     \
   void rnn_pack(const Shape&, const Direction&, void*, int threads);                                          \
+  void random_flags(const RandomFlags&, int threads);                                                         \
   bool holds(DType);                                                                                          \
   }
 #define FS_ENTRY(isa, supported)                                                                              \
   Kernels {                                                                                                   \
     #isa, supported, isa::holds, isa::rnn_forward, isa::rnn_backward, isa::decoder_forward, isa::decoder_backward, \
         isa::product, isa::input_gradient, isa::weight_gradient, isa::attention_forward, isa::attention_backward, \
-        isa::tile_rate, isa::rnn_packed_bytes, isa::rnn_pack                                                  \
+        isa::tile_rate, isa::rnn_packed_bytes, isa::rnn_pack, isa::random_flags                               \
   }
 
 namespace fastseq {

@@ -8,6 +8,7 @@
 #include "attention_pass.h"
 #include "decoder.h"
 #include "products.h"
+#include "random_flags.h"
 
 namespace fastseq {
 
@@ -27,6 +28,7 @@ struct Kernels {
   double (*tile_rate)(DType, int64_t);
   int64_t (*packed_bytes)(const Shape&);
   void (*pack)(const Shape&, const Direction&, void*, int);
+  void (*random_flags)(const RandomFlags&, int);
 };
 
 const char* isa();                              // the chosen variant
