@@ -69,7 +69,7 @@ def test_same_bits_as_unfrozen(kind: str, dtype: torch.dtype, threads: int, isa:
     choose(isa)
     torch.set_num_threads(threads)
     for layers, both, bias in ((1, False, True), (2, True, False), (2, True, True)):
-        free = KINDS[kind](I, H, layers, bias, bidirectional=both, dtype=dtype)
+        free = KINDS[kind](I, H, layers, bias=bias, bidirectional=both, dtype=dtype)
         fixed = fastseq.freeze(copy.deepcopy(free))
         for rows in (1, 3, 8, 32):
             x = torch.randn(7, rows, I, dtype=dtype)
