@@ -4,7 +4,7 @@ import importlib.metadata
 import warnings
 
 from . import backends as _backends  # noqa: F401  (before the function of that name hides the package)
-from . import dynamo, functional, pictures
+from . import dynamo, functional, interop, pictures
 from ._version import __version__
 from .accelerate import accelerate
 from .dispatch import backends, use_backend
@@ -60,6 +60,7 @@ __all__ = [
     "freeze",
     "functional",
     "generate",
+    "interop",
     "load",
     "patch",
     "pictures",

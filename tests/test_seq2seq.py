@@ -275,7 +275,6 @@ BUILT: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"eos_id": V}, InputError, "eos_id=12; ids are 0 to 11, vocab_size - 1"),
     ({"pad_id": -1}, InputError, "pad_id=-1; ids are 0"),
     ({"bos_id": True}, TypeError, "bos_id must be an int, got bool"),
-    ({"eos_id": BOS}, InputError, "bos_id and eos_id are both 1"),
     ({"tie": "both"}, InputError, "tie='both'; use one of"),
     ({"encoder": None}, TypeError, "encoder must be a torch.nn.Module, got NoneType"),
     ({"decoder": nn.Linear(2, 2)}, TypeError, r"decoder must be a fastseq.Decoder, got Linear.*fastseq.generate"),

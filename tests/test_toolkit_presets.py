@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.joey import joeynmt
 from fastseq import Attention, Bridge, Decoder, Encoder, LocalP
 from fastseq.spec import DropoutMasks
 from tests.oracle import Results
-from tests.toolkit_joeynmt import joeynmt
 from tests.toolkit_oracle import KITS, SIZES, Problem, Step, check_exactly, named
 from tests.toolkit_weights import joeynmt as from_joeynmt
 from tests.toolkits import Sizes

@@ -1,19 +1,16 @@
-"""JoeyNMT's own recurrent decoder and encoder, as the models of `toolkits` are called."""
+"""JoeyNMT's own recurrent decoder, as the models of `toolkits` are called."""
 
-import importlib
-import sys
-from functools import cache
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
-import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.joey import joeynmt
 from fastseq.spec import DropoutMasks, Memory
 from tests.oracle import Results
 from tests.toolkits import Sizes, gathered
 
-__all__ = ["Joey", "joeynmt"]
+__all__ = ["Joey"]
 
 
 class Factors(nn.Module):
@@ -46,11 +43,3 @@ class Joey(nn.Module):
         layers = list(zip(*(leaf.unbind(1) for leaf in leaves), strict=True))
         feed = vectors[:, -1] if self.decoder.input_feeding else None
         return gathered(vectors.unbind(1), weights.unbind(1), layers, feed)
-
-
-@cache
-def joeynmt(name: str) -> ModuleType:
-    """A module of joeynmt. It names TensorBoard's writer in an annotation: a stand-in spares the installation."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=None))
-        return importlib.import_module(f"joeynmt.{name}")

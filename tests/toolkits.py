@@ -68,11 +68,18 @@ def gathered(outs: Sequence[Tensor], weights: Sequence[Tensor], layers: Sequence
 class OpenNMT(nn.Module):
     """OpenNMT-py's InputFeedRNNDecoder, without `feed` its StdRNNDecoder, and GlobalAttention. Time-major; D = A = H.
 
-    The encoder's bridge, of two directions: one Linear for h and one for c, over all layers' H / 2 features.
+    The encoder's bridge, of `dirs` directions: one Linear for h and one for c, over all layers' H / dirs features.
+    score: "dot", "general", "mlp" or "none", which has no attention.
     """
 
     def __init__(
-        self, n: Sizes, cell: str = "lstm", score: str = "general", feed: bool = True, bridge: bool = False
+        self,
+        n: Sizes,
+        cell: str = "lstm",
+        score: str = "general",
+        feed: bool = True,
+        bridge: bool = False,
+        dirs: int = 2,
     ) -> None:
         super().__init__()
         self.feed, self.score, size = feed, score, n.H
@@ -81,18 +88,21 @@ class OpenNMT(nn.Module):
             self.rnn: nn.Module = nn.ModuleDict({"layers": nn.ModuleList(kind(x, size) for x in reads)})
         else:
             self.rnn = (nn.LSTM if cell == "lstm" else nn.GRU)(n.I, size, n.L)
-        parts = {"linear_out": nn.Linear(2 * size, size, bias=score == "mlp")}
+        parts = {} if score == "none" else {"linear_out": nn.Linear(2 * size, size, bias=score == "mlp")}
         if score == "general":
             parts["linear_in"] = nn.Linear(size, size, bias=False)
         if score == "mlp":
             parts["linear_context"] = nn.Linear(size, size, bias=False)
             parts["linear_query"] = nn.Linear(size, size, bias=True)
             parts["v"] = nn.Linear(size, 1, bias=False)
-        self.attn, total = nn.ModuleDict(parts), n.L * size // 2
+        self.attn, total = nn.ModuleDict(parts), n.L * size // dirs
         self.bridge = nn.ModuleList(nn.Linear(total, total) for _ in range(2 if cell == "lstm" else 1) if bridge)
 
     def across(self, layers: list[LayerState]) -> list[LayerState]:
-        """The bridge: the layers' halves side by side, [B, 2 L, H / 2], are cut into two rows of L halves each."""
+        """The bridge: the layers' halves side by side, [B, 2 L, H / 2], are cut into two rows of L halves each.
+
+        Of one direction nothing is cut.
+        """
         leaves = []
         for linear, states in zip(self.bridge, zip(*layers, strict=True), strict=True):
             halves = torch.stack(states, 1)  # [B, L, H]
@@ -103,7 +113,7 @@ class OpenNMT(nn.Module):
         emb, bank = y.transpose(0, 1), memory.out.transpose(0, 1)
         layers = self.across(list(memory.state)) if len(self.bridge) else list(memory.state)
         if not self.feed:
-            return self.without_feed(emb, bank, memory, masks)
+            return self.without_feed(emb, bank, memory._replace(state=tuple(layers)), masks)
         feed, outs, aligned = emb.new_zeros(emb.shape[1], bank.shape[2]), [], []
         for t, emb_t in enumerate(emb):
             x = torch.cat((emb_t, feed), 1)
@@ -126,6 +136,8 @@ class OpenNMT(nn.Module):
         return gathered(outs, [align for _, align in attended], list(final))
 
     def attend(self, s: Tensor, bank: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.score == "none":
+            return s, torch.zeros_like(bank[:, :, 0].T)
         if self.score == "mlp":
             uh, wq = self.attn["linear_context"](bank), self.attn["linear_query"](s)
             scores = self.attn["v"](torch.tanh(wq + uh))[:, :, 0]  # [S, B]
@@ -140,12 +152,12 @@ class OpenNMT(nn.Module):
 class Fairseq(nn.Module):
     """fairseq's LSTMDecoder and AttentionLayer: time-major, R = H; an encoder of another size is projected."""
 
-    def __init__(self, n: Sizes) -> None:
+    def __init__(self, n: Sizes, attention: bool = True) -> None:
         super().__init__()
+        self.attends = attention
         self.layers = nn.ModuleList(nn.LSTMCell(x, n.H) for x in [n.I + n.H] + [n.H] * (n.L - 1))
-        self.attention = nn.ModuleDict(
-            {"input_proj": nn.Linear(n.H, n.D, bias=False), "output_proj": nn.Linear(n.H + n.D, n.H, bias=False)}
-        )
+        parts = {"input_proj": nn.Linear(n.H, n.D, bias=False), "output_proj": nn.Linear(n.H + n.D, n.H, bias=False)}
+        self.attention = nn.ModuleDict(parts if attention else {})
         if n.D != n.H:
             self.encoder_hidden_proj, self.encoder_cell_proj = nn.Linear(n.D, n.H), nn.Linear(n.D, n.H)
 
@@ -160,6 +172,10 @@ class Fairseq(nn.Module):
             for i, cell in enumerate(self.layers):
                 hiddens[i], cells[i] = cell(below * between(masks, i, t), (hiddens[i], cells[i]))
                 below = hiddens[i]
+            if not self.attends:
+                feed = below * at(masks.output, t)
+                outs.append(feed)
+                continue
             scores = (encoded * self.attention["input_proj"](below)).sum(2)  # [S, B]
             if memory.mask is not None:
                 scores = scores.masked_fill(~memory.mask.T, -torch.inf)

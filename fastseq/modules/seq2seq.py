@@ -42,7 +42,8 @@ class Seq2Seq(nn.Module):
 
     encoder: an `Encoder` with an `embedding`, or any module (src, src_lengths) -> Memory, whatever src is; batch first.
     Padded sources need src_lengths: an encoder knows no padding by its id.
-    decoder: a `Decoder`. vocab_size: V target tokens, of which bos_id begins, eos_id ends and pad_id fills up.
+    decoder: a `Decoder`. vocab_size: V target tokens, of which bos_id begins, eos_id ends and pad_id fills up; bos_id
+    may be eos_id, as in fairseq's models.
     embedding: of the target, a module from ids [...] to [..., decoder.input_size]; None: nn.Embedding, whose row of the
     padding is 0 and, unless tied, stays so.
     output: a module from [..., decoder.output_size] to logits [..., V]; None: nn.Linear, with a bias if output_bias.
@@ -114,8 +115,6 @@ class Seq2Seq(nn.Module):
                 raise InputError(f"vocab_size={value}; it is at least 1")
             if name != "vocab_size" and not 0 <= value < self.vocab_size:
                 raise InputError(f"{name}={value}; ids are 0 to {self.vocab_size - 1}, vocab_size - 1")
-        if self.bos_id == self.eos_id:
-            raise InputError(f"bos_id and eos_id are both {self.bos_id}; a sequence would end where it begins")
 
     def _check_memory(self, encoder: nn.Module, decoder: Decoder) -> None:
         if isinstance(encoder, Encoder) and decoder.memory_size not in (None, encoder.output_size):
