@@ -1,10 +1,12 @@
-"""Turn a model's torch.nn recurrent modules into fastseq's, in place."""
+"""Turn a model's torch.nn recurrent modules, and toolkits' decoders, into fastseq's, in place."""
 
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .interop.adapters import Adapter
+from .interop.registry import adapter_of, known, why_not
 from .modules.dropin import DROP_INS
 from .modules.frozen import KEY
 
@@ -37,6 +39,9 @@ def accelerate(model: nn.Module, undo: bool = False) -> Report:
     Only the class of the instances changes: parameters, buffers, hooks and training mode stay as they are, and a module
     shared by several parents is changed for all. Subclasses are left alone (their code may rely on torch's forward),
     and so are parametrized modules; `fastseq.patch()` serves both.
+
+    Also JoeyNMT's RecurrentEncoder and RecurrentDecoder, OpenNMT-py's InputFeedRNNDecoder and fairseq's LSTMDecoder,
+    whose steps then run as one operator: signatures, state_dict and isinstance stay, and on the CPU random draws do.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -56,14 +61,39 @@ def _swap(name: str, module: nn.Module) -> Change | None:
     if isinstance(module, tuple(_STOCK)):
         return Change(name, "skipped", f"{kind.__name__} is a subclass of a fastseq module already")
     if not isinstance(module, tuple(_FAST)):
-        return None
+        return _adapt(name, module)
     if parametrize.is_parametrized(module):
         return Change(name, "skipped", "is parametrized; use fastseq.patch(), or accelerate before parametrizing")
     return Change(name, "skipped", f"{kind.__module__}.{kind.__qualname__} is a subclass; use fastseq.patch()")
 
 
+def _adapt(name: str, module: nn.Module) -> Change | None:
+    """A toolkit's encoder or decoder."""
+    kind = type(module)
+    if isinstance(module, Adapter):
+        return Change(name, "skipped", f"{_full(module.stock)} is accelerated already")
+    part = known(kind)
+    if part is None:
+        base = next((base for base in kind.__mro__ if known(base) is not None), None)
+        return None if base is None else Change(name, "skipped", f"{_full(kind)} is a subclass of {_full(base)}")
+    why = why_not(part, module)
+    if why is not None:
+        return Change(name, "skipped", f"{_full(kind)}: {why}")
+    module.__class__ = adapter_of(kind)
+    setattr(module, _MARK, True)
+    return Change(name, "accelerated", f"{_full(kind)} runs its steps as one operator")
+
+
+def _full(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def _revert(name: str, module: nn.Module) -> Change | None:
     kind: Any = type(module)
+    if isinstance(module, Adapter):
+        module.__dict__.pop(_MARK, None)
+        module.__class__ = kind.stock
+        return Change(name, "reverted", f"{_full(kind.stock)} is itself again")
     if kind not in _STOCK:
         return None
     if _MARK not in module.__dict__:
