@@ -28,6 +28,8 @@ def functional(
     options |= {"lengths": lengths, "resets": resets, "backend": "cpu"}
     if cell == "gru":
         return *fastseq.functional.gru(x, h0, weights, **options), None
+    if cell != "lstm":
+        return *fastseq.functional.rnn(x, h0, weights, nonlinearity=cell.removeprefix("rnn_"), **options), None
     out, (h, c) = fastseq.functional.lstm(x, None if h0 is None else (h0, c0), weights, **options)
     return out, h, c
 
