@@ -13,7 +13,7 @@ SANITIZE := build/sanitize
 # The CUDA kernels are compiled where there is nvcc; emulated, everywhere.
 CUDA := $(if $(shell command -v nvcc),ON,OFF)
 
-.PHONY: demo test bench native emulated strict lint sanitize pytest clean gpu gpu-build gpu-test gpu-bench
+.PHONY: demo test bench foreign native emulated strict lint sanitize pytest clean gpu gpu-build gpu-test gpu-bench
 .DEFAULT_GOAL := test
 
 demo: $(STAMPS)/demo native
@@ -21,6 +21,12 @@ demo: $(STAMPS)/demo native
 
 bench: $(STAMPS)/dev native
 	$(BIN)/python -m benchmarks run $(ARGS)
+
+# Programs of other packages with fastseq in them, in a virtual environment of their own; about 20 minutes.
+FOREIGN := build/foreign-venv
+foreign: $(STAMPS)/dev native $(FOREIGN)/.stamp
+	$(FOREIGN)/bin/python -m pytest tests/test_trainers.py
+	$(BIN)/python -m benchmarks.foreign $(ARGS)
 
 test: lint sanitize pytest
 
@@ -87,6 +93,13 @@ $(STAMPS)/torch: $(STAMPS)/build
 # The Python part only: the native module is built in place, incrementally, by `make native`.
 $(STAMPS)/demo: $(STAMPS)/torch pyproject.toml
 	FASTSEQ_NATIVE=0 $(PIP) --no-build-isolation -e '.[demo]'
+	touch $@
+
+$(FOREIGN)/.stamp: benchmarks/foreign/requirements.txt benchmarks/foreign/constraints.txt
+	$(PYTHON) -m venv $(FOREIGN)
+	$(FOREIGN)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(FOREIGN)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -c benchmarks/foreign/constraints.txt -r benchmarks/foreign/requirements.txt
 	touch $@
 
 # JoeyNMT for its decoder alone, which the tests compare with: what that imports is in the dev extra. All of its
