@@ -13,7 +13,7 @@ SANITIZE := build/sanitize
 # The CUDA kernels are compiled where there is nvcc; emulated, everywhere.
 CUDA := $(if $(shell command -v nvcc),ON,OFF)
 
-.PHONY: demo test bench foreign native emulated strict lint sanitize pytest clean gpu gpu-build gpu-test gpu-bench
+.PHONY: demo test bench foreign docs native emulated strict lint sanitize pytest clean gpu gpu-build gpu-test gpu-bench
 .DEFAULT_GOAL := test
 
 demo: $(STAMPS)/demo native
@@ -27,6 +27,12 @@ FOREIGN := build/foreign-venv
 foreign: $(STAMPS)/dev native $(FOREIGN)/.stamp
 	$(FOREIGN)/bin/python -m pytest tests/test_trainers.py
 	$(BIN)/python -m benchmarks.foreign $(ARGS)
+
+# The pages of docs/ and those made of docstrings, in build/site; a warning is an error.
+SITE := build/docs-venv
+docs: $(SITE)/.stamp
+	$(SITE)/bin/python docs/pages.py build/pages
+	$(SITE)/bin/python -m sphinx -W --keep-going -q build/pages build/site
 
 test: lint sanitize pytest
 
@@ -100,6 +106,13 @@ $(FOREIGN)/.stamp: benchmarks/foreign/requirements.txt benchmarks/foreign/constr
 	$(FOREIGN)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(FOREIGN)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  -c benchmarks/foreign/constraints.txt -r benchmarks/foreign/requirements.txt
+	touch $@
+
+# The pages about the package import it.
+$(SITE)/.stamp: pyproject.toml
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	FASTSEQ_NATIVE=0 $(SITE)/bin/python -m pip install --quiet --disable-pip-version-check 'numpy<2.4' -e '.[docs]'
 	touch $@
 
 # JoeyNMT for its decoder alone, which the tests compare with: what that imports is in the dev extra. All of its

@@ -77,7 +77,7 @@ def _varlen() -> list[Case]:
 
 
 def _generate() -> list[Case]:
-    """At shapes whose tokens no rounding changes (docs/benchmarks.md)."""
+    """At shapes whose tokens no rounding changes (docs/benchmark.md)."""
     return [GenerateCase(a, "lstm", 1, s, 30, b, 256, 1000) for (b, s), a in product(((32, 30), (1, 20)), WIDTHS)]
 
 
