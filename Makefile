@@ -22,7 +22,7 @@ demo: $(STAMPS)/demo native
 bench: $(STAMPS)/dev native
 	$(BIN)/python -m benchmarks run $(ARGS)
 
-# Programs of other packages with fastseq in them, in a virtual environment of their own; about 20 minutes.
+# Programs of other packages with fastseq in them, in a virtual environment of their own; a quarter of an hour on a quiet machine.
 FOREIGN := build/foreign-venv
 foreign: $(STAMPS)/dev native $(FOREIGN)/.stamp
 	$(FOREIGN)/bin/python -m pytest tests/test_trainers.py

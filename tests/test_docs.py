@@ -13,7 +13,7 @@ import fastseq
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LANGUAGES = {"", "python", "sh", "{toctree}"}  # "" is a diagram, or what a program printed
+LANGUAGES = {"", "text", "python", "sh"}  # "" is a diagram, or what a program printed
 COMMAND = re.compile(r"(?:^ *|`|\$ )(?:[A-Z]+=\S+ )*(?:\S*/)?(make|python -m) (\S+)", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 

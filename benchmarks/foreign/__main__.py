@@ -21,9 +21,7 @@ def main() -> int:
     parser.add_argument(
         "--python", type=Path, default=PYTHON, help="has requirements.txt installed (default: make foreign's)"
     )
-    parser.add_argument(
-        "--json", type=Path, help="write the results here; those kept are results/DATE-CPU-foreign.json"
-    )
+    parser.add_argument("--json", type=Path, help="write the results here; a file keeps its rows of other programs")
     parser.add_argument(
         "--write-docs", action="store_true", help="only the table of docs/replace.md, from the newest results"
     )
@@ -44,7 +42,8 @@ def _run(names: list[str], python: Path, rounds: int, path: Path | None) -> int:
     rows = [_measured(name, python, rounds) for name in names]
     report = Report(environment, [row for row in rows if row is not None])
     if path is not None:
-        path.write_text(report.to_json() + "\n")
+        before = Report.from_json(path.read_text()).rows if path.exists() else []
+        path.write_text(report.with_others_of(before).to_json() + "\n")
     return int(None in rows)
 
 

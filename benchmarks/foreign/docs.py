@@ -23,8 +23,9 @@ def table(report: Report) -> str:
     """Markdown."""
     e = report.environment
     origin = f"{e['cpu']}, `{e['isa']}`, torch {e['torch']}, one thread, {e['date'][:10]}; `{e['command']}`."
+    rounds = " or ".join(map(str, sorted({row.rounds for row in report.rows})))
     lines = [
-        f"{origin} Ratio: stock's time over fastseq's, median and 20 % to 80 % of {report.rows[0].rounds} rounds.",
+        f"{origin} Ratio: stock's CPU seconds over fastseq's, median and 20 % to 80 % of {rounds} rounds.",
         "",
         "| program | by | stock, s | fastseq, s | ratio | losses differ by (budget) | parameters differ by (budget) |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",

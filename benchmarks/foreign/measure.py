@@ -122,7 +122,7 @@ def _distance(a: list[Tensor], b: list[Tensor]) -> tuple[float, float]:
 
 
 def in_turns(name: str, stock: _Side, ours: _Side, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of runs, the order turned round each time; Fault where a run does not repeat the one before it."""
+    """CPU seconds of runs, the order turned round each time; Fault where a run does not repeat the one before it."""
     seconds: dict[_Side, list[float]] = {stock: [], ours: []}
     before: dict[_Side, list[float]] = {}
     order = [stock, ours]

@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ..stats import median, quantile
+from .packages import PROGRAMS
 
 __all__ = ["RESULTS", "SCHEMA", "Deviation", "Report", "Row", "Spread", "newest", "spread"]
 
@@ -55,7 +56,7 @@ class Row:
     calls: list[tuple[str, int]]  # of recurrent modules, the most frequent first
     ran: dict[str, int]  # calls of each backend
     deviation: Deviation
-    stock: Spread  # seconds of a run
+    stock: Spread  # CPU seconds of a run
     fastseq: Spread
     ratio: Spread  # stock's seconds over fastseq's, round by round
 
@@ -70,6 +71,11 @@ class Report:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
+
+    def with_others_of(self, before: list[Row]) -> "Report":
+        """With the rows of programs that this run left out, as they were measured before; in the order of PROGRAMS."""
+        measured = {row.name: row for row in [*before, *self.rows]}
+        return replace(self, rows=[measured[name] for name in PROGRAMS if name in measured])
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
