@@ -14,7 +14,7 @@ from .. import _native
 from ..backends import decoder_reference
 from ..backends.decoder_call import AttentionCall
 from ..spec import AttentionParams, Keys
-from .common import Kernels, address, distinct, gpu_kernels, is_direct, through_reference
+from .common import Kernels, address, distinct, gpu_kernels, is_direct, needs_recording, not_recorded, through_reference
 
 __all__ = ["attention"]
 
@@ -117,6 +117,7 @@ _LIBRARY.impl("attention_forward", torch.no_grad()(lambda *args: _kernels("trito
 _LIBRARY.impl("attention_backward", torch.no_grad()(lambda *args: _kernels("triton").backward(*args)), "CUDA")
 torch.library.register_fake("fastseq::attention_forward", _outputs, lib=_LIBRARY)
 torch.library.register_fake("fastseq::attention_backward", _gradients, lib=_LIBRARY)
+torch.library.register_autograd("fastseq::attention_forward", not_recorded, lib=_LIBRARY)
 
 
 class _Attention(torch.autograd.Function):
@@ -138,7 +139,7 @@ class _Attention(torch.autograd.Function):
         q, keys, memory, mask, v, weights = ctx.saved_tensors
         if d_context is None and d_weights is None:
             return (None,) * 6
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if needs_recording((d_context, d_weights)):
             d: Sequence[Any] = _recorded((q, keys, memory, v), mask, (d_context, d_weights))
         else:
             direct = is_direct((q, keys, memory))

@@ -3,14 +3,16 @@
 import importlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
+from ..errors import InputError
+
 __all__ = [
-    "PLAIN", "Kernels", "address", "distinct", "gpu_kernels", "is_direct", "runs_once", "saves_unseen",
-    "schema", "through_reference",
+    "PLAIN", "Kernels", "address", "distinct", "gpu_kernels", "is_direct", "needs_recording", "not_recorded",
+    "runs_once", "saves_unseen", "schema", "through_reference",
 ]  # fmt: skip
 
 PLAIN = {Tensor, torch.nn.Parameter}
@@ -73,10 +75,29 @@ def runs_once() -> bool:
     return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+def not_recorded(ctx: Any, *grads: Any) -> NoReturn:
+    """The gradient of an operator called by itself, as in an exported program: otherwise None, and a warning."""
+    raise InputError(
+        "a program of torch.export holds fastseq's operators without their gradients and cannot be trained; train the "
+        "module and export it again, or export it with backend='reference'"
+    )
+
+
+def needs_recording(grads: Sequence[Tensor | None]) -> bool:
+    """Whether backward over `grads` must be of PyTorch's operators: create_graph, torch.func, is_grads_batched."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
+
+
 def through_reference(
     forward: Callable[..., tuple[Tensor | None, ...]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> list[Any]:
     """Gradients of forward's `inputs`, themselves differentiable: what create_graph asks for, recomputed."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return _pulled_back(forward, inputs, grads)
     with torch.enable_grad():
         # Views, for one tensor may be another's source, or come twice: gradients must stop at this layer's own inputs.
         views = [None if t is None else t.view_as(t) for t in inputs]
@@ -88,3 +109,19 @@ def through_reference(
         outputs, grad_outputs = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True, allow_unused=True))
     return [next(found) if t is not None and t.requires_grad else None for t in views]
+
+
+def _pulled_back(
+    forward: Callable[..., tuple[Tensor | None, ...]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> list[Any]:
+    """The same within a transform of torch.func, where requires_grad of what was saved may be of a level long gone."""
+    given = [t for t in inputs if t is not None]
+
+    def results(*tensors: Tensor) -> tuple[Tensor, ...]:
+        left = iter(tensors)
+        found = forward(*[None if t is None else next(left) for t in inputs])
+        return tuple(r for r, g in zip(found, grads, strict=True) if r is not None and g is not None)
+
+    pull: Any = torch.func.vjp(results, *given)[1]
+    found = iter(pull(tuple(g for g in grads if g is not None)))
+    return [None if t is None else next(found) for t in inputs]

@@ -16,7 +16,18 @@ from torch import Tensor
 from ..backends.decoder_reference import Decoder, Source, steps
 from ..backends.reference import Weights, wide
 from ..spec import AttentionParams, DecoderSpec, DecoderState, DropoutMasks, Keys
-from .common import Kernels, distinct, gpu_kernels, is_direct, runs_once, saves_unseen, schema, through_reference
+from .common import (
+    Kernels,
+    distinct,
+    gpu_kernels,
+    is_direct,
+    needs_recording,
+    not_recorded,
+    runs_once,
+    saves_unseen,
+    schema,
+    through_reference,
+)
 from .decoder_native import complete, empty_results, run_backward, run_forward
 from .decoder_types import GRADIENTS, KEPT, LoopSpec, LoopTensors
 
@@ -151,6 +162,7 @@ for _on, _key in (("cpu", "CPU"), ("triton", "CUDA")):
     _LIBRARY.impl("decoder_loop_backward", _backward_operator(_on), _key)
 torch.library.register_fake("fastseq::decoder_loop", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("fastseq::decoder_loop_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_autograd("fastseq::decoder_loop", not_recorded, lib=_LIBRARY)
 
 
 def _run(
@@ -201,7 +213,7 @@ def _backward_of(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | 
     if all(g is None for g in grads):
         return [None] * len(needs)
     flat, kept = saved[: len(needs)], saved[len(needs) :]
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if needs_recording(grads):
         return through_reference(partial(loop_reference, loop, ctx.need_weights), flat, grads)
     d_hs, d_seen, d_weights, d_feed, *d_states = grads
     d_contexts, d_outs = (None, d_seen) if loop.feed == "output" else (d_seen, None)

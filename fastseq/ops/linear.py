@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .common import address, is_direct, through_reference
+from .common import address, is_direct, needs_recording, not_recorded, through_reference
 
 __all__ = ["input_gradient", "linear", "product", "weight_gradient"]
 
@@ -146,6 +146,7 @@ _LIBRARY.impl("linear", _forward, "CPU")
 _LIBRARY.impl("linear_backward", _backward, "CPU")
 torch.library.register_fake("fastseq::linear", lambda x, w, b: x.new_empty((*x.shape[:-1], w.shape[0])), lib=_LIBRARY)
 torch.library.register_fake("fastseq::linear_backward", _gradients, lib=_LIBRARY)
+torch.library.register_autograd("fastseq::linear", not_recorded, lib=_LIBRARY)
 
 
 class _Linear(torch.autograd.Function):
@@ -158,7 +159,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, w, b = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if needs_recording((dy,)):
             return tuple(through_reference(lambda *inputs: (torch.nn.functional.linear(*inputs),), (x, w, b), (dy,)))
         needs = list(ctx.needs_input_grad)
         run = _backward if is_direct((dy, x, w)) else torch.ops.fastseq.linear_backward.default

@@ -12,7 +12,17 @@ from torch import Tensor
 from .. import _native
 from ..backends import reference
 from .cells import CELLS
-from .common import Kernels, address, distinct, gpu_kernels, is_direct, schema, through_reference
+from .common import (
+    Kernels,
+    address,
+    distinct,
+    gpu_kernels,
+    is_direct,
+    needs_recording,
+    not_recorded,
+    schema,
+    through_reference,
+)
 from .extras import NONE, Extras
 from .packed import PackedLayer
 
@@ -229,6 +239,7 @@ for _on, _key in (("cpu", "CPU"), ("triton", "CUDA")):
     _LIBRARY.impl("rnn_backward", _backward_operator(_on), _key)
 torch.library.register_fake("fastseq::rnn_forward", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("fastseq::rnn_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_autograd("fastseq::rnn_forward", not_recorded, lib=_LIBRARY)
 
 
 class _Static(NamedTuple):
@@ -258,7 +269,7 @@ def _backward_of(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | Non
         return (None,) * (1 + _FIXED + len(weights))
     on, cell, batch_first, bidirectional, rates, _ = ctx.static
     extras = ctx.static.extras(masks)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if needs_recording(grads):
 
         def forward(x, h0, c0, recurrent, *weights):  # type: ignore[no-untyped-def]
             return reference.layer(
@@ -371,7 +382,10 @@ def rnn_layer(
     frozen: PackedLayer | None = None,  # on the CPU only
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One layer on fused kernels, differentiable: out, h_n, c_n of an LSTM, and its c of every step if asked for."""
-    static = _Static(on, cell, batch_first, bidirectional, extras.rates, extras.states)
+    # Constants where there is no noise: torch.compile(dynamic=True) makes symbols of an object's floats, and within a
+    # Function they cannot be compared.
+    rates = (1.0, 0.0, 0.0) if extras.silent else extras.rates
+    static = _Static(on, cell, batch_first, bidirectional, rates, extras.states)
     args = (cell, x, h0, c0, weights, lengths, resets, batch_sizes, batch_first, bidirectional)
     tensors = (x, h0, c0, lengths, resets, batch_sizes, *extras[:4], *weights)
     if torch.autograd.forward_ad._current_level >= 0:  # the kernels carry no tangents
