@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .autocast import output_dtype
+from .backends import onnx
 from .backends.call import Results, RnnCall
 from .checks import check_call, check_cell, check_resets, checked_lengths, need_tensor
 from .dispatch import Call, choose, forced
@@ -75,7 +76,8 @@ def plan(call: Call, backend: str, make: Callable[[Any, str], Plan]) -> Plan:
     try:
         key = (
             backend, forced(), make, call.kind(),
-            torch.is_grad_enabled(), torch.get_num_threads(), torch._C._get_tracing_state() is None,
+            torch.is_grad_enabled(), torch.get_num_threads(),
+            torch._C._get_tracing_state() is not None and 1 + torch.onnx.is_in_onnx_export(),
             torch._C._functorch.peek_interpreter_stack() is None,
             torch._C._is_any_autocast_enabled() and autocast_dtype(call.device.type),
         )  # fmt: skip
@@ -105,7 +107,7 @@ def _plan_cell(call: RnnCall, backend: str) -> Plan:
 def _plan(call: RnnCall, backend: str, check: Check, function: str) -> Plan:
     """Check `call` in full and choose its backend."""
     asked, output = as_asked(call, check)
-    chosen = choose(asked, prefer(backend))
+    chosen = onnx if onnx.exporting() else choose(asked, prefer(backend))
     rnn: Plan = getattr(chosen, function)
     if output is None or chosen.NAME == "torch":  # torch's operators do autocast's casts themselves
         return rnn
