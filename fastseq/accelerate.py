@@ -1,19 +1,23 @@
 """Turn a model's torch.nn recurrent modules, and toolkits' decoders, into fastseq's, in place."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .errors import InputError
 from .interop.adapters import Adapter
 from .interop.registry import adapter_of, known, why_not
 from .modules.dropin import DROP_INS
 from .modules.frozen import KEY
+from .modules.modes import beyond_torch
 
 __all__ = ["Change", "Report", "accelerate"]
 
 _FAST = {stock: pair.fast for stock, pair in DROP_INS.items()}
 _STOCK = {fast: stock for stock, fast in _FAST.items()}
+_NAMES = {kind.__name__ for kind in _FAST}
 _MARK = "_fastseq_accelerated"  # in the instances that accelerate changed, so that undo leaves others alone
 
 
@@ -33,38 +37,63 @@ class Report(list[Change]):
         return "\n".join(f"{c.action:<11} {c.name or '(model)':<{max(width, 7)}} {c.reason}" for c in self)
 
 
-def accelerate(model: nn.Module, undo: bool = False) -> Report:
-    """Make every torch.nn.LSTM, GRU, LSTMCell and GRUCell within `model` a fastseq one, in place; undo=True reverts it.
+def accelerate(model: nn.Module, undo: bool | str = False) -> Report:
+    """Make every torch.nn.LSTM, GRU, RNN and their cells within `model` a fastseq one, in place; undo=True reverts it.
 
-    Only the class of the instances changes: parameters, buffers, hooks and training mode stay as they are, and a module
-    shared by several parents is changed for all. Subclasses are left alone (their code may rely on torch's forward),
-    and so are parametrized modules; `fastseq.patch()` serves both.
+    Only the class of the instances changes: parameters, parametrizations, buffers, hooks and training mode stay as they
+    are, and a module shared by several parents is changed for all. Subclasses are left alone (their code may rely on
+    torch's forward; `fastseq.patch()` serves them), and so is what another tool has compiled, sharded or quantized: the
+    report says why.
 
     Also JoeyNMT's RecurrentEncoder and RecurrentDecoder, OpenNMT-py's InputFeedRNNDecoder and fairseq's LSTMDecoder,
     whose steps then run as one operator: signatures, state_dict and isinstance stay, and on the CPU random draws do.
+
+    undo="all" also makes torch's own of the modules that were built as fastseq's, for tools that ask for the exact
+    type, such as torch.ao.quantization.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    change = _revert if undo else _swap
-    found = (change(name, module) for name, module in model.named_modules())
+    if undo not in (False, True, "all"):
+        raise InputError(f"undo={undo!r}; use True for what accelerate did, 'all' for every fastseq module, or False")
+    found = (
+        _revert(name, module, undo == "all") if undo else _swap(name, module) for name, module in model.named_modules()
+    )
     return Report(c for c in found if c is not None)
 
 
 def _swap(name: str, module: nn.Module) -> Change | None:
-    kind = type(module)
+    kind = _kind(module)
     if kind in _FAST:
-        module.__class__ = _FAST[kind]
+        _become(module, _FAST[kind])
         setattr(module, _MARK, True)
         return Change(name, "accelerated", f"torch.nn.{kind.__name__} is now fastseq.{kind.__name__}")
     if kind in _STOCK:
         return Change(name, "skipped", f"is a fastseq.{kind.__name__} already")
     if isinstance(module, tuple(_STOCK)):
         return Change(name, "skipped", f"{kind.__name__} is a subclass of a fastseq module already")
-    if not isinstance(module, tuple(_FAST)):
-        return _adapt(name, module)
-    if parametrize.is_parametrized(module):
-        return Change(name, "skipped", "is parametrized; use fastseq.patch(), or accelerate before parametrizing")
-    return Change(name, "skipped", f"{kind.__module__}.{kind.__qualname__} is a subclass; use fastseq.patch()")
+    if isinstance(module, tuple(_FAST)):
+        return Change(name, "skipped", _why_not(type(module)))
+    return _made_elsewhere(name, module) or _adapt(name, module)
+
+
+def _why_not(kind: type[nn.Module]) -> str:
+    """Of a subclass of torch's."""
+    if any(base.__module__.startswith("torch.distributed.") for base in kind.__mro__):
+        return f"{kind.__name__} is sharded; accelerate before fully_shard"
+    return f"{_full(kind)} is a subclass; use fastseq.patch()"
+
+
+def _made_elsewhere(name: str, module: nn.Module) -> Change | None:
+    """What another tool of torch made of a recurrent module."""
+    kind = type(module)
+    of = getattr(module, "original_name", kind.__name__)  # torch.jit's modules keep the name of what they were made of
+    if of not in _NAMES:
+        return None
+    if isinstance(module, torch.jit.ScriptModule):
+        return Change(name, "skipped", f"a {of} that torch.jit compiled; accelerate the Python model it was made of")
+    if kind.__module__.startswith("torch."):
+        return Change(name, "skipped", f"is {kind.__module__}.{of}, not torch.nn.{of}; accelerate the model before")
+    return None
 
 
 def _adapt(name: str, module: nn.Module) -> Change | None:
@@ -88,17 +117,37 @@ def _full(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _revert(name: str, module: nn.Module) -> Change | None:
-    kind: Any = type(module)
+def _revert(name: str, module: nn.Module, every: bool) -> Change | None:
     if isinstance(module, Adapter):
         module.__dict__.pop(_MARK, None)
-        module.__class__ = kind.stock
-        return Change(name, "reverted", f"{_full(kind.stock)} is itself again")
+        stock: type[nn.Module] = type(module).stock
+        module.__class__ = stock  # type: ignore[assignment]
+        return Change(name, "reverted", f"{_full(stock)} is itself again")
+    kind = _kind(module)
     if kind not in _STOCK:
         return None
-    if _MARK not in module.__dict__:
-        return Change(name, "skipped", f"was built as fastseq.{kind.__name__}")
-    delattr(module, _MARK)
+    built = _MARK not in module.__dict__
+    if built and not every:
+        return Change(name, "skipped", f"was built as fastseq.{kind.__name__}; undo='all' reverts these too")
+    more = beyond_torch(module)
+    if more is not None:
+        return Change(name, "skipped", f"torch.nn.{_STOCK[kind].__name__} has no {more}")
+    module.__dict__.pop(_MARK, None)
     module.__dict__.pop(KEY, None)
-    module.__class__ = _STOCK[kind]
-    return Change(name, "reverted", f"fastseq.{kind.__name__} is torch.nn.{kind.__name__} again")
+    _become(module, _STOCK[kind])
+    return Change(name, "reverted", f"fastseq.{kind.__name__} is torch.nn.{kind.__name__}{'' if built else ' again'}")
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """The class of `module`, of a parametrized one before torch gave it one of its own."""
+    kind: type[nn.Module] = parametrize.type_before_parametrizations(module)
+    return kind
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Give `module` the class `kind`."""
+    own = type(module)
+    if own is not _kind(module):  # torch's class of this one module holds the properties that compute its weights
+        inner = {key: value for key, value in own.__dict__.items() if key not in ("__dict__", "__weakref__", "__doc__")}
+        kind = type(f"Parametrized{kind.__name__}", (kind,), inner)
+    module.__class__ = kind

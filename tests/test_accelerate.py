@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -40,10 +41,11 @@ EXPECTED = {
     "steps.0": ("accelerated", fastseq.LSTMCell, "is now fastseq.LSTMCell"),
     "steps.1": ("accelerated", fastseq.GRUCell, "is now fastseq.GRUCell"),
     "mine": ("skipped", Mine, "Mine is a subclass; use fastseq.patch()"),
-    "normed": ("skipped", None, "is parametrized"),
-    "plain": ("skipped", nn.RNN, "has no torch.nn.RNN"),
+    "normed": ("accelerated", None, "is now fastseq.GRU"),
+    "plain": ("accelerated", fastseq.RNN, "is now fastseq.RNN"),
     "fast": ("skipped", fastseq.GRU, "already"),
 }
+ACCELERATED = [name for name, (action, _, _) in EXPECTED.items() if action == "accelerated"]
 
 
 def test_classes_change_and_results_do_not() -> None:
@@ -66,15 +68,47 @@ def test_classes_change_and_results_do_not() -> None:
 
 def test_undo_reverts_what_was_done_and_no_more() -> None:
     model = Model()
-    before = {name: (type(m), set(m.__dict__)) for name, m in model.named_modules()}
+    before = kinds(model)
     fastseq.accelerate(model)
     assert all(c.action == "skipped" for c in fastseq.accelerate(model))  # a second time finds nothing to do
     report = fastseq.accelerate(model, undo=True)
-    assert sorted(c.name for c in report if c.action == "reverted") == sorted(
-        name for name, (action, _, _) in EXPECTED.items() if action == "accelerated"
-    )
-    assert [c.reason for c in report if c.name == "fast"] == ["was built as fastseq.GRU"]
-    assert {name: (type(m), set(m.__dict__)) for name, m in model.named_modules()} == before
+    assert sorted(c.name for c in report if c.action == "reverted") == sorted(ACCELERATED)
+    assert ["was built as fastseq.GRU" in c.reason for c in report if c.name == "fast"] == [True]
+    assert kinds(model) == before
+
+
+def kinds(model: nn.Module) -> dict[str, object]:
+    """Classes and attributes; a parametrized module's class is its own, so its name and bases stand for it."""
+    return {name: (type(m).__name__, type(m).__mro__[1:], set(m.__dict__)) for name, m in model.named_modules()}
+
+
+def test_undo_all_makes_torchs_of_what_was_built_too() -> None:
+    model = Model()
+    expected = model(X)
+    fastseq.accelerate(model)
+    report = fastseq.accelerate(model, undo="all")
+    assert {c.name: c.action for c in report} == dict.fromkeys([*ACCELERATED, "fast"], "reverted")
+    assert [c.reason for c in report if c.name == "fast"] == ["fastseq.GRU is torch.nn.GRU"]
+    assert type(model.fast) is nn.GRU
+    for a, b in zip(model(X), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert "fast" in {c.name for c in fastseq.accelerate(model) if c.action == "accelerated"}
+    assert model.fast.backend == "reference"  # what it was built with stayed in the instance
+
+
+def test_undo_all_leaves_what_torchs_class_would_compute_otherwise() -> None:
+    model = nn.ModuleList([fastseq.LSTM(I, H, zoneout=0.1, learn_state=True), fastseq.GRU(I, H, recurrent_dropout=0.3)])
+    reasons = [(c.action, c.reason) for c in fastseq.accelerate(model, undo="all")]
+    assert reasons == [
+        ("skipped", "torch.nn.LSTM has no zoneout=0.1, learn_state=True"),
+        ("skipped", "torch.nn.GRU has no recurrent_dropout=0.3"),
+    ]
+    assert type(model[0]) is fastseq.LSTM
+
+
+def test_other_values_of_undo_are_refused() -> None:
+    with pytest.raises(fastseq.InputError, match="undo='both'; use True"):
+        fastseq.accelerate(nn.GRU(I, H), undo="both")
 
 
 def test_a_bare_module() -> None:

@@ -23,6 +23,7 @@ from ..dispatch import check_name
 from ..engine import autocast_dtype
 from ..errors import InputError
 from ..spec import AttentionParams, Keys, Memory, one_of
+from .modes import not_scriptable
 from .recurrent import backend_repr
 
 __all__ = ["Attention", "AttentionMaker", "LocalP", "check_memory", "need_dtype", "parameter", "uniform"]
@@ -59,6 +60,7 @@ class Attention(nn.Module):
     weight_window [A, Q] and v_window [A]; those that the options call for. They start as nn.Linear's.
     """
 
+    __prepare_scriptable__ = not_scriptable
     backend: str = "auto"
 
     def __init__(

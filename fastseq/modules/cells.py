@@ -10,6 +10,7 @@ from ..engine import run_cell
 from ..errors import InputError
 from ..functional import state_pair
 from .frozen import frozen
+from .modes import serves_modes
 from .recurrent import backend_repr
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell", "gru_cell_call", "lstm_cell_call", "rnn_cell_call"]
@@ -42,6 +43,7 @@ def _weights(module: nn.RNNCellBase) -> list[Tensor]:
         return [getattr(module, name) for name in names]
 
 
+@serves_modes
 class LSTMCell(nn.LSTMCell):
     """torch.nn.LSTMCell, faster: the same arguments, parameters and results. backend as for `fastseq.LSTM`."""
 
@@ -73,6 +75,7 @@ class LSTMCell(nn.LSTMCell):
         return super().extra_repr() + backend_repr(self)
 
 
+@serves_modes
 class GRUCell(nn.GRUCell):
     """torch.nn.GRUCell, faster: the same arguments, parameters and results. backend as for `fastseq.LSTM`."""
 
@@ -104,6 +107,7 @@ class GRUCell(nn.GRUCell):
         return super().extra_repr() + backend_repr(self)
 
 
+@serves_modes
 class RNNCell(nn.RNNCell):
     """torch.nn.RNNCell, faster: the same arguments, parameters and results. backend as for `fastseq.LSTM`."""
 

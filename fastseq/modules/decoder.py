@@ -28,6 +28,7 @@ from ..spec import (
 )
 from .attention import Attention, AttentionMaker, check_memory, need_dtype, parameter, uniform
 from .bridge import Bridge, BridgeMap, StateMaker, mean
+from .modes import not_scriptable
 from .presets import Presets
 from .recurrent import backend_repr
 
@@ -65,6 +66,7 @@ class Decoder(Presets):
     attention.*, bridge.*, summary.*. They start as those of torch.nn's cells and nn.Linear.
     """
 
+    __prepare_scriptable__ = not_scriptable
     backend: str = "auto"
     attention: Attention | None
     readout: nn.Linear | None

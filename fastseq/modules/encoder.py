@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..functional import Lengths
 from ..spec import CELLS, LayerState, Memory, one_of, prefix_mask
 from .dropin import call_of
+from .modes import not_scriptable
 from .rnn import GRU, LSTM, RNN, gru_call
 
 __all__ = ["Encoder"]
@@ -33,6 +34,7 @@ class Encoder(nn.Module):
     Parameters: layers.0.weight_ih_l0, ... as of one-layer fastseq.LSTM and GRU; embedding.*.
     """
 
+    __prepare_scriptable__ = not_scriptable
     embedding: nn.Module | None
 
     def __init__(

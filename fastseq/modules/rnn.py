@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ..backends.call import RnnCall
 from ..functional import Lengths, state_pair
 from .frozen import frozen
+from .modes import serves_modes
 from .recurrent import Recurrent, first_state, noise_of
 
 __all__ = ["GRU", "LSTM", "RNN", "gru_call", "lstm_call", "rnn_call"]
@@ -56,6 +57,7 @@ def _weights(module: nn.RNNBase) -> list[Tensor]:
         return [getattr(module, name) for name in names]
 
 
+@serves_modes
 class LSTM(Recurrent, nn.LSTM):
     """torch.nn.LSTM, faster: the same arguments, parameters, state_dict, results and random draws.
 
@@ -102,8 +104,9 @@ class LSTM(Recurrent, nn.LSTM):
     ) -> tuple[Tensor, LstmState]: ...
     @overload
     def forward(self, input: PackedSequence, hx: LstmState | None = ...) -> tuple[PackedSequence, LstmState]: ...
+    # Of ours, lengths and resets are given by name; torch.onnx gives every default of forward by position.
     def forward(
-        self, input: Any, hx: LstmState | None = None, *, lengths: Lengths = None, resets: Tensor | None = None
+        self, input: Any, hx: LstmState | None = None, lengths: Lengths = None, resets: Tensor | None = None
     ) -> tuple[Any, LstmState]:
         """(output, (h_n, c_n)) of input [T, B, I] ([B, T, I] if batch_first), [T, I], or a PackedSequence.
 
@@ -135,6 +138,7 @@ class LSTM(Recurrent, nn.LSTM):
         return self._run(call, lengths, resets)
 
 
+@serves_modes
 class GRU(Recurrent, nn.GRU):
     """torch.nn.GRU, faster: the same arguments, parameters, state_dict, results and random draws.
 
@@ -173,13 +177,14 @@ class GRU(Recurrent, nn.GRU):
     @overload
     def forward(self, input: PackedSequence, hx: Tensor | None = ...) -> tuple[PackedSequence, Tensor]: ...
     def forward(
-        self, input: Any, hx: Tensor | None = None, *, lengths: Lengths = None, resets: Tensor | None = None
+        self, input: Any, hx: Tensor | None = None, lengths: Lengths = None, resets: Tensor | None = None
     ) -> tuple[Any, Tensor]:
         """(output, h_n); input, lengths, resets and faults as for `LSTM.forward`."""
         out, (h,) = self._run(gru_call(self, input, hx), lengths, resets)
         return out, h
 
 
+@serves_modes
 class RNN(Recurrent, nn.RNN):
     """torch.nn.RNN (Elman 1990; nonlinearity "tanh" or "relu"), faster: the same arguments, parameters and results.
 
@@ -219,7 +224,7 @@ class RNN(Recurrent, nn.RNN):
     @overload
     def forward(self, input: PackedSequence, hx: Tensor | None = ...) -> tuple[PackedSequence, Tensor]: ...
     def forward(
-        self, input: Any, hx: Tensor | None = None, *, lengths: Lengths = None, resets: Tensor | None = None
+        self, input: Any, hx: Tensor | None = None, lengths: Lengths = None, resets: Tensor | None = None
     ) -> tuple[Any, Tensor]:
         """(output, h_n); input, lengths, resets and faults as for `LSTM.forward`."""
         out, (h,) = self._run(rnn_call(self, input, hx), lengths, resets)

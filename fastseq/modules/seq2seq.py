@@ -25,6 +25,7 @@ from ..seq2seq_checks import check_ids, check_kind, check_range, check_source, r
 from ..spec import DecoderState, Keys, Memory, one_of
 from .decoder import Decoder
 from .encoder import Encoder
+from .modes import not_scriptable
 
 __all__ = ["Seq2Seq", "Seq2SeqOutput"]
 
@@ -58,6 +59,7 @@ class Seq2Seq(nn.Module):
     (a vocabulary, say) that `save` stores with it.
     """
 
+    __prepare_scriptable__ = not_scriptable
     encoder: nn.Module
     decoder: Decoder
     embedding: nn.Module
