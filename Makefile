@@ -13,7 +13,7 @@ SANITIZE := build/sanitize
 # The CUDA kernels are compiled where there is nvcc; emulated, everywhere.
 CUDA := $(if $(shell command -v nvcc),ON,OFF)
 
-.PHONY: demo test bench foreign docs native emulated strict lint sanitize pytest clean gpu gpu-build gpu-test gpu-bench
+.PHONY: demo test bench foreign docs modes native emulated strict lint sanitize pytest clean gpu gpu-build gpu-test gpu-bench
 .DEFAULT_GOAL := test
 
 demo: $(STAMPS)/demo native
@@ -44,6 +44,11 @@ lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The table of docs/modes.md, from the results of its tests; what fails stands there too, and make fails.
+modes: $(STAMPS)/dev native
+	-$(BIN)/python -m pytest tests/modes --modes-table=build/modes.json $(ARGS)
+	$(BIN)/python -m tests.modes.table build/modes.json
 
 native: $(NATIVE)/build.ninja
 	$(BIN)/cmake --build $(NATIVE) --target _C
