@@ -11,7 +11,7 @@ from .packages import PROGRAMS
 __all__ = ["RESULTS", "SCHEMA", "Deviation", "Report", "Row", "Spread", "newest", "spread"]
 
 SCHEMA = 1  # raised whenever a field changes its meaning or goes
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = Path(__file__).parents[1] / "results" / "foreign"
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _row(d: dict) -> Row:
 
 def newest() -> Path:
     """The results that the docs show; FileNotFoundError if there are none."""
-    files = sorted(RESULTS.glob("*-foreign.json"))
+    files = sorted(RESULTS.glob("*.json"))
     if not files:
-        raise FileNotFoundError(f"no *-foreign.json in {RESULTS}: make foreign")
+        raise FileNotFoundError(f"no *.json in {RESULTS}: make foreign")
     return files[-1]
