@@ -3,7 +3,7 @@
 A cell works on COLUMNS pre-activations. `INPUT[column]` is the gate (block of H rows) of W_ih that adds to a column,
 `HIDDEN[column]` that of W_hh; -1: none. forward(pre, h, c) gives (h', c', saved); backward(saved, before, after, dh,
 carry) gives (the columns' gradients, carry). What carry, before and after are, csrc/cells.h says; c and c' of a cell
-without a cell state are h's and meaningless.
+without a cell state are h's and meaningless. `update`, of recurrent dropout, multiplies what a step writes; None: by 1.
 """
 
 from typing import Any, NamedTuple
@@ -37,60 +37,71 @@ class Cell(NamedTuple):
 
 
 @triton.jit
-def lstm(pre, h, c):
+def written(value, update):
+    if update is not None:
+        value = value * update
+    return value
+
+
+@triton.jit
+def lstm(pre, h, c, update=None):
     i = tl.sigmoid(pre[0])
     f = tl.sigmoid(pre[1])
     g = tanh(pre[2])
     o = tl.sigmoid(pre[3])
-    c = f * c + i * g
+    c = f * c + i * written(g, update)
     return o * tanh(c), c, (i, f, g, o)
 
 
 @triton.jit
-def lstm_backward(saved, before, after, dh, carry):
+def lstm_backward(saved, before, after, dh, carry, update=None):
     i, f, g, o = saved
+    if after is None:
+        after = f * before + i * written(g, update)
     squashed = tanh(after)
     dc = carry + dh * o * (1 - squashed * squashed)
     return (
-        dc * g * i * (1 - i), dc * before * f * (1 - f), dc * i * (1 - g * g), dh * squashed * o * (1 - o)
+        dc * written(g, update) * i * (1 - i), dc * before * f * (1 - f), written(dc * i, update) * (1 - g * g),
+        dh * squashed * o * (1 - o),
     ), dc * f  # fmt: skip
 
 
 @triton.jit
-def gru(pre, h, c):
+def gru(pre, h, c, update=None):
     r = tl.sigmoid(pre[0])
     z = tl.sigmoid(pre[1])
     n = tanh(pre[3] + r * pre[2])
-    return n + z * (h - n), c, (r, z, pre[2], n)
+    new = written(n, update)
+    return new + z * (h - new), c, (r, z, pre[2], n)
 
 
 @triton.jit
-def gru_backward(saved, before, after, dh, carry):
+def gru_backward(saved, before, after, dh, carry, update=None):
     r, z, u, n = saved
     dh = dh + carry
-    dn = dh * (1 - z) * (1 - n * n)
-    return (dn * u * r * (1 - r), dh * (before - n) * z * (1 - z), dn * r, dn), dh * z
+    dn = written(dh * (1 - z), update) * (1 - n * n)
+    return (dn * u * r * (1 - r), dh * (before - written(n, update)) * z * (1 - z), dn * r, dn), dh * z
 
 
 @triton.jit
-def rnn_tanh(pre, h, c):
+def rnn_tanh(pre, h, c, update=None):  # all of h' is written: nothing of it is dropped
     h = tanh(pre[0])
     return h, c, (h,)
 
 
 @triton.jit
-def rnn_tanh_backward(saved, before, after, dh, carry):
+def rnn_tanh_backward(saved, before, after, dh, carry, update=None):
     return ((dh + carry) * (1 - saved[0] * saved[0]),), tl.zeros_like(carry)
 
 
 @triton.jit
-def rnn_relu(pre, h, c):
+def rnn_relu(pre, h, c, update=None):
     h = tl.where(pre[0] <= 0, 0.0, pre[0])  # NaN of NaN
     return h, c, (h,)
 
 
 @triton.jit
-def rnn_relu_backward(saved, before, after, dh, carry):
+def rnn_relu_backward(saved, before, after, dh, carry, update=None):
     return (tl.where(saved[0] <= 0, 0.0, dh + carry),), tl.zeros_like(carry)
 
 

@@ -19,6 +19,7 @@ from . import rnn_sequence, rnn_steps
 from .cells import CELLS
 from .configs import Config, choose, find
 from .launch import Launch, cdiv, device_of, precision, run, tf32_allowed
+from .rnn_noise import Masks
 
 __all__ = ["backward", "forward"]
 
@@ -31,23 +32,27 @@ class _Recurrence:
         kind, x = CELLS[cell], inputs
         dirs, hidden = len(w_hh), w_hh[0].shape[1]
         shape = (dirs, batch.B, hidden)
+        masks, recurrent = Masks.of(extras), extras.recurrent
         constants = {
             "CELL": kind.forward, "INPUT": kind.INPUT, "HIDDEN": kind.HIDDEN, "GATES": kind.gates,
-            "COLUMNS": kind.columns, "CELL_STATE": kind.cell_state, "DIRECTIONS": dirs, "H": hidden,
-            "PRECISION": _precision(x),
+            "COLUMNS": kind.columns, "CELL_STATE": kind.cell_state, "MASKED": masks is not None, "DIRECTIONS": dirs,
+            "H": hidden, "PRECISION": _precision(x),
         }  # fmt: skip
         products = (inputs, *_pair(w_hh), *_pair(b_ih), *_pair(b_hh))
         config = find("rnn_sequence_forward", x.dtype, hidden, device_of(x))
         if config is not None:
             h_n = like.new_empty(shape)
             c_n = like.new_empty(shape) if kind.cell_state else None
-            args = (*products, h0, c0, *batch.places, saved.out, h_n, c_n, saved.gates, saved.cells)
+            args = (*products, h0, c0, *batch.places, saved.out, h_n, c_n, saved.gates, saved.cells, masks, recurrent)
             _run_sequence(rnn_sequence.forward_kernel, x, args, batch, constants, config)
             return h_n, c_n
         h_n = like.new_zeros(shape) if h0 is None else h0.clone()
         carry = _started(c0 if kind.cell_state else h0, shape, x)
-        exchange = x.new_zeros((2, *shape)) if h0 is None else torch.stack((h0, h0)).to(x.dtype)
-        args = (*products, *batch.places, exchange, carry, saved.out, h_n, saved.gates, saved.cells)
+        h_carry = _started(h0, shape, x) if kind.cell_state and masks is not None and masks.of_h else None
+        seen = h0 if h0 is None or recurrent is None else h0 * recurrent
+        exchange = x.new_zeros((2, *shape)) if seen is None else torch.stack((seen, seen)).to(x.dtype)
+        states = (exchange, carry, h_carry, saved.out, h_n)
+        args = (*products, *batch.places, *states, saved.gates, saved.cells, masks, recurrent)
         _run_steps("forward", x, args, batch, batch.T, constants)
         return h_n, carry.to(h_n.dtype) if kind.cell_state else None
 
@@ -58,19 +63,23 @@ class _Recurrence:
     ) -> Tensor | None:  # fmt: skip
         kind, out = CELLS[cell], saved.out
         dirs, hidden = len(w_hh), w_hh[0].shape[1]
+        masks, recurrent = Masks.of(extras), extras.recurrent
         constants = {
             "CELL": kind.backward, "HIDDEN": kind.HIDDEN, "PLACE": kind.PLACE, "GATES": kind.gates,
-            "COLUMNS": kind.columns, "CELL_STATE": kind.cell_state, "DIRECT": kind.direct, "DIRECTIONS": dirs,
-            "H": hidden, "PRECISION": _precision(out),
+            "COLUMNS": kind.columns, "CELL_STATE": kind.cell_state, "MASKED": masks is not None,
+            "DIRECT": kind.direct, "DIRECTIONS": dirs, "H": hidden, "PRECISION": _precision(out),
         }  # fmt: skip
         read = (h0, c0, *batch.places, *saved, d_gates, h_before)
         config = find("rnn_sequence_backward", out.dtype, hidden, device_of(out))
         if config is not None:
-            args: tuple[Tensor | None, ...] = (*given[:3], *_pair(w_hh), *read, d_h0, d_c0)
+            args: tuple[Any, ...] = (*given, *_pair(w_hh), *read, d_h0, d_c0, masks, recurrent)
             _run_sequence(rnn_sequence.backward_kernel, out, args, batch, constants, config)
             return d_c0
-        carry = _started(given.c_n, (dirs, batch.B, hidden), out)
-        args = (given.out, given.h_n, *_pair(w_hh), *read, carry, d_h0)
+        carry, dh_kept = _started(given.c_n, (dirs, batch.B, hidden), out), None
+        if masks is not None and masks.of_h:
+            dh_kept = torch.zeros_like(carry) if kind.cell_state else None
+            constants["DIRECT"] = not kind.cell_state
+        args = (given.out, given.h_n, given.cells, *_pair(w_hh), *read, carry, dh_kept, d_h0, masks, recurrent)
         _run_steps("backward", out, args, batch, batch.T + (d_h0 is not None), constants)
         return None if d_c0 is None else carry.to(d_c0.dtype)
 
@@ -80,16 +89,14 @@ backward = partial(rnn_gpu.backward, _Recurrence())
 
 
 def _run_sequence(
-    kernel: Any, x: Tensor, args: tuple[Tensor | None, ...], batch: Batch, constants: dict[str, Any], config: Config
+    kernel: Any, x: Tensor, args: tuple[Any, ...], batch: Batch, constants: dict[str, Any], config: Config
 ) -> None:
     grid = (cdiv(batch.B, config.blocks["rows"]), constants["DIRECTIONS"])
     constants = constants | config.constants
     run(x, Launch(kernel, grid, (*args, *batch.sizes), constants, config.warps, config.stages, unshared=True))
 
 
-def _run_steps(
-    way: str, x: Tensor, args: tuple[Tensor | None, ...], batch: Batch, steps: int, constants: dict[str, Any]
-) -> None:
+def _run_steps(way: str, x: Tensor, args: tuple[Any, ...], batch: Batch, steps: int, constants: dict[str, Any]) -> None:
     """All steps in one launch where a grid can wait for itself, otherwise a launch each."""
     device, hidden = device_of(x), constants["H"]
     config = choose(f"rnn_steps_{way}", x.dtype, hidden, device)

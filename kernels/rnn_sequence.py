@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .blocks import dot
 from .rnn_batch import before, bias_rows, lengths_of, load_either, starts_anew, token
+from .rnn_noise import masked, masked_backward
 
 __all__ = ["backward_kernel", "forward_kernel"]
 
@@ -34,6 +35,8 @@ def forward_kernel(
     c_n,  # the same, or None
     gates,  # [D, tokens, COLUMNS, H] or None
     cells,  # [D, tokens, H] fp32 or None
+    masks,  # rnn_noise.Masks if MASKED
+    recurrent,  # [D, B, H] or None: multiplies h on its way into W_hh
     T,
     B,
     tokens,
@@ -45,6 +48,7 @@ def forward_kernel(
     GATES: tl.constexpr,
     COLUMNS: tl.constexpr,
     CELL_STATE: tl.constexpr,
+    MASKED: tl.constexpr,
     DIRECTIONS: tl.constexpr,
     H: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -76,6 +80,8 @@ def forward_kernel(
     c = tl.zeros((BLOCK_ROWS, BLOCK_UNITS), tl.float32)
     if c0 is not None:
         c = tl.load(c0 + state_at, tile_in, 0.0).to(tl.float32)
+    if recurrent is not None:
+        factor = tl.load(recurrent + state_at, tile_in, 0.0).to(tl.float32)
     steps = tl.max(length)
     for s in range(steps):
         t = tl.where(d == 0, s, steps - 1 - s) + tl.zeros_like(length)
@@ -87,7 +93,10 @@ def forward_kernel(
             anew = starts_anew(resets, t, d, length, active, rows, starts, step, row)
             h = tl.where(anew[:, None], 0.0, h)
             c = tl.where(anew[:, None], 0.0, c)
-        h_in = h.to(w_hh.dtype.element_ty)
+        h_in = h
+        if recurrent is not None:
+            h_in = h * factor
+        h_in = h_in.to(w_hh.dtype.element_ty)
         pre = ()
         for k in tl.static_range(COLUMNS):
             column = tl.zeros((BLOCK_ROWS, BLOCK_UNITS), tl.float32) + biases[k][None, :]
@@ -96,7 +105,11 @@ def forward_kernel(
             if HIDDEN[k] >= 0:
                 column = dot(h_in, weights[HIDDEN[k]], column, PRECISION)
             pre = pre + (column,)
-        new_h, new_c, saved = CELL(pre, h, c)
+        if not MASKED:
+            new_h, new_c, saved = CELL(pre, h, c)
+        else:
+            own = (at * DIRECTIONS + d)[:, None] * H + units[None, :]
+            new_h, new_c, saved = masked(CELL, pre, h, c, masks, own, here)
         h = tl.where(active[:, None], new_h, h)
         p_out = out + (at * DIRECTIONS + d)[:, None] * H + units[None, :]
         tl.store(p_out, new_h.to(out.dtype.element_ty), here)
@@ -118,6 +131,7 @@ def backward_kernel(
     d_out,  # [tokens, D, H] or None
     d_h_n,  # [D, B, H] or None
     d_c_n,
+    d_cells,  # [D, tokens, H] fp32 or None: of c of every step
     w_hh,  # [G * H, H]
     w_hh_reverse,
     h0,  # [D, B, H] or None
@@ -132,6 +146,8 @@ def backward_kernel(
     h_before,  # [D, tokens, H] or None: what W_hh multiplied
     d_h0,  # [D, B, H] or None
     d_c0,
+    masks,  # rnn_noise.Masks if MASKED
+    recurrent,  # [D, B, H] or None: multiplies h on its way into W_hh
     T,
     B,
     tokens,
@@ -143,6 +159,7 @@ def backward_kernel(
     GATES: tl.constexpr,
     COLUMNS: tl.constexpr,
     CELL_STATE: tl.constexpr,
+    MASKED: tl.constexpr,
     DIRECT: tl.constexpr,
     DIRECTIONS: tl.constexpr,
     H: tl.constexpr,
@@ -201,15 +218,31 @@ def backward_kernel(
             h_in = load_either(out, out_at, from_step, h0, state_at, from_initial)
             if h_before is not None:
                 p_before = h_before + (d * tokens + at)[:, None] * H + units[None, :]
-                tl.store(p_before, h_in.to(h_before.dtype.element_ty), here)
+                multiplied = h_in
+                if recurrent is not None:
+                    multiplied = h_in * tl.load(recurrent + state_at, tile_in, 0.0).to(tl.float32)
+                tl.store(p_before, multiplied.to(h_before.dtype.element_ty), here)
         if CELL_STATE:
             after = tl.load(cells + (d * tokens + at)[:, None] * H + units[None, :], here, 0.0)
             cell_at = (d * tokens + earlier_at)[:, None] * H + units[None, :]
-            d_pre, new_carry = CELL(
-                saved, load_either(cells, cell_at, from_step, c0, state_at, from_initial), after, grad, carry
-            )
+            earlier_state = load_either(cells, cell_at, from_step, c0, state_at, from_initial)
+            arrived = carry
+            if d_cells is not None:
+                arrived += tl.load(d_cells + (d * tokens + at)[:, None] * H + units[None, :], here, 0.0)
         else:
-            d_pre, new_carry = CELL(saved, h_in, h_in, grad, carry)
+            after = h_in
+            earlier_state = h_in
+            arrived = carry
+        if not MASKED:
+            d_pre, new_carry = CELL(saved, earlier_state, after, grad, arrived)
+        else:
+            own = (at * DIRECTIONS + d)[:, None] * H + units[None, :]
+            d_pre, new_carry, kept = masked_backward(
+                CELL, CELL_STATE, saved, earlier_state, after, grad, arrived, masks, own, here
+            )
+            if resets is not None:
+                kept = tl.where(anew[:, None], 0.0, kept)
+            dh = tl.where(active[:, None], kept, dh)  # before the products: a tile less to keep meanwhile
         if resets is not None:
             new_carry = tl.where(anew[:, None], 0.0, new_carry)
         p_grads = d_gates + (d * tokens + at)[:, None] * (COLUMNS * H) + units[None, :]
@@ -221,7 +254,12 @@ def backward_kernel(
                 if resets is not None:  # of the operand: a select of the sums takes 130 registers more
                     of_column = tl.where(anew[:, None], 0.0, of_column)
                 new_dh = dot(of_column, weights[HIDDEN[k]], new_dh, PRECISION)
-        dh = tl.where(active[:, None], new_dh, dh)
+        if recurrent is not None:
+            new_dh *= tl.load(recurrent + state_at, tile_in, 0.0).to(tl.float32)  # kept, it would take registers
+        if MASKED:
+            dh += tl.where(active[:, None], new_dh, 0.0)
+        else:
+            dh = tl.where(active[:, None], new_dh, dh)
         carry = tl.where(active[:, None], new_carry, carry)
     if d_h0 is not None:
         if DIRECT:

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .blocks import dot, product, wait_for_all
 from .rnn_batch import before, bias_rows, lengths_of, load_either, starts_anew, token
+from .rnn_noise import masked, masked_backward
 
 __all__ = ["backward_kernel", "forward_kernel"]
 
@@ -28,12 +29,15 @@ def forward_kernel(
     lengths,  # [B] or None
     starts,  # [T] or None
     resets,  # [tokens] uint8 or None: not 0 where a segment begins
-    exchange,  # [2, D, B, H]: h before step s at s % 2; at 0 the initial one
+    exchange,  # [2, D, B, H]: h before step s at s % 2, as W_hh multiplies it; at 0 the initial one
     carry,  # [D, B, H] fp32: c of a cell with a cell state, otherwise h; at first the initial one
+    h_carry,  # the same of h beside c, where masks keep some of it; otherwise None
     out,  # [tokens, D, H], 0 behind the lengths
     h_n,  # [D, B, H]: at first the initial state, which a row of length 0 keeps
     gates,  # [D, tokens, COLUMNS, H] or None
     cells,  # [D, tokens, H] fp32 or None
+    masks,  # rnn_noise.Masks if MASKED
+    recurrent,  # [D, B, H] or None: multiplies h on its way into W_hh
     counter,  # int32, 0; None without BARRIER
     T,
     B,
@@ -48,6 +52,7 @@ def forward_kernel(
     GATES: tl.constexpr,
     COLUMNS: tl.constexpr,
     CELL_STATE: tl.constexpr,
+    MASKED: tl.constexpr,
     DIRECTIONS: tl.constexpr,
     H: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -97,15 +102,28 @@ def forward_kernel(
                 pre, HIDDEN, p_last + d * B * H, H, rows, goes_on, w, H, 1, units, units_in, H, H, BLOCK_K, PRECISION
             )
             kept = tl.load(carry + state_at, goes_on[:, None] & units_in[None, :], 0.0)
-            new_h, new_c, saved = CELL(pre, kept, kept)
+            if not MASKED:
+                new_h, new_c, saved = CELL(pre, kept, kept)
+            else:
+                h = kept
+                if h_carry is not None:
+                    h = tl.load(h_carry + state_at, goes_on[:, None] & units_in[None, :], 0.0)
+                own = (at * DIRECTIONS + d)[:, None] * H + units[None, :]
+                new_h, new_c, saved = masked(CELL, pre, h, kept, masks, own, here)
+                if h_carry is not None:
+                    tl.store(h_carry + state_at, new_h, here)
             if CELL_STATE:
                 tl.store(carry + state_at, new_c, here)
                 if cells is not None:
                     tl.store(cells + (d * tokens + at)[:, None] * H + units[None, :], new_c, here)
-                kept = tl.load(p_last + state_at, tile_in, 0.0, cache_modifier=".cg").to(tl.float32)
             else:
                 tl.store(carry + state_at, new_h, here)
-            held = tl.where(active[:, None], new_h, kept)
+            if CELL_STATE or (recurrent is not None):
+                kept = tl.load(p_last + state_at, tile_in, 0.0, cache_modifier=".cg").to(tl.float32)
+            handed = new_h
+            if recurrent is not None:
+                handed = new_h * tl.load(recurrent + state_at, tile_in, 0.0).to(tl.float32)
+            held = tl.where(active[:, None], handed, kept)
             tl.store(exchange + (s + 1) % 2 * size + state_at, held.to(exchange.dtype.element_ty), tile_in)
             p_out = out + (at * DIRECTIONS + d)[:, None] * H + units[None, :]
             tl.store(p_out, new_h.to(out.dtype.element_ty), here)
@@ -123,6 +141,7 @@ def forward_kernel(
 def backward_kernel(
     d_out,  # [tokens, D, H] or None
     d_h_n,  # [D, B, H] or None
+    d_cells,  # [D, tokens, H] fp32 or None: of c of every step
     w_hh,  # [G * H, H]
     w_hh_reverse,
     h0,  # [D, B, H] or None
@@ -136,7 +155,10 @@ def backward_kernel(
     d_gates,  # [D, tokens, COLUMNS, H], 0 behind the lengths; column k at PLACE[k]
     h_before,  # [D, tokens, H] or None: what W_hh multiplied
     carry,  # [D, B, H] fp32, as the cell has it; at first d_c_n, at last d_c0
+    dh_kept,  # [D, B, H] fp32, at first 0: what masks keep of dL/dh beside c; otherwise None, and in carry
     d_h0,  # [D, B, H] or None: step T, which has no token, gives it
+    masks,  # rnn_noise.Masks if MASKED
+    recurrent,  # [D, B, H] or None: multiplies h on its way into W_hh
     counter,  # int32, 0; None without BARRIER
     T,
     B,
@@ -151,6 +173,7 @@ def backward_kernel(
     GATES: tl.constexpr,
     COLUMNS: tl.constexpr,
     CELL_STATE: tl.constexpr,
+    MASKED: tl.constexpr,
     DIRECT: tl.constexpr,
     DIRECTIONS: tl.constexpr,
     H: tl.constexpr,
@@ -191,14 +214,20 @@ def backward_kernel(
                 d_gates + (d * tokens + later_at) * (COLUMNS * H), arrives, w, units, units_in, HIDDEN, PLACE, COLUMNS,
                 H, BLOCK_ROWS, BLOCK_UNITS, BLOCK_K, PRECISION,
             )  # fmt: skip
+            tile_in = rows_in[:, None] & units_in[None, :]
+            if recurrent is not None:
+                factor = tl.load(recurrent + state_at, tile_in, 0.0).to(tl.float32)
+                dh *= factor
+            if dh_kept is not None:
+                dh += tl.load(dh_kept + state_at, tile_in, 0.0)
             if d_h_n is not None:
                 seeds = (active | (rows_in & (s == T))) & ~is_later
                 dh += tl.load(d_h_n + state_at, seeds[:, None] & units_in[None, :], 0.0).to(tl.float32)
-            kept = tl.load(carry + state_at, rows_in[:, None] & units_in[None, :], 0.0)
+            kept = tl.load(carry + state_at, tile_in, 0.0)
             if d_h0 is not None:
                 if s == T:
                     d_initial = dh + kept if DIRECT else dh
-                    tl.store(d_h0 + state_at, d_initial.to(d_h0.dtype.element_ty), rows_in[:, None] & units_in[None, :])
+                    tl.store(d_h0 + state_at, d_initial.to(d_h0.dtype.element_ty), tile_in)
             if d_out is not None:
                 p_out = d_out + (at * DIRECTIONS + d)[:, None] * H + units[None, :]
                 dh += tl.load(p_out, here, 0.0).to(tl.float32)
@@ -221,14 +250,32 @@ def backward_kernel(
                 h_in = load_either(out, out_at, from_step, h0, state_at, from_initial)
                 if h_before is not None:
                     p_before = h_before + (d * tokens + at)[:, None] * H + units[None, :]
-                    tl.store(p_before, h_in.to(h_before.dtype.element_ty), here)
+                    multiplied = h_in
+                    if recurrent is not None:
+                        multiplied = h_in * factor
+                    tl.store(p_before, multiplied.to(h_before.dtype.element_ty), here)
             if CELL_STATE:
                 after = tl.load(cells + (d * tokens + at)[:, None] * H + units[None, :], here, 0.0)
                 cell_at = (d * tokens + earlier_at)[:, None] * H + units[None, :]
-                c_in = load_either(cells, cell_at, from_step, c0, state_at, from_initial)
-                d_pre, new_carry = CELL(saved, c_in, after, dh, kept)
+                state_in = load_either(cells, cell_at, from_step, c0, state_at, from_initial)
+                if d_cells is not None:
+                    kept += tl.load(d_cells + (d * tokens + at)[:, None] * H + units[None, :], here, 0.0)
             else:
-                d_pre, new_carry = CELL(saved, h_in, h_in, dh, kept)
+                after = h_in
+                state_in = h_in
+            if not MASKED:
+                d_pre, new_carry = CELL(saved, state_in, after, dh, kept)
+            else:
+                own = (at * DIRECTIONS + d)[:, None] * H + units[None, :]
+                d_pre, new_carry, held = masked_backward(
+                    CELL, CELL_STATE, saved, state_in, after, dh, kept, masks, own, here
+                )
+                if not CELL_STATE:
+                    new_carry += held
+                if dh_kept is not None:
+                    if resets is not None:
+                        held = tl.where(anew[:, None], 0.0, held)
+                    tl.store(dh_kept + state_at, held, here)
             if resets is not None:
                 new_carry = tl.where(anew[:, None], 0.0, new_carry)
             tl.store(carry + state_at, new_carry, here)

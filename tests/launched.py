@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import importlib
 import json
+import struct
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -98,7 +99,10 @@ def flat(arg: Any) -> Iterator[Any]:
 
 def arrived(sent: Any, got: int) -> bool:
     """Addresses take eight bytes, numbers four."""
-    return got == sent.data_ptr() if isinstance(sent, Tensor) else got & 0xFFFFFFFF == sent & 0xFFFFFFFF
+    if isinstance(sent, Tensor):
+        return got == sent.data_ptr()
+    number = struct.unpack("I", struct.pack("f", sent))[0] if isinstance(sent, float) else sent & 0xFFFFFFFF
+    return got & 0xFFFFFFFF == number
 
 
 def main() -> None:
@@ -107,9 +111,14 @@ def main() -> None:
         for layer in (
             fastseq.LSTM(32, 48, bidirectional=True, backend="triton"),
             fastseq.GRU(32, 300, backend="triton"),
+            fastseq.LSTM(32, 48, zoneout=(0.1, 0.2), recurrent_dropout=0.3, backend="triton"),
+            fastseq.LSTM(32, 300, zoneout=(0.1, 0.2), backend="triton").eval(),
+            fastseq.GRU(32, 48, recurrent_dropout=0.3, recurrent_dropout_on="update", backend="triton"),
         ):
             out, _ = layer(torch.randn(steps, rows, 32), lengths=torch.randint(1, steps, (rows,)))
             out.sum().backward()
+        out, _, states = fastseq.LSTM(32, 48, backend="triton").forward_states(torch.randn(steps, rows, 32))
+        (out.sum() + states.sum()).backward()
         cell = fastseq.LSTMCell(32, 48, backend="triton")
         cell(torch.randn(rows, 32, requires_grad=True))[0].sum().backward()
         sizes = {"N": rows, "B": rows // 2, "T": steps}

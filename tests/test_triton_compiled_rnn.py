@@ -7,7 +7,7 @@ crossed, in half an hour, by `python -m tests.test_triton_compiled_rnn [device]`
 import itertools
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
@@ -21,7 +21,8 @@ from fastseq.kernels import launch, rnn, rnn_cell
 from fastseq.kernels.devices import DEVICES, Device
 from fastseq.kernels.launch import Launch
 
-from fastseq.ops.extras import NONE
+from fastseq.ops import rnn_gpu
+from fastseq.ops.extras import NONE, Extras
 from fastseq.ops.rnn_gpu import Batch
 from fastseq.ops.step import StepShape
 from tests.compiled import check, compile_key, compile_launch, faults
@@ -40,6 +41,7 @@ class Shape(NamedTuple):
     one_step: bool = False
     bidirectional: bool = False
     rows: str = "full"  # "lengths", "packed", "resets": with lengths and resets
+    noise: str = ""  # a key of NOISE
 
 
 CLASSES = (  # dtype, H, TF32, one step
@@ -51,14 +53,35 @@ CLASSES = (  # dtype, H, TF32, one step
 )  # fmt: skip
 
 
+NOISE = {  # masks of update, of h, of c, of the product with W_hh; shares of h and of c
+    "": (False, False, False, False, 0.0, 0.0),
+    "state": (False, True, True, True, 0.0, 0.0),  # zoneout, and recurrent dropout on "state" or "update"
+    "update": (True, True, True, False, 0.0, 0.0),
+    "zoneout": (False, True, True, False, 0.0, 0.0),
+    "mean": (False, False, False, False, 0.25, 0.125),
+    "dropout": (False, False, False, True, 0.0, 0.0),
+}
+
+
 def shapes() -> Iterator[Shape]:
-    """All of them."""
+    """All without noise."""
     for (dtype, hidden, tf32, one_step), cell in itertools.product(CLASSES, GATES):
         if one_step:
             yield Shape(cell, dtype, hidden, tf32, True)
         else:
             for two, rows in itertools.product((False, True), ("full", "lengths", "packed", "resets")):
                 yield Shape(cell, dtype, hidden, tf32, False, two, rows)
+
+
+def noisy() -> Iterator[Shape]:
+    """Each class of layers with the most noise that a module draws, beside resets or not, and with less of it."""
+    kinds = itertools.cycle(list(NOISE)[3:])
+    for dtype, hidden, tf32, one_step in CLASSES:
+        for cell in GATES if not one_step else ():
+            for two, rows in ((True, "resets"), (False, "full")):
+                for noise in ("state", "update"):
+                    yield Shape(cell, dtype, hidden, tf32, False, two, rows, noise)
+            yield Shape(cell, dtype, hidden, tf32, False, True, "lengths", next(kinds))
 
 
 def launches(shape: Shape, device: Device, B: int = 8, T: int = 3, features: int = 48) -> list[Launch]:
@@ -92,10 +115,26 @@ def launches(shape: Shape, device: Device, B: int = 8, T: int = 3, features: int
             batch = Batch(T, B, T * B, 0, 1, new(T, dtype=ints), new(B, dtype=ints))
             patch.setattr(Batch, "of", lambda *args: batch)
         options = (lengths, resets, None, False, shape.bidirectional)
-        out, h_n, c_n, _, gates, cells = rnn.forward(shape.cell, x, h0, c0, weights, *options, True, NONE)
-        saved = (out, gates, cells, [True] * 4, NONE)
-        rnn.backward(shape.cell, out, h_n, c_n, None, x, h0, c0, weights, *options, *saved)
+        extras, states = extras_of(shape, new, (T * B,) if packed else (T, B), B), shape.noise in ("state", "update")
+        of_cells = new(dirs, T * B, hidden, dtype=FP32)
+        patch.setattr(rnn_gpu, "_of_directions", lambda *args: of_cells)  # which copies; fake tensors ask for a driver
+        out, h_n, c_n, _, gates, cells = rnn.forward(shape.cell, x, h0, c0, weights, *options, True, extras)
+        saved = (out, gates, cells, [True] * 4, extras)
+        d_c_out = out if states and lstm else None
+        rnn.backward(shape.cell, out, h_n, c_n, d_c_out, x, h0, c0, weights, *options, *saved)
     return started
+
+
+def extras_of(shape: Shape, new: Callable[..., Tensor], lead: tuple[int, ...], B: int) -> Extras:
+    """The masks of a layer's call."""
+    if not shape.noise:
+        return NONE
+    *masks, drop, share_h, share_c = NOISE[shape.noise]
+    dirs, lstm = 2 if shape.bidirectional else 1, shape.cell == "lstm"
+    update, hold_h, hold_c = (new(*lead, dirs * shape.hidden, dtype=torch.bool) if mask else None for mask in masks)
+    recurrent = new(dirs, B, shape.hidden) if drop else None
+    rates = (1.5 if update is not None else 1.0, share_h, share_c if lstm else 0.0)
+    return Extras(update, hold_h, hold_c if lstm else None, recurrent, rates)
 
 
 def turns() -> list[tuple[Device, list[Shape]]]:
@@ -111,6 +150,27 @@ def turns() -> list[tuple[Device, list[Shape]]]:
 @pytest.mark.parametrize(("device", "own"), turns(), ids=lambda value: value.name if isinstance(value, Device) else "")
 def test_classes_fit_their_devices(device: Device, own: list[Shape]) -> None:
     """Shared memory within the device's, no register spilled, at most as many as it has."""
+    for shape in own:
+        for started in launches(shape, device):
+            check(started, device)
+
+
+def noisy_turns() -> list[tuple[Device, list[Shape]]]:
+    """For each class one shape with noise on one of NVIDIA's devices, and one on AMD's."""
+    nvidia, amd = DEVICES[:-1], DEVICES[-1]
+    found: dict[Device, list[Shape]] = {device: [] for device in DEVICES}
+    for k, kind in enumerate(kind for kind in CLASSES if not kind[3]):
+        of_class = [s for s in noisy() if (s.dtype, s.hidden, s.tf32, s.one_step) == kind]
+        for turn, device in ((k, nvidia[k % len(nvidia)]), (k + 5, amd)):
+            found[device].append(of_class[turn * 3 % len(of_class)])  # 3 and 10 share no factor
+    return list(found.items())
+
+
+@pytest.mark.parametrize(
+    ("device", "own"), noisy_turns(), ids=lambda value: value.name if isinstance(value, Device) else ""
+)
+def test_noise_fits_too(device: Device, own: list[Shape]) -> None:
+    """With masks and every cell state, in the tiles of plain layers."""
     for shape in own:
         for started in launches(shape, device):
             check(started, device)
@@ -163,6 +223,16 @@ def test_few_compilations(cell: str, hidden: int, one_step: bool) -> None:
     assert len(keys) == 2
 
 
+def test_rates_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zoneout's shares are numbers of the run; those of 0 are left out."""
+    device, keys = DEVICES[3], set()
+    for share_h, share_c in ((0.25, 0.125), (0.5, 0.999), (1, 1)):
+        monkeypatch.setitem(NOISE, "mean", (False, False, False, False, share_h, share_c))
+        for started in launches(Shape("lstm", BF16, 512, noise="mean"), device):
+            keys.add((started.kernel, compile_key(started, device)))
+    assert len(keys) == 2
+
+
 def test_grid_is_resident() -> None:
     """A grid with a barrier has one program a compute unit at most; where it has none, a step is a launch."""
     for device in DEVICES:
@@ -175,7 +245,8 @@ def test_grid_is_resident() -> None:
 
 
 if __name__ == "__main__":
-    for device, shape in itertools.product([d for d in DEVICES if d.name in (sys.argv[1:] or d.name)], shapes()):
+    every = [*shapes(), *noisy()]
+    for device, shape in itertools.product([d for d in DEVICES if d.name in (sys.argv[1:] or d.name)], every):
         for started in launches(shape, device):
             wrong = faults(compile_launch(started, device), device)
             print("FAULT" if wrong else "fits", device.name, *shape, started.kernel.__name__, *wrong, flush=True)

@@ -115,6 +115,39 @@ def test_layers(kind: str, dtype: torch.dtype, batch_first: bool, backend: str, 
         same(s, (4, B, H), dtype)
 
 
+NOISE: list[tuple[str, dict[str, Any]]] = [
+    ("LSTM", {"zoneout": (0.1, 0.5), "recurrent_dropout": 0.3}),
+    ("GRU", {"recurrent_dropout": 0.3, "recurrent_dropout_on": "update"}),
+    ("RNN", {"zoneout": 0.1}),
+]
+
+
+@backends
+@pytest.mark.parametrize("steps", [T, 1])
+@pytest.mark.parametrize(("kind", "options"), NOISE, ids=str)
+def test_layers_that_draw_masks(kind: str, options: dict[str, Any], steps: int, backend: str) -> None:
+    """cuDNN has none, so `auto` does not stop there; one step goes the layer's way."""
+    module = faked(lambda: getattr(fastseq, kind)(I, H, 2, bidirectional=True, backend=backend, **options))
+    x = fake(steps, B, I)
+    told = {verdict.backend: verdict.reason for verdict in fastseq.explain(module, x)}
+    assert chosen(module, x) == "triton"
+    assert "neither zoneout nor dropout within the recurrence" in told["torch"]
+    out, state = module(x)
+    same(out, (steps, B, 2 * H), torch.float32)
+    for s in state if kind == "LSTM" else (state,):
+        same(s, (4, B, H), torch.float32)
+
+
+@backends
+def test_every_cell_state(backend: str) -> None:
+    module = faked(lambda: fastseq.LSTM(I, H, 2, bidirectional=True, backend=backend))
+    out, (h, c), cells = module.forward_states(fake(T, B, I))
+    for t in (out, cells):
+        same(t, (T, B, 2 * H), torch.float32)
+    for s in (h, c):
+        same(s, (4, B, H), torch.float32)
+
+
 @dtypes
 @pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])
 def test_cells(kind: str, dtype: torch.dtype) -> None:

@@ -1,11 +1,16 @@
 """Recurrent layers on a GPU against the fp64 oracle: options, corners, both kinds of kernels, TF32."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import fastseq
+from fastseq.backends import reference
+from fastseq.ops.extras import NONE
+from fastseq.ops.rnn import rnn_layer
 from tests.gpu.place import BACKEND, DEVICE, DTYPES, layer, there
 from tests.oracle import CELLS, Case, Problem, cell_kinds, check_layer, check_second, plain, run
 
@@ -54,6 +59,34 @@ def test_fp32_state_beside_half_precision(cell: str, rows: str, dtype: torch.dty
 @pytest.mark.parametrize("rows", ROWS)
 def test_second_derivatives(cell: str, rows: str) -> None:
     check_second(layer, Problem.draw(Case(cell, T=3, B=2, I=3, H=4, rows=rows)))
+
+
+def noisy_layer(cell: str, x: Tensor, h0: Any, c0: Any, weights: list[Tensor], *options: Any) -> Any:
+    """As `layer`, under given masks: a module draws its own."""
+    lengths, resets, batch_sizes, batch_first, bidirectional, *extras = options
+    masks = there(extras[0]) if extras else NONE
+    given = (cell, *there((x, h0, c0, tuple(weights), lengths, resets)), batch_sizes, batch_first, bidirectional, masks)
+    results = reference.layer(*given) if BACKEND == "reference" else rnn_layer(*given, on=BACKEND)
+    return tuple(None if t is None else t.cpu() for t in results)
+
+
+def noisy_cases() -> list[Case]:
+    """Each shape with each cell and dtype; kinds of noise, of rows and the other options take turns."""
+    kinds, found = itertools.cycle(("both", "", "zoneout", "update", "mean", "state", "zoneout")), []  # 7: all meet all
+    rows = itertools.cycle(KINDS)
+    for shape, (cell, dtype), _ in itertools.product(SHAPES, cell_kinds(DTYPES), range(3)):
+        (two, hx, bias), (kind, resets), noise = next(TURNS), next(rows), next(kinds)
+        states = bias or not noise
+        packs_none = kind == "packed" and shape[1] == 0
+        has_it = cell == "lstm" or (noise and not (noise == "update" and cell.startswith("rnn")))
+        if has_it and not packs_none:
+            found.append(Case(cell, dtype, *shape, two, kind, hx, bias, resets=resets, noise=noise, states=states))
+    return found
+
+
+@pytest.mark.parametrize("case", noisy_cases(), ids=str)
+def test_zoneout_dropout_and_every_cell_state(case: Case) -> None:
+    check_layer(noisy_layer, Problem.draw(case))
 
 
 @pytest.mark.parametrize("cell", CELLS)

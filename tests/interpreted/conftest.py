@@ -3,7 +3,12 @@
 Numbers only, on small shapes: what a GPU would be given is compiled in tests/test_triton_compiled.py.
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
 import pytest
+from torch import Tensor
 
 from fastseq import _triton
 
@@ -13,3 +18,22 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Conversion of an array:DeprecationWarning:triton")
     if not _triton.interprets():
         raise pytest.UsageError("tests/interpreted needs TRITON_INTERPRET=1 in the environment")
+
+
+@pytest.fixture
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Which of a layer's kernels run: "sequence", up to 16 units, or "steps" above; "barrier": these in one launch."""
+    from fastseq.kernels import devices, launch, rnn  # not at the top: without Triton this folder only says so
+
+    # Of one program, which need not be resident beside others, the barrier; of three without one, as on AMD.
+    units = 1 if request.param == "barrier" else 3
+    monkeypatch.setattr(devices, "INTERPRETER", replace(devices.INTERPRETER, units=units))
+    started = set()
+
+    def noted(x: Tensor, what: Any) -> None:
+        started.add((what.kernel.fn.__module__.rpartition("_")[2], bool(what.constants.get("BARRIER"))))
+        launch.run(x, what)
+
+    monkeypatch.setattr(rnn, "run", noted)
+    yield request.param
+    assert started == {("sequence" if request.param == "sequence" else "steps", request.param == "barrier")}

@@ -1,7 +1,6 @@
 """The Triton layer against the float64 oracle: each of its kernels, every option, forward and every gradient."""
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastseq.kernels import cells, configs, devices, launch, rnn, rnn_sequence, rnn_steps
+from fastseq.kernels import cells, configs, devices, rnn_sequence, rnn_steps
 from fastseq.kernels.rnn_batch import token
 from torch import Tensor
 
@@ -35,7 +34,7 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 ROWS = ("full", "lengths", "packed")
 KINDS = [(*kind, rows, two) for kind in cell_kinds((FP32, BF16, FP16)) for rows in ROWS for two in (False, True)]
 FLAGS = list(itertools.product((False, True), repeat=3))  # hx, bias, batch_first
-HIDDEN = {"sequence": 13, "steps": 19, "barrier": 19}  # one block of units, or two
+HIDDEN = {"sequence": 13, "steps": 19, "barrier": 19}  # of `way`: one block of units, or two
 SHAPES = [  # T, B, I, H
     (1, 1, 1, 1),
     (1, 3, 5, 16),  # one step
@@ -45,23 +44,6 @@ SHAPES = [  # T, B, I, H
     (2, 2, 13, 33),  # three blocks of units, one unit in the last
     (2, 1, 5, 32),  # one row, whole blocks
 ]
-
-
-@pytest.fixture
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Which kernels run layers of HIDDEN[way] units."""
-    # Of one program, which need not be resident beside others, the barrier; of three without one, as on AMD.
-    units = 1 if request.param == "barrier" else 3
-    monkeypatch.setattr(devices, "INTERPRETER", replace(devices.INTERPRETER, units=units))
-    started = set()
-
-    def noted(x: Tensor, what: launch.Launch) -> None:
-        started.add((what.kernel.fn.__module__.rpartition("_")[2], bool(what.constants.get("BARRIER"))))
-        launch.run(x, what)
-
-    monkeypatch.setattr(rnn, "run", noted)
-    yield request.param
-    assert started == {("sequence" if request.param == "sequence" else "steps", request.param == "barrier")}
 
 
 def options(kinds: list[Any]) -> list[Case]:
