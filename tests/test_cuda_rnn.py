@@ -154,7 +154,7 @@ def test_gradients_of_some_inputs_only(cell: str) -> None:
 
 
 @every_design
-@any_case
+@pytest.mark.parametrize("case", [case for case in ANY if case.cell in SMOOTH], ids=str)
 def test_fp32_state(design: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """A streaming model keeps its state in fp32 from call to call."""
     with chosen(monkeypatch, design, 2):
