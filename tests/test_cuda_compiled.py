@@ -21,8 +21,6 @@ OBJECTS = ROOT / "build" / "native" / "csrc" / "cuda"
 SNAPSHOT = ROOT / "tests" / "cuda_resources.json"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ARCHS = ("sm_80", "sm_90", "sm_100")
-# At 255 registers, sm_80's compiler keeps one or two values of an outer loop in memory.
-MOST_STACK = {"sm_80": 16, "sm_90": 0, "sm_100": 0}
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here: no CUDA kernel was compiled")
 
 LOOPS = ("rnn_forward<", "rnn_backward<", "decoder_forward<", "decoder_backward<")  # of all steps, in one launch
@@ -102,9 +100,8 @@ def test_every_architecture_has_every_kernel() -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nothing_spills(arch: str) -> None:
-    """Registers that do not suffice go to memory: none do where the loop runs."""
-    most = MOST_STACK[arch]
-    assert not {name: stack for name, (_, stack) in usage()[arch].items() if stack > most}
+    """Registers that do not suffice go to memory: none do."""
+    assert not {name: stack for name, (_, stack) in usage()[arch].items() if stack}
 
 
 def test_resources_are_those_of_the_snapshot() -> None:

@@ -56,6 +56,13 @@ RnnBatch batch_of(const BatchTuple& t) {
   return {T, B, tokens, step, row, at<const int64_t>(starts), at(lengths), wide, at<const uint8_t>(resets)};
 }
 
+// Whether there are any; masks of update, h and c, and of the recurrent product; their scale and shares.
+using NoiseTuple = std::tuple<bool, Address, Address, Address, Address, float, float, float>;
+RnnNoise noise_of(const NoiseTuple& t) {
+  const auto& [any, update, keep_h, keep_c, recurrent, scale, share_h, share_c] = t;
+  return {any, at<const uint8_t>(update), at<const uint8_t>(keep_h), at<const uint8_t>(keep_c), at(recurrent), scale, share_h, share_c};
+}
+
 using Two = std::tuple<Address, Address>;  // of both directions
 
 // exchange, counters, stop, patience in ns.
@@ -70,24 +77,24 @@ void* stream_of(const Where& where) {
 
 void forward(int kind, int cell, const BatchTuple& batch, const ShapeTuple& shape, int H, int directions, bool wide,
              Address inputs, const Two& w_hh, const Two& b_ih, const Two& b_hh, Address h0, Address c0, Address out, Address h_n,
-             Address c_n, Address gates, Address cells, const GroupTuple& group, const Where& where) {
+             Address c_n, Address gates, Address cells, const GroupTuple& group, const NoiseTuple& noise, const Where& where) {
   const auto& [exchange, counters, stop, patience] = group;
   const RnnForward a{batch_of(batch), shape_of(shape), H, directions, wide, at(inputs),
                      {at(std::get<0>(w_hh)), at(std::get<1>(w_hh))}, {at(std::get<0>(b_ih)), at(std::get<1>(b_ih))},
                      {at(std::get<0>(b_hh)), at(std::get<1>(b_hh))}, at(h0), at(c0), at(out), at(h_n), at(c_n), at(gates),
-                     at<float>(cells), at(exchange), at<unsigned>(counters), at<unsigned>(stop), patience};
+                     at<float>(cells), at(exchange), at<unsigned>(counters), at<unsigned>(stop), patience, noise_of(noise)};
   check(of_kind(kind).forward(static_cast<CellKind>(cell), a, stream_of(where)), "rnn_forward");
 }
 
 void backward(int kind, int cell, const BatchTuple& batch, const ShapeTuple& shape, int H, int directions, bool wide,
-              Address d_out, Address d_h_n, Address d_c_n, const Two& w_hh, Address h0, Address c0, Address out, Address gates,
-              Address cells, Address d_gates, Address h_before, Address d_h0, Address d_c0, const GroupTuple& group,
-              const Where& where) {
+              Address d_out, Address d_h_n, Address d_c_n, Address d_cells, const Two& w_hh, Address h0, Address c0, Address out,
+              Address gates, Address cells, Address d_gates, Address h_before, Address d_h0, Address d_c0, const GroupTuple& group,
+              const NoiseTuple& noise, const Where& where) {
   const auto& [exchange, counters, stop, patience] = group;
   const RnnBackward a{batch_of(batch), shape_of(shape), H, directions, wide, at(d_out), at(d_h_n), at(d_c_n),
-                      {at(std::get<0>(w_hh)), at(std::get<1>(w_hh))}, at(h0), at(c0), at(out), at(gates), at<float>(cells),
+                      at<const float>(d_cells), {at(std::get<0>(w_hh)), at(std::get<1>(w_hh))}, at(h0), at(c0), at(out), at(gates), at<float>(cells),
                       at(d_gates), at(h_before), at(d_h0), at(d_c0), at<float>(exchange), at<unsigned>(counters),
-                      at<unsigned>(stop), patience};
+                      at<unsigned>(stop), patience, noise_of(noise)};
   check(of_kind(kind).backward(static_cast<CellKind>(cell), a, stream_of(where)), "rnn_backward");
 }
 

@@ -28,6 +28,14 @@ struct RnnBatch {
   const uint8_t* resets;       // laid out as tokens, or null
 };
 
+// Random masks: bytes 0 and 1 laid out as `out`, or null: what stands beside them holds at every step.
+struct RnnNoise {
+  bool any;
+  const uint8_t *update, *keep_h, *keep_c;
+  const void* recurrent;       // [D, B, H] of x's type: multiplies h on its way into W_hh; or null
+  float update_scale, share_h, share_c;  // what is written, where its mask is 1; the share of h and c that stays, where theirs is 0
+};
+
 struct RnnForward {
   RnnBatch batch;
   RnnShape shape;
@@ -45,6 +53,7 @@ struct RnnForward {
   unsigned* counters;          // [D * groups], 0
   unsigned* stop;              // group.h
   uint64_t patience;
+  RnnNoise noise;
 };
 
 struct RnnBackward {
@@ -54,18 +63,20 @@ struct RnnBackward {
   bool wide;
   const void* d_out;           // [tokens, D, H] or null
   const void *d_h_n, *d_c_n;   // [D, B, H] or null
+  const float* d_cells;        // [D, tokens, H] or null: of every cell state
   const void* w_hh[2];
   const void *h0, *c0;
   const void* out;             // as forward left them
   const void* gates;
   const float* cells;
   void* d_gates;               // [D, tokens, columns, H]; column k at kPlace[k]
-  void* h_before;              // [D, tokens, H] or null: what W_hh multiplied
+  void* h_before;              // [D, tokens, H] or null: what W_hh multiplied, masked
   void *d_h0, *d_c0;           // [D, B, H] or null
   float* exchange;             // a grid: [D * groups, 2, blocks, slots, rows, units]
   unsigned* counters;
   unsigned* stop;
   uint64_t patience;
+  RnnNoise noise;
 };
 
 // One step, of B rows: both products and the cell in one launch.

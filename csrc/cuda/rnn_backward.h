@@ -7,7 +7,7 @@
 #include "group.h"
 #include "cell_math.h"
 #include "product.h"
-#include "rnn_batch.h"
+#include "rnn_noise.h"
 
 namespace fastseq::cuda {
 
@@ -65,7 +65,8 @@ struct BackwardBlock {
   int row0 = 0;  // of the block of rows
   Pairs pairs;
   E* gradients;         // [rows, pitch]: of gate g of own unit u at g * units + u
-  float *carry, *held;  // [rows, units]: as the cell has it; dL/dh of rows that do not run the step
+  float *carry, *held;  // [rows, units]: as the cell has it; what of dL/dh does not go through the step: all of a row behind its
+                        // end, of others what zoneout keeps
   float *even, *odd;    // parts that steps 0, 2, .. and 1, 3, .. gave: [block and slice that gave it, row, own unit]
   unsigned* gone;
   Stationary<P, kM, kKept> first;  // a warp's first strip
@@ -121,6 +122,10 @@ struct BackwardBlock {
   __device__ __forceinline__ int64_t state_at(int p) const {
     return (static_cast<int64_t>(steps.direction) * a.batch.B + row0 + pairs.row[p]) * a.H + unit0 + unit(p);
   }
+  __device__ __forceinline__ int64_t out_at(int p, int t) const {  // int64 first: token * H passes 2^31
+    const int64_t token = steps.token(t, row0 + pairs.row[p]);
+    return (token * a.directions + steps.direction) * a.H + unit0 + unit(p);
+  }
   __device__ __forceinline__ bool resets(int p, int t) const { return steps.resets(t, row0 + pairs.row[p], pairs.length[p]); }
 
   __device__ __forceinline__ void begin() {
@@ -137,7 +142,7 @@ struct BackwardBlock {
   struct Read {
     float d_out, saved[kColumns], before, after;
   };
-  __device__ __forceinline__ void read(int t, Read (&r)[kMostPairs]) const {
+  __device__ __forceinline__ void read(int t, Read (&r)[kMostPairs]) {
     pairs.running(t, [&](int p) {
       const int b = row0 + pairs.row[p], u = unit0 + unit(p);
       const int64_t token = steps.token_of_direction(t, b);  // int64 first: token * H passes 2^31
@@ -145,11 +150,11 @@ struct BackwardBlock {
 #pragma unroll
       for (int column = 0; column < kColumns; ++column) r[p].saved[column] = to_float(gates[static_cast<int64_t>(column) * a.H]);
       r[p].d_out = 0.f;
-      if (a.d_out)
-        r[p].d_out = to_float(
-            static_cast<const T*>(a.d_out)[(steps.token(t, b) * a.directions + steps.direction) * a.H + u]);
+      if (a.d_out) r[p].d_out = to_float(static_cast<const T*>(a.d_out)[out_at(p, t)]);
       r[p].after = C::kCellState ? a.cells[token * a.H + u] : 0.f;
       r[p].before = C::kCellState ? cell_before(p, t) : h_before(p, t);
+      if constexpr (C::kCellState)
+        if (a.d_cells) carry[own(p)] += a.d_cells[token * a.H + u];
     });
   }
   __device__ __forceinline__ float cell_before(int p, int t) const {
@@ -162,10 +167,7 @@ struct BackwardBlock {
   __device__ __forceinline__ float h_before(int p, int t) const {
     if (resets(p, t)) return 0.f;
     const int earlier = steps.before(t);
-    if (earlier >= 0 && earlier < pairs.length[p]) {
-      const int64_t token = steps.token(earlier, row0 + pairs.row[p]);
-      return to_float(static_cast<const T*>(a.out)[(token * a.directions + steps.direction) * a.H + unit0 + unit(p)]);
-    }
+    if (earlier >= 0 && earlier < pairs.length[p]) return to_float(static_cast<const T*>(a.out)[out_at(p, earlier)]);
     return a.h0 ? load_either<T>(a.h0, state_at(p), a.wide) : 0.f;
   }
 
@@ -188,16 +190,20 @@ struct BackwardBlock {
 #pragma unroll 4
       for (int i = 0; i < count; ++i) sum += from[i * stride];
     }
-    return sum;
+    return pairs.length[p] < 0 ? sum : through_mask<T>(a.noise, sum, state_at(p));
   }
 
   // Gradients of pair p's pre-activations at step t, also as the product multiplies them.
-  __device__ __forceinline__ void run_cell(int p, int t, const Read& r, float dh, float (&d_pre)[kColumns]) {
+  __device__ __forceinline__ void run_cell(int p, int t, const Read& r, float dh, unsigned masks, float (&d_pre)[kColumns]) {
     constexpr auto map = column_map<C>();
-    float through = carry[own(p)];
-    C::backward(r.saved, r.before, r.after, dh, through, d_pre);
+    float through = carry[own(p)], kept = 0.f;
+    if (a.noise.any)
+      masked_backward<C>(r.saved, r.before, dh, through, kept, d_pre, masks_of(a.noise, masks, p));
+    else
+      C::backward(r.saved, r.before, r.after, dh, through, d_pre);
     const bool cut = resets(p, t);
     carry[own(p)] = cut ? 0.f : through;
+    held[own(p)] = cut ? 0.f : kept;
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate)
       gradients[pairs.row[p] * z.pitch + gate * a.shape.units + unit(p)] = P::stored(cut ? 0.f : d_pre[map.hidden[gate]]);
@@ -259,7 +265,9 @@ struct BackwardBlock {
 #pragma unroll
     for (int column = 0; column < kColumns; ++column)
       to[static_cast<int64_t>(map.place[column]) * a.H] = from_float<T>(d_pre[column]);
-    if (a.h_before) static_cast<T*>(a.h_before)[token * a.H + u] = from_float<T>(C::kCellState ? h_before(p, t) : r.before);
+    if (!a.h_before) return;
+    const float h = C::kCellState ? h_before(p, t) : r.before;
+    static_cast<T*>(a.h_before)[token * a.H + u] = from_float<T>(through_mask<T>(a.noise, h, state_at(p)));
   }
 
   __device__ __forceinline__ void finish() {
@@ -284,15 +292,14 @@ struct BackwardBlock {
       Read r[kMostPairs];
       float d_pre[kMostPairs][kColumns];
       read(t, r);
+      const unsigned masks = read_masks(*this, t);
       if (s && !group.wait(gone)) return false;
       pairs.each([&](int p) {
         const float dh = held[own(p)] + gathered(p, s);
-        if (t < pairs.length[p]) {
-          held[own(p)] = 0.f;
-          run_cell(p, t, r[p], dh + r[p].d_out, d_pre[p]);
-        } else {
+        if (t < pairs.length[p])
+          run_cell(p, t, r[p], dh + r[p].d_out, masks, d_pre[p]);
+        else
           hold(p, dh);
-        }
       });
       pairs.running(t, [&](int p) { store(p, t, r[p], d_pre[p]); });  // before arrive: there it would hold more registers
       __syncthreads();

@@ -7,7 +7,7 @@
 #include "group.h"
 #include "cell_math.h"
 #include "product.h"
-#include "rnn_batch.h"
+#include "rnn_noise.h"
 
 namespace fastseq::cuda {
 
@@ -123,6 +123,10 @@ struct ForwardBlock {
   __device__ __forceinline__ int64_t state_at(int p) const {
     return (static_cast<int64_t>(steps.direction) * a.batch.B + row0 + pairs.row[p]) * a.H + unit0 + unit(p);
   }
+  __device__ __forceinline__ int64_t out_at(int p, int t) const {  // int64 first: token * H passes 2^31
+    const int64_t token = steps.token(t, row0 + pairs.row[p]);
+    return (token * a.directions + steps.direction) * a.H + unit0 + unit(p);
+  }
   __device__ __forceinline__ bool resets(int p, int t) const { return steps.resets(t, row0 + pairs.row[p], pairs.length[p]); }
 
   // The initial state: of all units as the first step multiplies it, of the block's own in fp32.
@@ -132,8 +136,10 @@ struct ForwardBlock {
       const int unit = i % z.pitch;
       const int b = row0 + i / z.pitch;
       float value = 0.f;
-      if (a.h0 && b < a.batch.B && unit < a.H && !steps.resets(steps.at(0), b, steps.length(b)))
-        value = load_either<T>(a.h0, (static_cast<int64_t>(steps.direction) * a.batch.B + b) * a.H + unit, a.wide);
+      if (a.h0 && b < a.batch.B && unit < a.H && !steps.resets(steps.at(0), b, steps.length(b))) {
+        const int64_t at = (static_cast<int64_t>(steps.direction) * a.batch.B + b) * a.H + unit;
+        value = through_mask<T>(a.noise, load_either<T>(a.h0, at, a.wide), at);
+      }
       odd[i] = P::stored(0.f);  // of units that do not exist it stays so
       even[i] = P::stored(value);
     }
@@ -175,7 +181,7 @@ struct ForwardBlock {
   }
 
   // The cell of pair p at step t: the new state into h and c.
-  __device__ __forceinline__ void run_cell(int p, int t, const float (&x)[kGates], float (&saved)[kColumns]) {
+  __device__ __forceinline__ void run_cell(int p, int t, const float (&x)[kGates], unsigned masks, float (&saved)[kColumns]) {
     constexpr auto map = column_map<C>();
     float pre[kColumns];
 #pragma unroll
@@ -190,7 +196,10 @@ struct ForwardBlock {
     }
     const bool zeroed = resets(p, t);
     float new_h = zeroed ? 0.f : h[own(p)], new_c = zeroed ? 0.f : c[own(p)];
-    C::forward(pre, new_h, new_c, saved);
+    if (a.noise.any)
+      masked_forward<C>(pre, new_h, new_c, saved, masks_of(a.noise, masks, p));
+    else
+      C::forward(pre, new_h, new_c, saved);
     h[own(p)] = new_h;
     c[own(p)] = new_c;
   }
@@ -198,7 +207,7 @@ struct ForwardBlock {
   __device__ __forceinline__ void store(int p, int t, const float (&saved)[kColumns]) const {
     const int b = row0 + pairs.row[p], u = unit0 + unit(p);
     const int64_t token = steps.token_of_direction(t, b);  // int64 first: token * H passes 2^31
-    static_cast<T*>(a.out)[(steps.token(t, b) * a.directions + steps.direction) * a.H + u] = from_float<T>(h[own(p)]);
+    static_cast<T*>(a.out)[out_at(p, t)] = from_float<T>(h[own(p)]);
     if (a.cells) a.cells[token * a.H + u] = c[own(p)];
     if (!a.gates) return;
     T* gates = static_cast<T*>(a.gates) + token * kColumns * a.H + u;
@@ -211,7 +220,8 @@ struct ForwardBlock {
     E* next = group.meeting == Meeting::kGrid ? exchanged(s) : state(s);
     pairs.each([&](int p) {
       if (unit0 + unit(p) >= z.depth) return;  // units of the last block that do not exist
-      const E value = P::stored(pairs.length[p] < 0 || resets(p, steps.at(s)) ? 0.f : h[own(p)]);
+      const bool zero = pairs.length[p] < 0 || resets(p, steps.at(s));
+      const E value = P::stored(zero ? 0.f : through_mask<T>(a.noise, h[own(p)], state_at(p)));
       E* at = next + pairs.row[p] * z.pitch + unit0 + unit(p);
       if (group.meeting == Meeting::kGrid)
         store_cg(at, value);
@@ -260,13 +270,14 @@ struct ForwardBlock {
       const int t = steps.at(s);
       float x[kMostPairs][kGates] = {}, saved[kMostPairs][kColumns];
       load_inputs(t, x);  // before the wait, which covers it
+      const unsigned masks = read_masks(*this, t);
       if (s) {
         if (!group.wait(gone)) return false;
         if (group.meeting == Meeting::kGrid) fetch(s);
       }
       multiply(state(s));
       __syncthreads();
-      pairs.running(t, [&](int p) { run_cell(p, t, x[p], saved[p]); });
+      pairs.running(t, [&](int p) { run_cell(p, t, x[p], masks, saved[p]); });
       if (s + 1 < a.batch.T) {
         hand_out(s + 1);
         group.arrive();

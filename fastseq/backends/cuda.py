@@ -20,7 +20,7 @@ rnn_cell = partial(fused.rnn_cell, on=NAME)
 
 
 def refuses(call: RnnCall) -> str | None:
-    reason = obstacle_on("the input", call.input) or fused.not_fused(call) or _not_yet(call)
+    reason = obstacle_on("the input", call.input) or fused.not_fused(call)
     return reason or without_room(call.cell, call.hidden_size, call.dtype, call.device, 2 if call.bidirectional else 1)
 
 
@@ -48,9 +48,3 @@ def rnn(call: RnnCall) -> tuple[Tensor, tuple[Tensor, ...]]:
     if call.lengths is not None:
         call.lengths = call.lengths.to(call.device, non_blocking=True)  # once for all layers
     return fused.rnn(call, NAME)
-
-
-def _not_yet(call: RnnCall) -> str | None:
-    if call.noise is not None or call.states:
-        return "zoneout, dropout within the recurrence and every cell state are not in these kernels"
-    return None

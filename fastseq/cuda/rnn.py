@@ -42,7 +42,7 @@ class Recurrence:
             "rnn_forward", inputs, KINDS[chosen.kind], CELLS[cell].number, _batch(batch), chosen.shape.native(), hidden,
             dirs, like.dtype is torch.float32, inputs.data_ptr(), _pair(w_hh), _pair(b_ih), _pair(b_hh), address(h0),
             address(c0), saved.out.data_ptr(), h_n.data_ptr(), address(c_n), address(saved.gates), address(saved.cells),
-            _addresses(group),
+            _addresses(group), _noise(extras),
         )  # fmt: skip
         return h_n, c_n
 
@@ -58,9 +58,10 @@ class Recurrence:
         group = _group(chosen, out, torch.float32)
         native.launch(
             "rnn_backward", out, KINDS[chosen.kind], CELLS[cell].number, _batch(batch), chosen.shape.native(), hidden,
-            dirs, of_state is torch.float32, address(given.out), address(d_h_n), address(d_c_n), _pair(w_hh),
-            address(h0), address(c0), out.data_ptr(), address(saved.gates), address(saved.cells), d_gates.data_ptr(),
-            address(h_before), address(d_h0), address(d_c0), _addresses(group),
+            dirs, of_state is torch.float32, address(given.out), address(d_h_n), address(d_c_n),
+            address(given.cells), _pair(w_hh), address(h0), address(c0), out.data_ptr(), address(saved.gates),
+            address(saved.cells), d_gates.data_ptr(), address(h_before), address(d_h0), address(d_c0),
+            _addresses(group), _noise(extras),
         )  # fmt: skip
         return d_c0
 
@@ -84,6 +85,20 @@ def _pair(of_directions: Sequence[Tensor]) -> Pair:
     """Addresses of both directions, 0 for what is not there."""
     first, second = (*of_directions, None, None)[:2]
     return address(first), address(second)
+
+
+_SILENT = (False, 0, 0, 0, 0, 1.0, 0.0, 0.0)
+
+
+def _noise(extras: Extras) -> tuple[Any, ...]:
+    """csrc/cuda/rnn.h's RnnNoise. Shares hold where there is no mask, the scale where there is one."""
+    if extras.silent:
+        return _SILENT
+    scale, share_h, share_c = extras.rates
+    return (
+        True, *map(address, extras[:4]), 1.0 if extras.update is None else scale,
+        share_h if extras.hold_h is None else 0.0, share_c if extras.hold_c is None else 0.0,
+    )  # fmt: skip
 
 
 def _group(chosen: RnnPlan, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, Tensor]:
