@@ -20,7 +20,7 @@ FS_INLINE vu rotate(vu x, int bits) { return x << bits | x >> (32 - bits); }
 
 // W of the block's generators from lane `first` on.
 FS_INLINE void draw_lanes(const RandomFlags& flags, int64_t block, int first, uint8_t* to) {
-  vu s[4];
+  vu s[4] = {};
   for (int i = 0; i < W; ++i) {
     uint64_t state = flags.seed + static_cast<uint64_t>(block * kLanes + first + i) * RandomFlags::kStride;
     const uint64_t a = split_mix(state), b = split_mix(state);
