@@ -301,6 +301,41 @@ void weight_gradient(int dtype, int64_t count, int64_t rows, int64_t columns, co
   kernels(of.dtype).weight_gradient(of, threads);
 }
 
+// What both passes of a layer-normalised direction have; sizes, tensors and views by name, as fastseq/ops/rnn_norm.py writes them.
+NormPass norm_pass(const Named& size, const Named& tensor, const py::dict& views) {
+  return {size.number("reverse") != 0, tensor.address("w_hh"), tensor.address("gain"), tensor.address("bias"), tensor.address("gain_x"),
+          tensor.address("bias_x"), tensor.address("cell_gain"), tensor.address("cell_bias"), tensor.address("h0"), tensor.address("c0"), view(views["inputs"]), view(views["out"])};
+}
+
+template <class Pass>
+void run_norm(void (*Kernels::*function)(const Shape&, const Sequence&, const Pass&, int), const Named& size, const Named& tensor,
+              const View& resets, const Pass& pass) {
+  const Shape shape = shape_of(static_cast<int>(size.number("cell")), static_cast<int>(size.number("dtype")),
+                               size.number("state_is_f32") != 0, 0, size.number("hidden"));
+  const int64_t steps = size.number("steps"), rows = size.number("rows");
+  const auto lengths = reinterpret_cast<Address>(tensor.address("lengths")), sizes = reinterpret_cast<Address>(tensor.address("batch_sizes"));
+  const int threads = static_cast<int>(size.number("threads"));
+  const py::gil_scoped_release released;
+  const SequencePlan order = plan(steps, rows, lengths, sizes);
+  (kernels(shape.dtype).*function)(shape, with_resets(order, resets), pass, threads);
+}
+
+void norm_forward(const py::dict& sizes, const py::dict& tensors, const py::dict& views) {
+  const Named size{sizes}, tensor{tensors};
+  const NormForwardPass pass{norm_pass(size, tensor, views), tensor.address("h_n"), tensor.address("c_n"), tensor.address("gates"),
+                             tensor.address("hats"), tensor.address<float>("cells"), tensor.address<float>("stats")};
+  run_norm(&Kernels::norm_forward, size, tensor, view(views["resets"]), pass);
+}
+
+void norm_backward(const py::dict& sizes, const py::dict& tensors, const py::dict& views) {
+  const Named size{sizes}, tensor{tensors};
+  const NormBackwardPass pass{norm_pass(size, tensor, views), tensor.address("gates"), tensor.address("hats"), tensor.address<float>("cells"),
+                              tensor.address<float>("stats"), view(views["d_out"]), tensor.address("d_h_n"), tensor.address("d_c_n"),
+                              view(views["d_inputs"]), tensor.address("d_products"), tensor.address("before"), tensor.address("d_h0"),
+                              tensor.address("d_c0"), tensor.address<float>("d_sums")};
+  run_norm(&Kernels::norm_backward, size, tensor, view(views["resets"]), pass);
+}
+
 // sizes: memory rows, queries of each, source positions, units, features
 AttentionPass attention_pass(int dtype, const py::tuple& sizes, Address q, Address keys, Address memory, Address mask, Address v) {
   const auto size = [&](int i) { return sizes[i].cast<int64_t>(); };
@@ -355,6 +390,8 @@ PYBIND11_MODULE(_C, m) {
     const py::gil_scoped_release released;
     kernels(DType::f32).random_flags({seed, count, bound, static_cast<uint8_t*>(at(to))}, threads);
   });
+  m.def("rnn_norm_forward", &norm_forward);
+  m.def("rnn_norm_backward", &norm_backward);
   m.def("discard", [](Address memory, int64_t bytes) { discard(at(memory), bytes); });
   m.def("decoder_forward", &run_decoder_forward);
   m.def("decoder_backward", &run_decoder_backward);

@@ -67,6 +67,46 @@ struct Lstm {
   static FS_HD V direct(V) { return V{} ; }
 };
 
+// Ba, Kiros and Hinton 2016, eq. 20 to 22: an LSTM whose output reads c' layer-normalised. A step, and its way back, has two phases
+// with the statistics of all units between them. `read`: N(c') with its gain and bias.
+//   c' = f c + i g,  h' = o tanh(read)
+template <class M>
+struct NormLstm {
+  using V = typename M::V;
+  static constexpr int kGates = 4, kColumns = 4;
+  static constexpr int kInput[kGates] = {0, 1, 2, 3}, kHidden[kGates] = {0, 1, 2, 3};
+  static constexpr bool kCellState = true;
+
+  // saved: i, f, g, o
+  static FS_HD void write(const V (&pre)[kColumns], V& c, V (&saved)[kColumns]) {
+    saved[0] = M::sigmoid(pre[0]);
+    saved[1] = M::sigmoid(pre[1]);
+    saved[2] = M::tanh(pre[2]);
+    saved[3] = M::sigmoid(pre[3]);
+    c = Lstm<M>::next_c(saved, c);
+  }
+
+  static FS_HD V output(V o, V read) { return o * M::tanh(read); }
+
+  // dL/d read; dpre_o: column 3.
+  static FS_HD V output_backward(V o, V read, V dh, V& dpre_o) {
+    const V squashed = M::tanh(read);
+    dpre_o = dh * squashed * o * (1.f - o);
+    return dh * o * (1.f - squashed * squashed);
+  }
+
+  // before: c. dc: dL/dc', through `read` too. carry: dL/dc. dpre: columns 0 to 2.
+  static FS_HD void write_backward(const V (&saved)[kColumns], V before, V dc, V& carry, V (&dpre)[kColumns]) {
+    const V i = saved[0], f = saved[1], g = saved[2];
+    dpre[0] = dc * g * i * (1.f - i);
+    dpre[1] = dc * before * f * (1.f - f);
+    dpre[2] = dc * i * (1.f - g * g);
+    carry = dc * f;
+  }
+
+  static FS_HD V direct(V) { return V{} ; }
+};
+
 // Cho 2014 in torch's form (reset after the product); gates r, z, n; columns r, z, U_n h + b_hn, W_n x + b_in.
 //   n = tanh(W_n x + b_in + r (U_n h + b_hn)),  h' = (1 - z) n + z h
 template <class M>

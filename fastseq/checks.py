@@ -80,6 +80,7 @@ def check_call(call: RnnCall, autocast: torch.dtype | None) -> None:
     if x.dim() != (2 if call.batch_sizes is not None else 3):
         raise InputError(f"input has shape {_shape(x)}, {x.dim()}-D; expected {kinds}")
     _check_weights(call)
+    _check_norms(call)
     if call.steps == 0:
         raise InputError("input has T=0 steps; at least one is needed (rows may have length 0: use lengths=)")
     if call.resets is not None:
@@ -120,6 +121,18 @@ def _check_weights(call: RnnCall) -> None:
                 raise InputError(_weight_fault(call, k + j, j, shape))
 
 
+def _check_norms(call: RnnCall) -> None:
+    """Number and shapes of layer normalisation's parameters."""
+    if call.norms is None:
+        return
+    wide, narrow = (GATES[call.cell] * call.hidden_size,), (call.hidden_size,)
+    expected = [wide, wide, narrow, narrow] if call.cell == "lstm" else [wide, wide]
+    expected *= call.num_layers * (2 if call.bidirectional else 1)
+    found = [_shape(need_tensor(f"norms[{k}]", n)) for k, n in enumerate(call.norms)]
+    if found != expected:
+        raise InputError(f"norms have shapes {found}, expected {expected}")
+
+
 def _weight_fault(call: RnnCall, k: int, j: int, shape: tuple[int, ...]) -> str:
     w = call.weights[k]
     if k == 0 and w.dim() == 2 and w.shape[0] % GATES[call.cell] == 0:
@@ -147,6 +160,8 @@ def _check_inputs(call: RnnCall, autocast: torch.dtype | None, lead: tuple[int, 
         _check_same("c0", call.c0, "h0", call.h0, autocast is not None)
     for k, w in enumerate(call.weights):
         _check_same(f"weights[{k}]", w, "input", x, autocast is not None)
+    for k, n in enumerate(call.norms or ()):
+        _check_same(f"norms[{k}]", n, "input", x, autocast is not None)
 
 
 def _check_same(name: str, t: Tensor, other: str, x: Tensor, cast: bool) -> None:

@@ -141,6 +141,7 @@ def _cast(call: RnnCall, dtype: torch.dtype) -> RnnCall:
         None if call.c0 is None else call.c0.to(dtype), [w.to(dtype) for w in call.weights], call.lengths,
         call.batch_sizes, call.has_bias, call.num_layers, call.dropout, call.training, call.bidirectional,
         call.batch_first, call.proj_size, call.resets, call.noise, call.states,
+        None if call.norms is None else [n.to(dtype) for n in call.norms],
     )  # fmt: skip
 
 

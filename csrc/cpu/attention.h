@@ -11,29 +11,6 @@ namespace FS_ISA {
 
 FS_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// All lanes folded into one by halves: a chain over them would take W additions.
-template <int kHalf = W / 2, class F>
-FS_INLINE float fold_lanes(vf x, F&& f) {
-  if constexpr (kHalf == 0) {
-    return x[0];
-  } else {
-    const vu other = shuffle<uint32_t>(bits_of<vu>(x), bits_of<vu>(x), [](int i) FS_LAMBDA { return (i + kHalf) % W; });
-    return fold_lanes<kHalf / 2>(f(x, bits_of<vf>(other)), f);
-  }
-}
-
-FS_INLINE float sum_lanes(vf x) {
-  return fold_lanes(x, [](vf a, vf b) FS_LAMBDA { return a + b; });
-}
-
-FS_INLINE int lanes_left(int64_t at, int64_t total) { return total - at < W ? static_cast<int>(total - at) : W; }
-
-// f(first, lanes) for the vectors of `total` elements.
-template <class F>
-FS_INLINE void for_vectors(int64_t total, F&& f) {
-  for (int64_t u = 0; u < total; u += W) f(u, lanes_left(u, total));
-}
-
 // The positions that each memory row attends to, in rising order: what stands elsewhere is never read.
 struct Positions {
   int32_t* at;     // [B][S]

@@ -17,13 +17,16 @@
   int64_t rnn_packed_bytes(const Shape&);                                                                     \
   void rnn_pack(const Shape&, const Direction&, void*, int threads);                                          \
   void random_flags(const RandomFlags&, int threads);                                                         \
+  void rnn_norm_forward(const Shape&, const Sequence&, const NormForwardPass&, int threads);                  \
+  void rnn_norm_backward(const Shape&, const Sequence&, const NormBackwardPass&, int threads);                \
   bool holds(DType);                                                                                          \
   }
 #define FS_ENTRY(isa, supported)                                                                              \
   Kernels {                                                                                                   \
     #isa, supported, isa::holds, isa::rnn_forward, isa::rnn_backward, isa::decoder_forward, isa::decoder_backward, \
         isa::product, isa::input_gradient, isa::weight_gradient, isa::attention_forward, isa::attention_backward, \
-        isa::tile_rate, isa::rnn_packed_bytes, isa::rnn_pack, isa::random_flags                               \
+        isa::tile_rate, isa::rnn_packed_bytes, isa::rnn_pack, isa::random_flags, isa::rnn_norm_forward,       \
+        isa::rnn_norm_backward                                                                                \
   }
 
 namespace fastseq {

@@ -9,6 +9,7 @@
 #include "decoder.h"
 #include "products.h"
 #include "random_flags.h"
+#include "rnn_norm.h"
 
 namespace fastseq {
 
@@ -29,6 +30,8 @@ struct Kernels {
   int64_t (*packed_bytes)(const Shape&);
   void (*pack)(const Shape&, const Direction&, void*, int);
   void (*random_flags)(const RandomFlags&, int);
+  void (*norm_forward)(const Shape&, const Sequence&, const NormForwardPass&, int);
+  void (*norm_backward)(const Shape&, const Sequence&, const NormBackwardPass&, int);
 };
 
 const char* isa();                              // the chosen variant

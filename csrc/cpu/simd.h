@@ -215,6 +215,37 @@ FS_INLINE void halve(vu a, vu b, vu& lower, vu& upper) {
   upper = shuffle<uint64_t>(a, b, [&](int i) FS_LAMBDA { return at(i) + kHalf; });
 }
 
+// All lanes folded into one by halves: a chain over them would take W additions.
+template <int kHalf = W / 2, class F>
+FS_INLINE float fold_lanes(vf x, F&& f) {
+  if constexpr (kHalf == 0) {
+    return x[0];
+  } else {
+    const vu other = shuffle<uint32_t>(bits_of<vu>(x), bits_of<vu>(x), [](int i) FS_LAMBDA { return (i + kHalf) % W; });
+    return fold_lanes<kHalf / 2>(f(x, bits_of<vf>(other)), f);
+  }
+}
+
+FS_INLINE float sum_lanes(vf x) {
+  return fold_lanes(x, [](vf a, vf b) FS_LAMBDA { return a + b; });
+}
+
+FS_INLINE int lanes_left(int64_t at, int64_t total) { return total - at < W ? static_cast<int>(total - at) : W; }
+
+// f(first, lanes) for the vectors of `total` elements.
+template <class F>
+FS_INLINE void for_vectors(int64_t total, F&& f) {
+  for (int64_t u = 0; u < total; u += W) f(u, lanes_left(u, total));
+}
+
+// x, its lanes past n zero, whatever they were.
+FS_INLINE vf first_of(vf x, int n) {
+  if (n == W) return x;
+  vi lane;
+  unroll<W>([&](int i) FS_LAMBDA { lane[i] = i; });
+  return bits_of<vf>(bits_of<vi>(x) & (lane < n));
+}
+
 // 16 bytes each from W / 4 places, `pitch` elements apart.
 template <class T>
 FS_INLINE vu load_quads(const T* p, int64_t pitch) {

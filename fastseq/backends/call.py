@@ -49,6 +49,7 @@ class RnnCall:
     resets: Tensor | None = None  # bool, [T, B] or, if batch_first, [B, T]: the state is zeroed before that step
     noise: Noise | None = None  # masks that each layer draws; None where none would do anything
     states: bool = False  # of an LSTM: c of every step of the last layer is a third result, in the output's layout
+    norms: list[Tensor] | None = None  # L*D times norm_ih, norm_hh [G*H] (, norm_c, norm_c_bias [H]); or None
     frozen: Sequence[PackedLayer] | None = None  # one a layer, for "cpu" where no gradient is recorded
 
     def kind(self) -> tuple[Any, ...]:
@@ -60,6 +61,7 @@ class RnnCall:
             None if self.batch_sizes is None else self.batch,
             self.noise, self.noise is None or self.training, self.states,
             kind_of(x), h is None or kind_of(h), c is None or kind_of(c), *map(kind_of, self.weights),
+            self.norms is None or tuple(map(kind_of, self.norms)),
         )  # fmt: skip
 
     @property

@@ -21,6 +21,8 @@ rnn_cell = partial(fused.rnn_cell, on=NAME)
 
 def refuses(call: RnnCall) -> str | None:
     reason = obstacle_on("the input", call.input) or fused.not_fused(call)
+    if reason is None and call.norms is not None:
+        reason = "layer normalisation is not in these kernels"
     return reason or without_room(call.cell, call.hidden_size, call.dtype, call.device, 2 if call.bidirectional else 1)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..ops.common import is_direct
 from ..ops.packed import PACKED_PRODUCTS, PackedLayer, unwatched
 from ..ops.rnn import rnn_layer
+from ..ops.rnn_norm import rnn_norm_layer
 from ..ops.step import StepShape, rnn_step
 from . import stack
 from .call import Results, RnnCall
@@ -23,11 +24,15 @@ def not_fused(call: RnnCall) -> str | None:
         return f"proj_size={call.proj_size} is not fused"
     if call.cell == "gru_reset_before":
         return "gru_reset_before has no fused sequence kernel"
+    if call.norms is not None and (call.noise is not None or call.states):
+        return "layer normalisation with zoneout, dropout within the recurrence or every cell state is not fused"
     return None
 
 
 def rnn(call: RnnCall, on: str) -> Results:
     """A layer stack on the kernels of backend `on`."""
+    if call.norms is not None:
+        return stack.run(call, partial(rnn_norm_layer, on=on))
     x = call.input
     one_step = x.dim() == 3 and x.shape[1 if call.batch_first else 0] == 1 and call.lengths is None
     one_step = one_step and call.noise is None and not call.states
@@ -64,6 +69,8 @@ def _frozen(call: RnnCall, on: str) -> PackedLayer | None:
 
 def without_frozen(call: RnnCall) -> str | None:
     """Why the CPU kernels would run `call`, of a frozen module, without its packed weights."""
+    if call.norms is not None:
+        return "the kernels of layer normalisation pack them in each call"
     if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
         return "within a transform of torch.func or forward-mode gradients"
     given = (call.input, call.h0, call.c0, *call.weights)

@@ -47,6 +47,7 @@ def rnn(call: RnnCall) -> Results:
         f"ONNX's {NODES[call.cell][0]} has no",
         ("resets= within a sequence", call.resets is not None),
         ("zoneout or recurrent dropout", call.noise is not None),
+        ("layer normalisation", call.norms is not None),
         ("cell states of every step", call.states),
         (f"projection, proj_size={call.proj_size}", call.proj_size > 0),
         ("PackedSequence; pad it and pass lengths=", call.batch_sizes is not None),

@@ -12,7 +12,8 @@ rnn_relu          the same with another nonlinearity
 
 Zoneout is Krueger et al. 2016, section 3.2: h and c keep their values where a mask says so, and h comes from a c that
 does not. Recurrent dropout is Gal and Ghahramani 2016, eq. 7, on h before W_hh, or Semeniuta et al. 2016, eq. 9 and 12,
-on what a step writes.
+on what a step writes. Layer normalisation is Ba, Kiros and Hinton 2016 (arXiv 1607.06450), eq. 20 to 22 for the LSTM;
+for the GRU that of the same supplement, with the reset gate as in gru: N(W_x x) + N(W_h h) in place of W_x x + W_h h.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,14 +21,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import layer_norm, linear
 
 from ..ops.cells import CELLS
 from ..ops.extras import NONE, Extras
 from . import stack
 from .call import Results, RnnCall
 
-__all__ = ["NAME", "STEPS", "Weights", "layer", "refuses", "rnn", "rnn_cell", "unavailable", "wide"]
+__all__ = [
+    "NAME", "STEPS", "Weights", "layer", "norm_direction", "refuses", "rnn", "rnn_cell", "unavailable",
+    "wide",
+]  # fmt: skip
 
 NAME = "reference"
 
@@ -69,13 +73,31 @@ def layer(
     batch_first: bool,
     bidirectional: bool,
     extras: Extras = NONE,
+    norms: Sequence[Tensor] = (),  # D times the gains of N(W_ih x) and N(W_hh h), of an LSTM those and the bias of N(c)
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One layer in one or both directions: (out in x's layout, h_n [D, B, P], c_n [D, B, H] or None, c of every step).
 
     The last is None unless extras ask for it; of a cell that has c it is in out's layout.
     """
+    parts = Weights.split(weights, 2 if bidirectional else 1, norms)
+    return _layer(cell, x, h0, c0, parts, lengths, resets, batch_sizes, batch_first, (False, True), extras)
+
+
+def norm_direction(
+    cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], norms: Sequence[Tensor],
+    lengths: Tensor | None, resets: Tensor | None, batch_sizes: Tensor | None, batch_first: bool, reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """out, h_n and c_n of one direction of a layer-normalised layer, forward or in reverse."""
+    parts = Weights.split(weights, 1, norms)
+    return _layer(cell, x, h0, c0, parts, lengths, resets, batch_sizes, batch_first, (reverse,), NONE)[:3]
+
+
+def _layer(
+    cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, parts: Sequence["Weights"], lengths: Tensor | None,
+    resets: Tensor | None, batch_sizes: Tensor | None, batch_first: bool, reverses: tuple[bool, ...], extras: Extras,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     if batch_sizes is not None:
-        return _packed_layer(cell, x, h0, c0, weights, batch_sizes, bidirectional, extras)
+        return _packed_layer(cell, x, h0, c0, parts, batch_sizes, reverses, extras)
     xs, mask = wide(x.transpose(0, 1) if batch_first else x), None
     begins = None if resets is None else (resets.transpose(0, 1) if batch_first else resets)[:, :, None]  # [T, B, 1]
     if lengths is not None:
@@ -84,11 +106,11 @@ def layer(
         xs = torch.where(mask, xs, 0.0)  # behind a length may stand NaN, and backward would multiply it by 0
         begins = None if begins is None else begins & mask
     runs = []
-    for d, w in enumerate(Weights.split(weights, 2 if bidirectional else 1)):
+    for d, (w, reverse) in enumerate(zip(parts, reverses, strict=False)):
         held = _Masks.of(extras, d, cell, w, batch_first)
         w = w if extras.recurrent is None else w._replace(drop=wide(extras.recurrent[d]))
         state = _initial(cell, None if h0 is None else h0[d], None if c0 is None else c0[d], w, xs[0])
-        runs.append(_scan(STEPS[cell], xs, state, w, mask, begins, held, reverse=d == 1))
+        runs.append(_scan(STEPS[cell], xs, state, w, mask, begins, held, reverse))
     outputs = [torch.cat(both, -1).to(x.dtype) for both in zip(*(steps for steps, _ in runs), strict=True)]
     if batch_first:
         outputs = [t.transpose(0, 1) for t in outputs]
@@ -108,16 +130,21 @@ class Weights(NamedTuple):
     hr: Tensor | None = None  # [P, H]
     drop: Tensor | None = None  # [B, P]: multiplies h in the recurrent product
     beside: Tensor | None = None  # [B, G*H]: joins the recurrent product; not of gru_reset_before, which has two
+    norm_ih: Tensor | None = None  # [G*H], gain of N(W_ih x); None: nothing is normalised
+    norm_hh: Tensor | None = None  # [G*H], gain of N(W_hh h)
+    norm_c: Tensor | None = None  # [H], gain of N(c); an LSTM's
+    norm_c_bias: Tensor | None = None
 
     @classmethod
-    def split(cls, flat: Sequence[Tensor], directions: int) -> list["Weights"]:
+    def split(cls, flat: Sequence[Tensor], directions: int, norms: Sequence[Tensor] = ()) -> list["Weights"]:
         n = len(flat) // directions  # 2, with biases 4, with a projection one more
-        parts = []
+        parts, gains = [], len(norms) // directions
         for d in range(directions):
             ih, hh, *rest = (wide(w) for w in flat[d * n : (d + 1) * n])
             hr = rest.pop() if n % 2 else None
             b_ih, b_hh = rest or (None, None)
-            parts.append(cls(ih, hh, b_ih, b_hh, hr))
+            own = [wide(n) for n in norms[d * gains : (d + 1) * gains]]
+            parts.append(cls(ih, hh, b_ih, b_hh, hr, None, None, *own))
         return parts
 
 
@@ -131,7 +158,7 @@ class _Masks(NamedTuple):
     def of(cls, extras: Extras, d: int, cell: str, w: "Weights", batch_first: bool) -> "_Masks | None":
         if extras.silent:
             return None
-        hidden, state = w.ih.shape[0] // CELLS[cell].gates, w.hh.shape[1]
+        hidden, state = w.hh.shape[0] // CELLS[cell].gates, w.hh.shape[1]
 
         def own(mask: Tensor | None, units: int) -> Tensor | None:
             if mask is None:
@@ -164,7 +191,25 @@ def _written(value: Tensor, update: Tensor | None) -> Tensor:
     return value if update is None else value * update
 
 
+def _normalised(product: Tensor, gain: Tensor, bias: Tensor | None, lstm: bool) -> Tensor:
+    """N(product) gain (+ bias) [.., G*H]: over all gates of an LSTM, over r and z, and over n, of a GRU."""
+    total = gain.shape[0]
+    blocks = [total] if lstm else [total // 3 * 2, total // 3]
+    biases = [None] * len(blocks) if bias is None else bias.split(blocks)
+    parts = zip(product.split(blocks, -1), gain.split(blocks), biases, strict=True)
+    done = [layer_norm(p, (n,), g, b) for n, (p, g, b) in zip(blocks, parts, strict=True)]
+    return done[0] if lstm else torch.cat(done, -1)
+
+
+def _projected(x: Tensor, w: Weights) -> Tensor:
+    if w.norm_ih is None:
+        return linear(x, w.ih, w.b_ih)
+    return _normalised(linear(x, w.ih), w.norm_ih, w.b_ih, w.norm_c is not None)
+
+
 def _recurrent(h: Tensor, w: Weights) -> Tensor:
+    if w.norm_hh is not None:
+        return _normalised(linear(_dropped(h, w), w.hh), w.norm_hh, w.b_hh, w.norm_c is not None)
     product = linear(_dropped(h, w), w.hh, w.b_hh)
     return product if w.beside is None else product + w.beside
 
@@ -173,7 +218,8 @@ def _lstm(gx: Tensor, state: State, w: Weights, update: Tensor | None = None) ->
     h, c = state
     i, f, g, o = (gx + _recurrent(h, w)).chunk(4, -1)
     c = f.sigmoid() * c + i.sigmoid() * _written(g.tanh(), update)
-    h = o.sigmoid() * c.tanh()
+    seen = c if w.norm_c is None else layer_norm(c, c.shape[-1:], w.norm_c, w.norm_c_bias)
+    h = o.sigmoid() * seen.tanh()
     return (h if w.hr is None else linear(h, w.hr)), c
 
 
@@ -220,7 +266,7 @@ def _scan(
 
     begins [T, B, 1]: where a segment begins. Its first step starts from 0; in reverse the last one before it does.
     """
-    gx = linear(x, w.ih, w.b_ih).unbind(0)
+    gx = _projected(x, w).unbind(0)
     steps: list[State] = [()] * len(gx)
     for t in reversed(range(len(gx))) if reverse else range(len(gx)):
         begin = t + reverse
@@ -245,9 +291,9 @@ def _packed_layer(
     x: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
-    weights: Sequence[Tensor],
+    parts: Sequence[Weights],
     batch_sizes: Tensor,
-    bidirectional: bool,
+    reverses: tuple[bool, ...],
     extras: Extras,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Packed data through the padded layer: gather, run with lengths, gather back."""
@@ -257,9 +303,7 @@ def _packed_layer(
     place = torch.where(valid, place, 0).to(x.device)
     update, hold_h, hold_c = (None if m is None else m[place] for m in extras[:3])
     extras = extras._replace(update=update, hold_h=hold_h, hold_c=hold_c)
-    out, h_n, c_n, states = layer(
-        cell, x[place], h0, c0, weights, valid.sum(0), None, None, False, bidirectional, extras
-    )
+    out, h_n, c_n, states = _layer(cell, x[place], h0, c0, parts, valid.sum(0), None, None, False, reverses, extras)
     back = valid.flatten().nonzero()[:, 0].to(x.device)
     return out.flatten(0, 1)[back], h_n, c_n, None if states is None else states.flatten(0, 1)[back]
 
@@ -269,7 +313,7 @@ def _initial(cell: str, h0: Tensor | None, c0: Tensor | None, w: Weights, x: Ten
     h = x.new_zeros(x.shape[0], w.hh.shape[1]) if h0 is None else wide(h0)
     if cell != "lstm":
         return (h,)
-    return h, x.new_zeros(x.shape[0], w.ih.shape[0] // 4) if c0 is None else wide(c0)
+    return h, x.new_zeros(x.shape[0], w.hh.shape[0] // 4) if c0 is None else wide(c0)
 
 
 def _state_dtype(h0: Tensor | None, x: Tensor) -> torch.dtype:

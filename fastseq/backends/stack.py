@@ -15,6 +15,7 @@ STATES = Extras(states=True)
 
 # layer(cell, x, h0, c0, weights, lengths, resets, batch_sizes, batch_first, bidirectional, extras)
 # -> (out, h_n, c_n | None, c_out | None)
+# With norms= of this layer's D directions where the call is layer-normalised.
 # x as in RnnCall with a last dimension of stride 1; h0, c0 [D, B, ·] or None; weights of this layer's D directions;
 # out, c_out in x's layout with D*P and D*H features; h_n, c_n [D, B, ·].
 Layer = Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
@@ -51,7 +52,10 @@ def _layer(
     call: RnnCall, layer: Layer, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor],
     frozen: Sequence[Any] | None, index: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    more = {} if frozen is None else {"frozen": frozen[index]}
+    more: dict[str, Any] = {} if frozen is None else {"frozen": frozen[index]}
+    if call.norms is not None:
+        per = len(call.norms) // call.num_layers
+        more["norms"] = call.norms[index * per : (index + 1) * per]
     return layer(
         call.cell, x, h0, c0, weights, call.lengths, call.resets, call.batch_sizes, call.batch_first,
         call.bidirectional, _extras(call, x, index), **more,

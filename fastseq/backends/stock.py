@@ -25,6 +25,8 @@ def refuses(call: RnnCall) -> str | None:
         return "torch has no GRU with the reset gate before the product"
     if call.noise is not None:
         return "torch's operators have neither zoneout nor dropout within the recurrence"
+    if call.norms is not None:
+        return "torch's operators have no layer normalisation within the recurrence"
     if call.states:
         return "torch's operators give no cell state but the last"
     if call.resets is not None:

@@ -35,7 +35,7 @@ def beyond_torch(module: nn.Module) -> str | None:
     """The options of `module` that torch's class has not; None where it computes the same."""
     if not isinstance(module, Recurrent):
         return None
-    options = ("zoneout", "recurrent_dropout", "learn_state")
+    options = ("zoneout", "recurrent_dropout", "learn_state", "layer_norm")
     given = [f"{name}={getattr(module, name)}" for name in options if getattr(module, name)]
     return ", ".join(given) or None
 

@@ -11,6 +11,7 @@ from ..engine import run
 from ..errors import InputError
 from ..functional import Lengths
 from ..ops.extras import Noise
+from .norm import add_norms, reset_norms
 
 __all__ = ["Recurrent", "backend_repr", "first_state", "noise_of"]
 
@@ -23,6 +24,7 @@ class Recurrent(nn.Module):
     recurrent_dropout: float = 0.0
     recurrent_dropout_on: str = "state"
     learn_state: bool = False
+    layer_norm: bool = False
 
     def __init__(
         self,
@@ -32,6 +34,7 @@ class Recurrent(nn.Module):
         recurrent_dropout: float = 0.0,
         recurrent_dropout_on: str = "state",
         learn_state: bool = False,
+        layer_norm: bool = False,
         **kwargs: Any,
     ) -> None:
         check_name(backend)
@@ -39,11 +42,13 @@ class Recurrent(nn.Module):
         self.backend = backend
         for name, value in (
             ("zoneout", zoneout), ("recurrent_dropout", recurrent_dropout),
-            ("recurrent_dropout_on", recurrent_dropout_on), ("learn_state", learn_state),
+            ("recurrent_dropout_on", recurrent_dropout_on), ("learn_state", learn_state), ("layer_norm", layer_norm),
         ):  # fmt: skip
             if value != getattr(type(self), name):
                 setattr(self, name, value)
         _noise(self)  # raises for what no call could be made with
+        if layer_norm:
+            add_norms(self)
         if learn_state:
             base: Any = self
             rows = base.num_layers * (2 if base.bidirectional else 1)
@@ -53,8 +58,9 @@ class Recurrent(nn.Module):
                 self.initial_c = nn.Parameter(like.new_zeros(rows, base.hidden_size))
 
     def reset_parameters(self) -> None:
-        """torch.nn's draws; a learned first state begins at 0 and draws nothing."""
+        """torch.nn's draws; a learned first state begins at 0, gains of layer normalisation at 1."""
         super().reset_parameters()  # type: ignore[misc]
+        reset_norms(self)
         if self.learn_state:
             for name in ("initial_h", "initial_c"):
                 if name in self._parameters:
@@ -70,7 +76,7 @@ class Recurrent(nn.Module):
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
-        for name in ("zoneout", "recurrent_dropout", "recurrent_dropout_on", "learn_state"):
+        for name in ("zoneout", "recurrent_dropout", "recurrent_dropout_on", "learn_state", "layer_norm"):
             if getattr(self, name) != getattr(Recurrent, name):
                 text += f", {name}={getattr(self, name)!r}"
         return text + backend_repr(self)

@@ -13,6 +13,7 @@ from ..backends.call import RnnCall
 from ..functional import Lengths, state_pair
 from .frozen import frozen
 from .modes import serves_modes
+from .norm import norms_of
 from .recurrent import Recurrent, first_state, noise_of
 
 __all__ = ["GRU", "LSTM", "RNN", "gru_call", "lstm_call", "rnn_call"]
@@ -26,7 +27,7 @@ def lstm_call(module: nn.LSTM, input: Any, hx: LstmState | None) -> RnnCall:
     return RnnCall(
         "lstm", input, h0, c0, _weights(module), None, None, module.bias, module.num_layers, module.dropout,
         module.training, module.bidirectional, module.batch_first, module.proj_size, noise=noise_of(module),
-        frozen=frozen(module),
+        norms=norms_of(module), frozen=frozen(module),
     )  # fmt: skip
 
 
@@ -44,7 +45,8 @@ def _call(cell: str, module: nn.RNNBase, input: Any, hx: Tensor | None) -> RnnCa
     hx = first_state(module, input) if hx is None else hx
     return RnnCall(
         cell, input, hx, None, _weights(module), None, None, module.bias, module.num_layers, module.dropout,
-        module.training, module.bidirectional, module.batch_first, noise=noise_of(module), frozen=frozen(module),
+        module.training, module.bidirectional, module.batch_first, noise=noise_of(module), norms=norms_of(module),
+        frozen=frozen(module),
     )  # fmt: skip
 
 
@@ -69,6 +71,10 @@ class LSTM(Recurrent, nn.LSTM):
     recurrent_dropout: in training, of h on its way into W_hh, one mask for all steps of a row (Gal and Ghahramani
     2016); with recurrent_dropout_on="update" of what a step writes into c, a mask for every step (Semeniuta et al.
     2016).
+    layer_norm: both products are normalised before they are added, and c on its way into h (Ba, Kiros and Hinton 2016,
+    eq. 20 to 22; eps 1e-5). Parameters norm_ih_l0, norm_hh_l0 [4H] and norm_c_l0 [H] are gains, at first 1,
+    norm_c_bias_l0 [H] is a bias, at first 0, one each a layer and direction; the other biases are bias_ih and bias_hh.
+    InputError with proj_size.
     learn_state: parameters initial_h [L*D, P] and initial_c [L*D, H], at first 0, take the place of zeros where hx is
     None; resets begin from zeros, so the two are refused together. Raises InputError for probabilities outside [0, 1).
     """
@@ -91,6 +97,7 @@ class LSTM(Recurrent, nn.LSTM):
         recurrent_dropout: float = ...,
         recurrent_dropout_on: str = ...,
         learn_state: bool = ...,
+        layer_norm: bool = ...,
         backend: str = ...,
     ) -> None: ...
     @overload
@@ -143,7 +150,8 @@ class GRU(Recurrent, nn.GRU):
     """torch.nn.GRU, faster: the same arguments, parameters, state_dict, results and random draws.
 
     All else as for `LSTM`, but that there is no c: zoneout is one probability, and recurrent_dropout_on="update" drops
-    of the candidate n.
+    of the candidate n. layer_norm normalises r and z together, and n by itself, of either product: n is
+    tanh(norm_ih N(W_n x) + b_in + r (norm_hh N(U_n h) + b_hn)); norm_ih_l0, norm_hh_l0 [3H] are all its parameters.
     """
 
     @overload
@@ -163,6 +171,7 @@ class GRU(Recurrent, nn.GRU):
         recurrent_dropout: float = ...,
         recurrent_dropout_on: str = ...,
         learn_state: bool = ...,
+        layer_norm: bool = ...,
         backend: str = ...,
     ) -> None: ...
     @overload

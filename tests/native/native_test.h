@@ -20,6 +20,7 @@ void check_attention();
 void check_attention_of_sequences();
 void check_cells();
 void check_decoder();
+void check_normalised();
 void check_products();
 void check_search();
 

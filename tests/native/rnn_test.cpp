@@ -313,6 +313,7 @@ int main() {
   fastseq::check_cells();
   fastseq::check_decoder();
   fastseq::check_search();
+  fastseq::check_normalised();
   fastseq::check_products();
   fastseq::refuse_bad_input();
   fastseq::agree_on_random_problems();
