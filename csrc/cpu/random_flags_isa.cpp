@@ -20,13 +20,15 @@ FS_INLINE vu rotate(vu x, int bits) { return x << bits | x >> (32 - bits); }
 
 // W of the block's generators from lane `first` on.
 FS_INLINE void draw_lanes(const RandomFlags& flags, int64_t block, int first, uint8_t* to) {
-  vu s[4] = {};
+  uint32_t words[4][W];
   for (int i = 0; i < W; ++i) {
     uint64_t state = flags.seed + static_cast<uint64_t>(block * kLanes + first + i) * RandomFlags::kStride;
     const uint64_t a = split_mix(state), b = split_mix(state);
-    s[0][i] = static_cast<uint32_t>(a), s[1][i] = static_cast<uint32_t>(a >> 32);
-    s[2][i] = static_cast<uint32_t>(b), s[3][i] = static_cast<uint32_t>(b >> 32);
+    words[0][i] = static_cast<uint32_t>(a), words[1][i] = static_cast<uint32_t>(a >> 32);
+    words[2][i] = static_cast<uint32_t>(b), words[3][i] = static_cast<uint32_t>(b >> 32);
   }
+  vu s[4];
+  unroll<4>([&](int k) FS_LAMBDA { s[k] = load_vector<vu>(words[k]); });
   for (int draw = 0; draw < kDraws; ++draw, to += 2 * kLanes) {
     const vu x = rotate(s[0] + s[3], 7) + s[0], shifted = s[1] << 9;
     s[2] ^= s[0];
