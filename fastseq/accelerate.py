@@ -10,6 +10,7 @@ from .errors import InputError
 from .interop.adapters import Adapter
 from .interop.registry import adapter_of, known, why_not
 from .modules.dropin import DROP_INS
+from .modules.encoder import Encoder
 from .modules.frozen import KEY
 from .modules.modes import beyond_torch
 
@@ -49,14 +50,16 @@ def accelerate(model: nn.Module, undo: bool | str = False) -> Report:
     whose steps then run as one operator: signatures, state_dict and isinstance stay, and on the CPU random draws do.
 
     undo="all" also makes torch's own of the modules that were built as fastseq's, for tools that ask for the exact
-    type, such as torch.ao.quantization.
+    type, such as torch.ao.quantization. Torch's take no lengths= and no resets=; layers of a fastseq.Encoder stay.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if undo not in (False, True, "all"):
         raise InputError(f"undo={undo!r}; use True for what accelerate did, 'all' for every fastseq module, or False")
+    parts = {id(layer) for part in model.modules() if isinstance(part, Encoder) for layer in part.layers}
     found = (
-        _revert(name, module, undo == "all") if undo else _swap(name, module) for name, module in model.named_modules()
+        _revert(name, module, undo == "all", id(module) in parts) if undo else _swap(name, module)
+        for name, module in model.named_modules()
     )
     return Report(c for c in found if c is not None)
 
@@ -117,7 +120,7 @@ def _full(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _revert(name: str, module: nn.Module, every: bool) -> Change | None:
+def _revert(name: str, module: nn.Module, every: bool, within: bool) -> Change | None:
     if isinstance(module, Adapter):
         module.__dict__.pop(_MARK, None)
         stock: type[nn.Module] = type(module).stock
@@ -129,6 +132,8 @@ def _revert(name: str, module: nn.Module, every: bool) -> Change | None:
     built = _MARK not in module.__dict__
     if built and not every:
         return Change(name, "skipped", f"was built as fastseq.{kind.__name__}; undo='all' reverts these too")
+    if within:
+        return Change(name, "skipped", "belongs to a fastseq.Encoder, which calls it with lengths=")
     more = beyond_torch(module)
     if more is not None:
         return Change(name, "skipped", f"torch.nn.{_STOCK[kind].__name__} has no {more}")

@@ -41,9 +41,9 @@ class Explanation(tuple[Verdict, ...]):
 def explain(target: Any, input: Any = None, hx: Any = None, *, lengths: Any = None, resets: Any = None) -> Explanation:
     """For each backend: chosen, or the reason why not, were `target(input, hx, lengths=lengths)` called here and now.
 
-    target: a fastseq LSTM, GRU, LSTMCell or GRUCell, one of torch.nn as `accelerate` would run it, a module that itself
-    makes its call, by as_call(input, hx) (Encoder, whose first layer is looked at: x; Decoder: y and memory; Attention:
-    query and keys), or a call, such as decoder.as_call(y, keys, state). resets go to an LSTM or GRU as lengths do.
+    target: a fastseq LSTM, GRU, RNN or cell of these, one of torch.nn as `accelerate` would run it, a module that
+    itself makes its call, by as_call(input, hx) (Encoder, whose first layer is looked at: x; Decoder: y and memory;
+    Attention: query and keys), or a call, such as decoder.as_call(y, keys, state). resets go to layers as lengths do.
     Of a frozen module it says whether the call uses the packed weights. Raises what the call itself would raise for a
     wrong input.
 

@@ -18,7 +18,7 @@ _STOCK = tuple(DROP_INS)  # while fastseq.patch() is in force
 
 
 def freeze(model: M) -> M:
-    """Speed up inference on the CPU: every fastseq LSTM, GRU, LSTMCell and GRUCell within `model` keeps packed weights.
+    """Speed up inference on the CPU: every fastseq LSTM, GRU, RNN and cell within `model` keeps packed weights.
 
     In place; returns `model`. The fused CPU kernels multiply by weights in a layout of their own, which a call makes
     and forgets. A frozen layer makes it in its first call without gradients and keeps it: one more copy of its weights
@@ -44,7 +44,7 @@ def freeze(model: M) -> M:
     layers = _layers(model, (*_OURS, *_STOCK) if patched() else _OURS)
     if not layers:
         raise InputError(
-            f"no fastseq LSTM, GRU, LSTMCell or GRUCell within {type(model).__name__}; "
+            f"no fastseq LSTM, GRU, RNN or cell of these within {type(model).__name__}; "
             "build it of them, or call fastseq.accelerate(model) first"
         )
     for layer in layers:

@@ -106,6 +106,15 @@ def test_undo_all_leaves_what_torchs_class_would_compute_otherwise() -> None:
     assert type(model[0]) is fastseq.LSTM
 
 
+def test_undo_all_leaves_the_layers_of_an_encoder() -> None:
+    """It calls them with lengths, of which torch's know nothing."""
+    encoder = fastseq.Encoder(I, H, 2)
+    report = fastseq.accelerate(encoder, undo="all")
+    reason = "belongs to a fastseq.Encoder, which calls it with lengths="
+    assert report == [("layers.0", "skipped", reason), ("layers.1", "skipped", reason)]
+    assert encoder(torch.randn(2, 5, I), [5, 0]).out.shape == (2, 5, H)
+
+
 def test_other_values_of_undo_are_refused() -> None:
     with pytest.raises(fastseq.InputError, match="undo='both'; use True"):
         fastseq.accelerate(nn.GRU(I, H), undo="both")

@@ -236,6 +236,11 @@ def test_what_keys_do_not_show() -> None:
                         ("copy_attn", True), ("rnn_type", "SRU")):  # fmt: skip
         with pytest.raises(InputError, match=rf"{name}={value!r} of OpenNMT-py is not supported"):
             from_opennmt(**given, opt=usual | {name: value})
+    for name, value in (("rnn_type", "GRU"), ("global_attention", "mlp"), ("input_feed", 0)):
+        with pytest.raises(InputError, match=rf"{name}={value!r} of OpenNMT-py, but the keys show"):
+            from_opennmt(**given, opt=usual | {name: value})
+    with pytest.raises(InputError, match=r"options within 'opt'; pass opt\['opt'\]"):
+        from_opennmt(**given, opt={"opt": usual})
     copying = {"linear.weight": torch.zeros(13, 8), "linear_copy.weight": torch.zeros(1, 8)}
     with pytest.raises(InputError, match="copy_attn"):
         from_opennmt(checkpoint["model"], generator=copying)

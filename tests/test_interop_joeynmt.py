@@ -209,6 +209,8 @@ def test_wrong_state_dicts() -> None:
     ):
         with pytest.raises(InputError, match=message):
             from_joeynmt(last, opt=opt)
+    with pytest.raises(InputError, match="options within 'model'"):
+        from_joeynmt(last, opt={"model": {"decoder": {"init_hidden": "zero"}}})
     with pytest.raises(InputError, match="init_hidden='zero', but JoeyNMT's state_dict has"):
         from_joeynmt(state, opt={"init_hidden": "zero"})
     with pytest.raises(TypeError, match="opt must be a mapping or a namespace"):

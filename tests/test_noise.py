@@ -377,3 +377,66 @@ def test_draws_follow_torchs_generator() -> None:
     for call in (module, torch.compile(module, fullgraph=True, backend="aot_eager"), transformed):
         assert torch.equal(drawn(1, call), drawn(1, call))
         assert not torch.equal(drawn(1, call), drawn(2, call))
+
+
+def test_a_trace_draws_anew() -> None:
+    """torch.jit.trace records what draws a mask, not the memory that it lay in."""
+    module, x = fastseq.LSTM(4, 64, zoneout=0.5).train(), torch.randn(5, 3, 4)
+    traced = torch.jit.trace(module, (x,), check_trace=False)
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(traced(x)[0])
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+@every_backend
+def test_numbers_of_any_kind_are_probabilities(backend: str) -> None:
+    """An int in the pair too, in evaluation and in double backward; two zeros are no option."""
+    for pair in ((0.5, 0), (0, 0.5)):
+        module = fastseq.LSTM(5, 8, zoneout=pair, backend=backend).eval()
+        same = fastseq.LSTM(5, 8, zoneout=tuple(map(float, pair)), backend="reference").eval()
+        same.load_state_dict(module.state_dict())
+        x = torch.randn(4, 3, 5, requires_grad=True)
+        found = []
+        for layer in (module, same):
+            (d,) = torch.autograd.grad(layer(x)[0].square().sum(), x, create_graph=True)
+            found.append(torch.autograd.grad(d.square().sum(), x)[0])
+        close(found[:1], found[1:])
+    none = fastseq.LSTM(5, 8, zoneout=(0.0, 0.0), backend="torch")
+    assert none(torch.randn(4, 3, 5))[0].shape == (4, 3, 8)
+    assert "zoneout" not in repr(none)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_torchs_defaults_do_not_reach_the_masks(dtype: torch.dtype) -> None:
+    """A default device or dtype that is not the module's."""
+    module, x = (
+        fastseq.GRU(5, 8, zoneout=0.3, recurrent_dropout=0.2, recurrent_dropout_on="update"),
+        torch.randn(4, 3, 5),
+    )
+    module, x = module.to(dtype), x.to(dtype)
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"), fastseq.use_backend("reference"):
+            out, _ = module(x)
+        with torch.device("meta"):
+            assert module(x)[0].device.type == "cpu"
+    finally:
+        torch.set_default_dtype(default)
+    assert out.dtype == dtype
+    assert out.isfinite().all()
+
+
+def test_wrong_kinds_of_options_are_named() -> None:
+    for options, message in (
+        ({"zoneout": None}, "zoneout=None is a NoneType; it is a probability"),
+        ({"zoneout": torch.tensor(0.1)}, "is a Tensor; it is a probability"),
+        ({"recurrent_dropout": (0.1, 0.2)}, r"recurrent_dropout=\(0\.1, 0\.2\) is a tuple"),
+        ({"layer_norm": 1e-5}, "layer_norm=1e-05; use True or False"),
+        ({"learn_state": 1}, "learn_state=1; use True or False"),
+    ):
+        with pytest.raises(InputError, match=message):
+            fastseq.LSTM(5, 8, **options)

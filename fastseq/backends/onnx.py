@@ -45,11 +45,14 @@ def rnn(call: RnnCall) -> Results:
     """A layer stack; raises InputError where ONNX has no node for it."""
     _refuse(
         f"ONNX's {NODES[call.cell][0]} has no",
-        ("resets= within a sequence", call.resets is not None),
-        ("zoneout or recurrent dropout", call.noise is not None),
-        ("layer normalisation", call.norms is not None),
-        ("cell states of every step", call.states),
-        (f"projection, proj_size={call.proj_size}", call.proj_size > 0),
+        ("resets= within a sequence; use torch.export", call.resets is not None),
+        (
+            "zoneout or recurrent dropout; call .eval() first, which ends dropout, or use torch.export",
+            call.noise is not None,
+        ),
+        ("layer normalisation; use torch.export", call.norms is not None),
+        ("cell states of every step; use torch.export", call.states),
+        (f"projection, proj_size={call.proj_size}; use torch.export", call.proj_size > 0),
         ("PackedSequence; pad it and pass lengths=", call.batch_sizes is not None),
     )
     if torch.compiler.is_compiling():
@@ -106,7 +109,11 @@ def _layer(
         dtypes=[x.dtype] * (1 + len(state)),
         shapes=[(steps, dirs, rows, hidden), *[final] * len(state)],
     )
-    out, h_n, *c_n = nodes  # [T, D, B, H], [D, B, H]
+    out, *finals = nodes  # [T, D, B, H], [D, B, H]
+    if sizes is not None:  # of rows of length 0 ONNX Runtime gives 0
+        empty = (sizes == 0)[:, None]
+        finals = [n if s is None else torch.where(empty, s, n) for s, n in zip(state, finals, strict=True)]
+    h_n, *c_n = finals
     out = out.transpose(1, 2).flatten(2)
     return out.transpose(0, 1) if batch_first else out, h_n, c_n[0] if c_n else None, None
 

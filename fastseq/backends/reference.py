@@ -168,19 +168,19 @@ class _Masks(NamedTuple):
         update, hold_h, hold_c = own(extras.update, hidden), own(extras.hold_h, state), own(extras.hold_c, hidden)
         scale, h, c = extras.rates
         hold = (h if hold_h is None else hold_h, c if hold_c is None else hold_c)
-        return cls(None if update is None else update * scale, hold)
+        return cls(None if update is None else update.to(w.hh.dtype) * scale, hold)
 
     def held(self, t: int, old: State, new: State) -> State:
         """What zoneout makes of a step's new state."""
         return tuple(
-            _held(m if isinstance(m, float) else m[t], o, n) for m, o, n in zip(self.hold, old, new, strict=False)
+            _held(m[t] if isinstance(m, Tensor) else m, o, n) for m, o, n in zip(self.hold, old, new, strict=False)
         )
 
 
 def _held(mask: Tensor | float, old: Tensor, new: Tensor) -> Tensor:
-    if isinstance(mask, float):
-        return new + mask * (old - new) if mask else new
-    return torch.where(mask, old, new)
+    if isinstance(mask, Tensor):
+        return torch.where(mask, old, new)
+    return new + mask * (old - new) if mask else new
 
 
 def _dropped(h: Tensor, w: Weights) -> Tensor:

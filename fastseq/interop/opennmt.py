@@ -69,12 +69,14 @@ def from_opennmt(
     """
     weights = Weights(NAME, state_dict, "model")
     weights.refuse(UNSUPPORTED)
-    Options(NAME, opt).refuse_others(SUPPORTED)
+    told = Options(NAME, opt)
+    told.refuse_others(SUPPORTED)
     source = weights.take(f"encoder.{EMBEDDING}", None, None)
     target = weights.take(f"decoder.{EMBEDDING}", None, None)
     feed = "decoder.rnn.layers.0.weight_hh" in weights
     encoder, decoder = _stacks(weights, source.shape[1], target.shape[1], feed)
     score, attention = _attention(weights, decoder.hidden_size)
+    told.agree({"rnn_type": encoder.cell.upper(), "global_attention": score or "none", "input_feed": int(feed)})
     bridge = _bridge(weights, encoder, decoder)
     output, old = _generator(weights, generator, decoder.hidden_size)
     weights.finish()

@@ -1,6 +1,8 @@
 """A toolkit's state_dict, read key by key: what is missing, of another shape or left over is an error that names it."""
 
+from argparse import Namespace
 from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ __all__ = ["KINDS", "Options", "Stack", "Weights", "equal", "read_stack"]
 KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 CELLS = {4: "lstm", 3: "gru"}  # by the gates of torch's cells
 MOST_NAMED = 8  # keys in one message
+WHOLE = ("opt", "model", "args", "cfg")  # what a whole checkpoint or configuration has its options in
 
 
 class Weights:
@@ -56,7 +59,7 @@ class Weights:
         del self._left[name]
         fits = len(shape) == found.dim() and all(n in (None, m) for n, m in zip(shape, found.shape, strict=True))
         if not fits:
-            expected = ", ".join("any" if n is None else str(n) for n in shape)
+            expected = ", ".join("any" if n is None else str(n) for n in shape) + "," * (len(shape) == 1)
             raise InputError(f"{name!r} of {self.toolkit} has shape {tuple(found.shape)}; expected ({expected})")
         if not found.is_floating_point():
             raise InputError(f"{name!r} of {self.toolkit} is {found.dtype}; expected floating point, not quantized")
@@ -124,6 +127,9 @@ class Options:
         if opt is not None and not isinstance(opt, Mapping) and not hasattr(opt, "__dict__"):
             raise TypeError(f"opt must be a mapping or a namespace of {toolkit}'s options, got {type(opt).__name__}")
         self._opt: Mapping[str, Any] = {} if opt is None else opt if isinstance(opt, Mapping) else vars(opt)
+        for whole in WHOLE:
+            if isinstance(self._opt.get(whole), (Mapping, SimpleNamespace, Namespace)):
+                raise InputError(f"opt of {toolkit} has options within {whole!r}; pass opt[{whole!r}]")
 
     def get(self, path: str, default: Any = None) -> Any:
         """The value of an option, "a.b" as opt["a"]["b"] or opt["b"]; else the default."""
@@ -133,6 +139,16 @@ class Options:
                 return self._opt.get(path.rsplit(".", 1)[-1], default)
             found = found[name]
         return found
+
+    def agree(self, shown: Mapping[str, Any]) -> None:
+        """InputError for an option that is given and says otherwise than the keys show."""
+        for path, value in shown.items():
+            found = self.get(path)
+            if found is not None and found != value:
+                raise InputError(
+                    f"{path}={found!r} of {self.toolkit}, but the keys show {value!r}: a key is missing, or the "
+                    "options are another model's"
+                )
 
     def refuse_others(self, supported: Mapping[str, Iterable[Any]]) -> None:
         """InputError for an option that is given and none of the values that are supported."""

@@ -87,10 +87,15 @@ class _Unquantized:
 
     def __set__(self, module: nn.Module, value: Any) -> None:
         module.__dict__["qconfig"] = value
-        name = stock_class(type(module)).__name__
+        name, more = stock_class(type(module)).__name__, beyond_torch(module)
+        remedy = (
+            "call fastseq.accelerate(model, undo='all') first, which makes it torch's, without lengths= and resets="
+            if more is None
+            else f"torch.nn.{name}, which it quantizes, has no {more}"
+        )
         warnings.warn(
             f"torch.ao.quantization looks for torch.nn.{name} by its exact type and leaves fastseq.{name} in floating"
-            " point; call fastseq.accelerate(model, undo='all') first, which makes it torch's",
+            f" point; {remedy}",
             stacklevel=3,
         )
 

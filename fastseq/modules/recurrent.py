@@ -1,5 +1,6 @@
 """What fastseq's layers have beyond torch.nn's: options of the recurrence, a learned first state, a backend."""
 
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,6 +39,9 @@ class Recurrent(nn.Module):
         **kwargs: Any,
     ) -> None:
         check_name(backend)
+        for name, flag in (("learn_state", learn_state), ("layer_norm", layer_norm)):
+            if not isinstance(flag, bool):
+                raise InputError(f"{name}={flag!r}; use True or False")
         super().__init__(*args, **kwargs)
         self.backend = backend
         for name, value in (
@@ -46,7 +50,9 @@ class Recurrent(nn.Module):
         ):  # fmt: skip
             if value != getattr(type(self), name):
                 setattr(self, name, value)
-        _noise(self)  # raises for what no call could be made with
+        noise = _noise(self)  # raises for what no call could be made with
+        if not any(noise.zoneout):
+            self.zoneout = 0.0  # of a pair of zeros
         if layer_norm:
             add_norms(self)
         if learn_state:
@@ -87,7 +93,7 @@ def noise_of(module: nn.RNNBase) -> Noise | None:
     if not isinstance(module, Recurrent) or not (module.zoneout or module.recurrent_dropout):
         return None
     noise = _noise(module)
-    return noise if module.training or any(noise.zoneout) else None
+    return noise if any(noise.zoneout) or (module.training and noise.dropout) else None
 
 
 def _noise(module: Any) -> Noise:
@@ -97,10 +103,14 @@ def _noise(module: Any) -> Noise:
     if len(zoneout) != 2 or (cell != "lstm" and zoneout[1]):
         either = ", or (of h, of c)" if cell == "lstm" else ""
         raise InputError(f"zoneout={given!r} of {kind}; pass a probability{either}")
-    noise = Noise(zoneout, module.recurrent_dropout, module.recurrent_dropout_on)
-    for name, p in (("zoneout", zoneout[0]), ("zoneout", zoneout[1]), ("recurrent_dropout", noise.dropout)):
-        if not 0 <= p < 1:
+    given = (("zoneout", zoneout[0]), ("zoneout", zoneout[1]), ("recurrent_dropout", module.recurrent_dropout))
+    for name, p in given:
+        if not isinstance(p, Real):
+            raise InputError(f"{name}={p!r} is a {type(p).__name__}; it is a probability, a float from 0 to below 1")
+        if not 0 <= float(p) < 1:
             raise InputError(f"{name}={p}; it is a probability, 0 to below 1")
+    h, c, dropout = (float(p) for _, p in given)
+    noise = Noise((h, c), dropout, module.recurrent_dropout_on)
     if noise.on not in ("state", "update"):
         raise InputError(f"recurrent_dropout_on={noise.on!r}; use 'state' (Gal 2016) or 'update' (Semeniuta 2016)")
     if noise.dropout and noise.on == "update" and cell.startswith("rnn"):
@@ -119,7 +129,7 @@ def first_state(module: Any, input: Any) -> Any:
         rows = (input.shape[0 if module.batch_first else 1],)
     states = [getattr(module, name) for name in ("initial_h", "initial_c") if hasattr(module, name)]
     if rows:
-        states = [s.unsqueeze(1).expand(s.shape[0], *rows, s.shape[1]) for s in states]
+        states = [s.unsqueeze(1).expand(s.shape[0], *rows, s.shape[1]).contiguous() for s in states]
     return tuple(states) if len(states) == 2 else states[0]
 
 

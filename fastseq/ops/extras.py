@@ -95,11 +95,12 @@ def _flags(p: float, shape: Sequence[int], x: Tensor) -> Tensor:
     """bool on x's device, True with probability p.
 
     On a CPU torch's bernoulli_ takes 8 ns a flag of one core and torch.rand 3 (Zen 4), too much beside a layer; the
-    native module, seeded by torch's generator, 0.2, on all threads: 16 random bits below a bound, p to within 2^-17.
+    native module, seeded by torch's generator, 0.1, on all threads: 16 random bits below a bound, p to within 2^-17.
     """
-    if _native.C is not None and x.device.type == "cpu" and is_direct((x,)) and _peek() is None:
-        flags = torch.empty(shape, dtype=torch.bool)
-        seed, bound = int(torch.randint(1 << 62, ())), min(round(p * 65536), 65535)
+    unseen = is_direct((x,)) and _peek() is None and torch._C._get_tracing_state() is None  # nobody records the calls
+    if _native.C is not None and x.device.type == "cpu" and unseen:
+        flags = torch.empty(shape, dtype=torch.bool, device=x.device)
+        seed, bound = int(torch.randint(1 << 62, (), device=x.device)), min(round(p * 65536), 65535)
         _native.C.random_flags(seed, math.prod(shape), bound, flags.data_ptr(), torch.get_num_threads())
         return flags
     return torch.rand(shape, device=x.device) < p

@@ -168,7 +168,8 @@ def forward(
     h_n, c_n = recurrence.forward(cell, batch, inputs, w_hh, b_ih, b_hh, h0, c0, saved, like, _aligned_masks(extras))
     c_out = None
     if cells is not None and extras.states:  # [D, tokens, H], as x's rows -> [.., D * H]
-        c_out = cells.transpose(0, 1).to(out.dtype).reshape(out.shape)
+        c_out = torch.empty_like(out)
+        c_out.view(batch.tokens, dirs, hidden).copy_(cells.transpose(0, 1))
     return out, h_n, c_n, c_out, gates, cells if save else None
 
 

@@ -155,6 +155,19 @@ def test_lengths(kind: str) -> None:
         assert_same(run(proto, *given), flatten(model(*given)), 128)
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_rows_of_no_length(kind: str) -> None:
+    """They keep their first state, of which ONNX's nodes would make 0."""
+    module = getattr(fastseq, kind)(I, H, bidirectional=True, learn_state=True).eval()
+    for name, p in module.named_parameters():
+        if name.startswith("initial"):
+            nn.init.normal_(p)
+    model = WithLengths(module)
+    proto = export(model, (torch.randn(6, 3, I), torch.tensor([6, 2, 1])), {0: "T", 1: "B"}, {0: "B"})
+    given = torch.randn(5, 4, I), torch.tensor([0, 5, 0, 2])
+    assert_same(run(proto, *given), flatten(model(*given)), 128)
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before"])
 def test_an_encoder(cell: str) -> None:
     """Embedding, two layers and lengths; the GRU of Cho et al. 2014 has a node too."""
