@@ -36,9 +36,11 @@ docs: $(SITE)/.stamp
 
 test: lint sanitize pytest
 
-pytest: $(STAMPS)/dev strict | lint sanitize # the summary line comes last
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted $(ARGS)
-	$(BIN)/python -m pytest $(ARGS)
+# Side by side, for two cores: what Triton interprets, as it goes, then all that the suite said meanwhile, whose summary comes last.
+pytest: $(STAMPS)/dev strict | lint sanitize
+	@$(BIN)/python -m pytest $(ARGS) >build/suite.log 2>&1 & suite=$$!; trap 'kill $$suite' INT TERM; \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted $(ARGS); interpreted=$$?; \
+	tail -n +1 -f --pid=$$suite build/suite.log; wait $$suite && exit $$interpreted
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .

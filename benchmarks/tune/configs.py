@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ..cases import Case, LayerCase
 from ..decoder_cases import WIDTHS, AttentionCase, DecoderCase
 
-__all__ = ["CLASSES", "Class", "base_of", "measure", "neighbours", "replaced", "search"]
+__all__ = ["CLASSES", "UNTUNED", "Class", "base_of", "measure", "neighbours", "replaced", "search"]
 
 Row = dict[str, Any]
 Put = Callable[[Sequence[Row]], None]  # makes these rows the table
@@ -18,6 +18,7 @@ Seconds = Callable[[Case, Sequence[str]], dict[str, float]]
 FASTER = 0.97  # of the time before: less is noise
 ROUNDS = 6
 MOST_WARPS, MOST_STAGES, MOST_BLOCK = 16, 4, 256
+UNTUNED = ("rnn_norm_forward", "rnn_norm_backward")  # of layer normalisation, of which the suite has no case: rows stay
 FIXED = {"rnn_sequence": ("units",)}  # by the kernel's beginning: blocks that hold all of a size
 
 
