@@ -36,11 +36,12 @@ docs: $(SITE)/.stamp
 
 test: lint sanitize pytest
 
-# Side by side, for two cores: what Triton interprets, as it goes, then all that the suite said meanwhile, whose summary comes last.
+# Side by side, for two cores: what Triton interprets and PyTorch's modes, as they go; then what all the rest said meanwhile.
 pytest: $(STAMPS)/dev strict | lint sanitize
-	@$(BIN)/python -m pytest $(ARGS) >build/suite.log 2>&1 & suite=$$!; trap 'kill $$suite' INT TERM; \
+	@$(BIN)/python -m pytest --ignore=tests/modes $(ARGS) >build/suite.log 2>&1 & suite=$$!; trap 'kill $$suite' INT TERM; \
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted $(ARGS); interpreted=$$?; \
-	tail -n +1 -f --pid=$$suite build/suite.log; wait $$suite && exit $$interpreted
+	$(BIN)/python -m pytest tests/modes $(ARGS); modes=$$?; \
+	tail -n +1 -f --pid=$$suite build/suite.log; wait $$suite && exit $$((interpreted + modes))
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
