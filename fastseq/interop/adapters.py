@@ -1,5 +1,6 @@
 """What the adapters of toolkits' encoders and decoders share: checks of their parts, parameters, states, dropout."""
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -25,9 +26,9 @@ class Adapter(nn.Module):
 
     stock: type[nn.Module]
 
+    @abstractmethod
     def obstacle(self) -> str | None:
         """Why this instance cannot run as one operator; None if it can. Also asked of instances of `stock`."""
-        raise NotImplementedError
 
 
 def own(name: str, module: Any, *kinds: type) -> str | None:
