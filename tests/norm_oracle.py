@@ -17,16 +17,13 @@ from tests.oracle import (
     GATES,
     Case,
     Layer,
-    Mismatch,
     Problem,
     Results,
     Terms,
     allow,
-    behind,
-    compare,
-    nan_in_empty,
+    check_layer,
+    check_second,
     run,
-    second,
 )
 
 __all__ = ["CELLS", "NormProblem", "check_norm", "check_norm_second", "norm_plain"]
@@ -172,24 +169,10 @@ def norm_budget(problem: NormProblem, measure: Callable[..., Results] = run) -> 
 
 
 def check_norm(layer: Layer, problem: NormProblem) -> None:
-    """Outputs and every gradient of `layer` within budget; behind a row's length both are exactly 0."""
-    torch.set_num_threads(1)
-    truth, allowed = norm_budget(problem)
-    torch.set_num_threads(problem.case.threads)
-    with nan_in_empty():
-        got = run(layer, problem)
-    compare(got, truth, allowed)
-    for name, t in got.items():
-        if t.dtype != problem.dtype_of(name):
-            raise Mismatch(f"{name} is {t.dtype}, expected {problem.dtype_of(name)}")
-    if problem.lengths is not None:
-        padding = behind(problem.lengths, problem.case)
-        for name in ("out", "d_x"):
-            if got[name][padding].count_nonzero():
-                raise Mismatch(f"{name} is not 0 behind the rows' lengths")
+    """`tests.oracle.check_layer` with this budget."""
+    check_layer(layer, problem, norm_budget)
 
 
 def check_norm_second(layer: Layer, problem: NormProblem) -> None:
-    """Second derivatives, and the first ones as recorded for them, within budget."""
-    truth, allowed = norm_budget(problem, second)
-    compare(second(layer, problem), truth, allowed)
+    """`tests.oracle.check_second` with this budget."""
+    check_second(layer, problem, norm_budget)

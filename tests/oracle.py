@@ -393,7 +393,10 @@ def compare(got: Results, truth: Results, allowed: Mapping[str, float]) -> None:
             raise Mismatch(f"{name} errs by {error:.3g}, allowed {allowed[name]:.3g}, largest {largest(exact):.3g}")
 
 
-def check_layer(layer: Layer, problem: Problem) -> None:
+Budget = Callable[..., tuple[Results, dict[str, float]]]  # of (problem, measure or nothing), as `budget`
+
+
+def check_layer(layer: Layer, problem: Problem, budget: Budget = budget) -> None:
     """Outputs and every gradient of `layer` within budget; behind a row's length both are exactly 0."""
     torch.set_num_threads(1)
     truth, allowed = budget(problem)
@@ -411,7 +414,7 @@ def check_layer(layer: Layer, problem: Problem) -> None:
                 raise Mismatch(f"{name} is not 0 behind the rows' lengths")
 
 
-def check_second(layer: Layer, problem: Problem) -> None:
+def check_second(layer: Layer, problem: Problem, budget: Budget = budget) -> None:
     """Second derivatives, and the first ones as recorded for them, within budget."""
     torch.set_num_threads(1)
     truth, allowed = budget(problem, second)

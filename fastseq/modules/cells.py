@@ -43,11 +43,23 @@ def _weights(module: nn.RNNCellBase) -> list[Tensor]:
         return [getattr(module, name) for name in names]
 
 
-@serves_modes
-class LSTMCell(nn.LSTMCell):
-    """torch.nn.LSTMCell, faster: the same arguments, parameters and results. backend as for `fastseq.LSTM`."""
+class _Cell(nn.Module):
+    """Goes before torch.nn's class among the bases. Instances made by torch.nn itself have the class's default."""
 
     backend: str = "auto"
+
+    def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
+        check_name(backend)
+        super().__init__(*args, **kwargs)
+        self.backend = backend
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + backend_repr(self)
+
+
+@serves_modes
+class LSTMCell(_Cell, nn.LSTMCell):
+    """torch.nn.LSTMCell, faster: the same arguments, parameters and results. backend as for `fastseq.LSTM`."""
 
     @overload
     def __init__(
@@ -61,25 +73,18 @@ class LSTMCell(nn.LSTMCell):
         backend: str = ...,
     ) -> None: ...
     @overload
-    def __init__(self, *args: Any, backend: str = ..., **kwargs: Any) -> None: ...
-    def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
-        check_name(backend)
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.backend = backend
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The next (h, c) [B, H] of input [B, I] and hx (h, c) [B, H]; all without B for one row."""
         return run_cell(lstm_cell_call(self, input, hx), self.backend)  # type: ignore[return-value]
 
-    def extra_repr(self) -> str:
-        return super().extra_repr() + backend_repr(self)
-
 
 @serves_modes
-class GRUCell(nn.GRUCell):
+class GRUCell(_Cell, nn.GRUCell):
     """torch.nn.GRUCell, faster: the same arguments, parameters and results. backend as for `fastseq.LSTM`."""
-
-    backend: str = "auto"
 
     @overload
     def __init__(
@@ -93,25 +98,18 @@ class GRUCell(nn.GRUCell):
         backend: str = ...,
     ) -> None: ...
     @overload
-    def __init__(self, *args: Any, backend: str = ..., **kwargs: Any) -> None: ...
-    def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
-        check_name(backend)
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.backend = backend
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """The next h [B, H] of input [B, I] and hx [B, H]; all without B for one row."""
         return run_cell(gru_cell_call(self, input, hx), self.backend)[0]
 
-    def extra_repr(self) -> str:
-        return super().extra_repr() + backend_repr(self)
-
 
 @serves_modes
-class RNNCell(nn.RNNCell):
+class RNNCell(_Cell, nn.RNNCell):
     """torch.nn.RNNCell, faster: the same arguments, parameters and results. backend as for `fastseq.LSTM`."""
-
-    backend: str = "auto"
 
     @overload
     def __init__(
@@ -126,17 +124,12 @@ class RNNCell(nn.RNNCell):
         backend: str = ...,
     ) -> None: ...
     @overload
-    def __init__(self, *args: Any, backend: str = ..., **kwargs: Any) -> None: ...
-    def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
-        check_name(backend)
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.nonlinearity not in ("tanh", "relu"):
             raise InputError(f"nonlinearity={self.nonlinearity!r}; use 'tanh' or 'relu'")
-        self.backend = backend
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """The next h [B, H] of input [B, I] and hx [B, H]; all without B for one row."""
         return run_cell(rnn_cell_call(self, input, hx), self.backend)[0]
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + backend_repr(self)
