@@ -6,15 +6,24 @@ FLOPs are those of matrix products alone: with weights, and of an attention with
 import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 from fastseq import _gpus
 
-__all__ = ["GATES", "Case", "LayerCase", "named", "spread"]
+__all__ = ["GATES", "ITEMSIZE", "Case", "LayerCase", "Traffic", "named", "spread"]
 
 GATES = {"lstm": 4, "gru": 3}
+ITEMSIZE = {"float64": 8, "float32": 4, "autocast": 4, "bfloat16": 2, "float16": 2}
 
 SomeCase = TypeVar("SomeCase", bound="Case")
+
+
+class Traffic(NamedTuple):
+    """What a forward pass must move at least, in bytes, and what must wait for what."""
+
+    once: int  # inputs, outputs and weights
+    resident: int  # of these, what each step reads again
+    steps: int  # one after the other
 
 
 class Case(ABC):
@@ -35,6 +44,11 @@ class Case(ABC):
     def forward_flops(self) -> int:
         """2 per multiplication in a product, of real steps and positions."""
 
+    @property
+    @abstractmethod
+    def forward_traffic(self) -> Traffic:
+        """Of the whole call. A backward pass moves as much again: gradients in, gradients out, the same weights."""
+
     @abstractmethod
     def small(self: SomeCase) -> SomeCase:
         """The same kind of call, of few numbers."""
@@ -43,6 +57,16 @@ class Case(ABC):
     def flops(self) -> int:
         """Training is three times forward, since the gradient of either operand costs one product more."""
         return self.forward_flops * (3 if self.mode == "train" else 1)
+
+    @property
+    def passes(self) -> int:
+        """Over the steps: forward, and in training backward."""
+        return 2 if self.mode == "train" else 1
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of its dtype."""
+        return ITEMSIZE[self.dtype]
 
     def unavailable(self) -> str | None:
         """What this machine lacks for it."""
@@ -99,6 +123,16 @@ class LayerCase(Case):
             flops += 2 * self.tokens * directions * GATES[self.cell] * self.H * (width + self.H)
             width = directions * self.H
         return flops
+
+    @property
+    def forward_traffic(self) -> Traffic:
+        directions, width, weights = 2 if self.bidirectional else 1, self.I, 0
+        recurrent = self.layers * directions * GATES[self.cell] * self.H**2
+        for _ in range(self.layers):
+            weights += directions * GATES[self.cell] * self.H * (width + self.H + 2)
+            width = directions * self.H
+        numbers = weights + self.tokens * (self.I + directions * self.H)
+        return Traffic(numbers * self.itemsize, recurrent * self.itemsize, self.layers * self.T)
 
     def small(self) -> "LayerCase":
         return replace(self, T=min(self.T, 5), B=min(self.B, 3), I=min(self.I, 4), H=6)

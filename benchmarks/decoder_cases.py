@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from . import corpus
-from .cases import GATES, Case, named, spread
+from .cases import GATES, Case, Traffic, named, spread
 
 __all__ = ["WIDTHS", "AttentionCase", "CorpusCase", "DecoderCase", "Lengths", "TeacherForced"]
 
@@ -53,6 +53,16 @@ class TeacherForced(Case):
         pairs = sum(batch.pairs for batch in self.batches)
         squares = positions + self.tokens * (3 * GATES[self.cell] + WIDTHS[self.attention])
         return 2 * self.H**2 * squares + 4 * self.H * pairs
+
+    @property
+    def forward_traffic(self) -> Traffic:
+        """Each step reads the weights of what is fed and of h, its attention's, keys and memory."""
+        positions = sum(sum(batch.source) for batch in self.batches)
+        steps = sum(max(batch.target, default=0) for batch in self.batches)
+        squares, width = 2 * GATES[self.cell] + WIDTHS[self.attention], 2 * self.H * positions // len(self.batches)
+        resident = squares * self.H**2 + width
+        numbers = (squares + GATES[self.cell] + 1) * self.H**2 + self.H * (positions + 2 * self.tokens)
+        return Traffic(numbers * self.itemsize, resident * self.itemsize, steps)
 
 
 @dataclass(frozen=True)
@@ -153,6 +163,13 @@ class AttentionCase(Case):
     def forward_flops(self) -> int:
         query = 2 * self.H**2 * self.tokens if self.score == "additive" else 0
         return query + 4 * self.H * self.lengths.pairs
+
+    @property
+    def forward_traffic(self) -> Traffic:
+        """No step waits for another; keys and memory stay for all."""
+        weights = self.H**2 if self.score == "additive" else 0
+        numbers = weights + 2 * self.H * (sum(self.lengths.source) + self.tokens)
+        return Traffic(numbers * self.itemsize, 0, 1)
 
     def small(self) -> "AttentionCase":
         return replace(self, S=min(self.S, 4), T=min(self.T, 5), B=min(self.B, 3), H=6)

@@ -1,5 +1,7 @@
 """No contender is timed before it has computed what PyTorch computes in float64: torch.nn, or its operators."""
 
+import time
+
 import torch
 
 from .cases import Case, LayerCase
@@ -28,9 +30,13 @@ def precision(case: Case) -> str:
     return "tf32" if isinstance(case, LayerCase) and tf32(case) else case.dtype
 
 
-def check(program: Program, truth: Results, dtype: str) -> None:
-    """Raise Unequal unless every result of `truth` is there, finite and equal."""
+def check(program: Program, truth: Results, dtype: str) -> float:
+    """Raise Unequal unless every result of `truth` is there, finite and equal. Seconds that computing them took."""
+    begin = time.perf_counter()
     got = _results(program)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin
     if got.keys() != truth.keys():
         raise Unequal(f"{program.backend} gives {sorted(got)}, expected {sorted(truth)}")
     for name, exact in truth.items():
@@ -40,6 +46,7 @@ def check(program: Program, truth: Results, dtype: str) -> None:
         error, allowed = (got[name].double() - exact).abs().max().item(), tolerance * exact.abs().max().item()
         if not (error <= allowed):  # so that NaN fails
             raise Unequal(f"{program.backend}: {name} errs by {error:.3g}, allowed {allowed:.3g}")
+    return seconds
 
 
 def _results(program: Program) -> Results:

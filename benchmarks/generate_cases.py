@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from .cases import GATES, Case, named
+from .cases import GATES, Case, Traffic, named
 from .decoder_cases import WIDTHS
 
 __all__ = ["GenerateCase"]
@@ -52,6 +52,14 @@ class GenerateCase(Case):
         steps, gates = self.beams * self.tokens, GATES[self.cell]
         squares = self.B * self.S + steps * (2 * gates + WIDTHS[self.attention]) + min(steps, self.V) * gates
         return 2 * self.H**2 * squares + steps * (4 * self.H * self.S + 2 * self.H * self.V)
+
+    @property
+    def forward_traffic(self) -> Traffic:
+        """Each step reads the decoder's weights, the logits', keys and memory, which beams share."""
+        squares = 2 * GATES[self.cell] + WIDTHS[self.attention]
+        resident = squares * self.H**2 + self.H * (self.V + 2 * self.B * self.S)
+        numbers = resident + (GATES[self.cell] + 1) * self.H**2 + self.H * self.B * self.S
+        return Traffic(numbers * self.itemsize, resident * self.itemsize, self.T)
 
     def small(self) -> "GenerateCase":
         return replace(self, S=min(self.S, 4), T=min(self.T, 5), B=min(self.B, 3), H=6, V=12)

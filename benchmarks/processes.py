@@ -9,7 +9,7 @@ import torch
 
 from .cases import Case
 from .kinds import case_from_dict, case_to_dict, draw
-from .registry import PEERS
+from .peers import PEERS
 
 __all__ = ["import_seconds", "memory_unavailable", "peak_bytes"]
 

@@ -94,7 +94,7 @@ def compiled(program: Program) -> Program:
             torch.cuda.synchronize()
     except torch._dynamo.exc.TorchDynamoException as error:
         raise NotRunnable(f"torch.compile raised {type(error).__name__}") from error
-    return replace(program, note=f"compiled in {time.perf_counter() - begin:.1f} s")
+    return replace(program, first=time.perf_counter() - begin)
 
 
 def torch_program(problem: LayerProblem) -> Program:

@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from .report import disturbed
 from .results import Report
 from .summary import summaries
 from .tables import markdown
+from .trust import disturbed, doubts
 
 __all__ = ["BEGIN", "END", "block", "write"]
 
@@ -17,7 +17,13 @@ WIDTH = 120
 
 
 def write(file: Path, reports: Iterable[Report]) -> None:
-    """Replace what stands between the markers of `file`; ValueError unless each is there once, in this order."""
+    """Replace what stands between the markers of `file`; ValueError unless each is there once, in this order, and for a
+    run that is in doubt.
+    """
+    reports = list(reports)
+    found_doubts = [doubt for report in reports for doubt in doubts(report)]
+    if found_doubts:
+        raise ValueError("not written, since a run is in doubt: " + "; ".join(found_doubts))
     text = file.read_text()
     found = text.count(BEGIN), text.count(END)
     if found != (1, 1) or text.index(BEGIN) > text.index(END):

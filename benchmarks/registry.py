@@ -1,39 +1,17 @@
-"""Every peer and every case. A new peer is one entry of PEERS; a new shape is one entry of a list below."""
+"""Every case. A new shape is one entry of a list below; who is measured is in peers.py."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
-from . import attention_programs, decoder_programs, generate_programs, graphs, onnx_program, programs
 from .cases import Case, LayerCase
 from .decoder_cases import WIDTHS, AttentionCase, CorpusCase, DecoderCase
 from .generate_cases import GenerateCase
-from .kinds import KINDS, exact_program, fastseq_program
-from .problem import Problem
-from .programs import Program
+from .peers import OURS
 
-__all__ = ["OPT_IN", "OURS", "PEERS", "SETS", "SHOWN", "Entry", "Peer"]
+__all__ = ["SETS", "Entry", "Pairs"]
 
 Pairs = tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A contender: how it makes a case ready to run. Some run another form of the case, to be compared with ours."""
-
-    build: Callable[[Any], Program]  # of the problem of a case that it can run
-    label: str
-    kinds: tuple[str, ...] = ("layers",)  # of cases
-    unavailable: Callable[[], str | None] = lambda: None  # why this machine has it not
-    refuses: Callable[[Any], str | None] = lambda case: None  # why it cannot run a case of its kinds
-    form: Callable[[Any], Any] = lambda case: case
-    scale: Callable[[Any], float] = lambda case: 1.0  # by which its time is multiplied in a ratio
-    threads: int | None = None  # None: the row's
-
-    def obstacle(self, case: Case) -> str | None:
-        """Why it cannot run the case."""
-        return self.refuses(case) if case.kind in self.kinds else f"it runs {', '.join(self.kinds)} only"
 
 
 @dataclass(frozen=True)
@@ -44,63 +22,8 @@ class Entry:
     case: Case
     pairs: Pairs
     threads: tuple[int, ...] | None = None  # None: whatever the user asks for
-    measure: str = "time"  # "memory": peak bytes of a call
+    measure: str = "time"  # "cold": with empty caches; "memory": peak bytes of a call
 
-
-def _in_fp32(case: LayerCase) -> LayerCase:
-    return replace(case, dtype="float32")
-
-
-def _full_length(case: LayerCase) -> LayerCase:
-    return replace(case, rows="full")
-
-
-def _real_share(case: LayerCase) -> float:
-    return case.tokens / (case.T * case.B)
-
-
-def _compiled_loop(problem: Problem) -> Program:
-    """All steps of a teacher-forced decoder in one graph; of a search, one step."""
-    of = generate_programs if problem.case.kind == "generate" else decoder_programs
-    return of.compiled_loop_program(problem)
-
-
-LOOPS = ("decoder", "corpus", "generate")
-OURS = ("auto", "cpu")  # the choice that users get, and the fused kernels whatever the choice would be
-SHOWN = (*OURS, "frozen")  # in tables
-PEERS = {
-    "frozen": Peer(programs.frozen_program, "our frozen weights", refuses=programs.frozen_refuses),
-    "torch.nn": Peer(programs.torch_program, "torch.nn"),
-    "torch.compile": Peer(
-        programs.compiled_program, "torch.compile of torch.nn", refuses=programs.compile_refuses
-    ),
-    "onnxruntime": Peer(
-        onnx_program.onnx_program, "ONNX Runtime", unavailable=onnx_program.unavailable, refuses=onnx_program.refuses
-    ),
-    "loop": Peer(exact_program, "torch loop", LOOPS),
-    "loop.compile": Peer(
-        _compiled_loop, "torch.compile of the loop", LOOPS, refuses=decoder_programs.compile_refuses
-    ),
-    "loop.graph": Peer(
-        decoder_programs.graphed_loop_program, "CUDA graph of the loop", LOOPS[:2], refuses=graphs.refuses
-    ),
-    "plain": Peer(attention_programs.plain_program, "plain PyTorch", ("attention",)),
-    "plain.compile": Peer(
-        attention_programs.compiled_plain_program, "torch.compile of plain PyTorch", ("attention",)
-    ),
-    "sdpa": Peer(
-        attention_programs.sdpa_program, "PyTorch's sdpa", ("attention",), refuses=attention_programs.sdpa_refuses
-    ),
-}  # fmt: skip
-for _ours in (*OURS, "triton", "cuda"):
-    _build = fastseq_program(_ours)
-    PEERS |= {
-        _ours: Peer(_build, f"fastseq ({_ours})", tuple(KINDS)),
-        f"{_ours}.fp32": Peer(_build, "our fp32", form=_in_fp32),
-        f"{_ours}.full": Peer(_build, "our full length", form=_full_length, scale=_real_share),
-        f"{_ours}.1thread": Peer(_build, "our one thread", threads=1),
-    }
-OPT_IN = {"torch.compile", "loop.compile", "plain.compile"}  # minutes of compilation: run only when --peers names it
 
 OPS, MODES = ("lstm", "gru"), ("forward", "train")
 DECODER_SHAPES = ((1, 256, 20), (32, 128, 20), (32, 256, 30), (64, 512, 30))  # B, H, and S = T
@@ -226,6 +149,30 @@ def _generate() -> tuple[Entry, ...]:
     )
 
 
+def _selves() -> tuple[Entry, ...]:
+    """Contenders against themselves, in every run: calls from microseconds to tens of milliseconds."""
+    layers = [LayerCase("lstm", "forward", 50, 1, 64, 64), LayerCase("gru", "train", 50, 32, 256, 256)]
+    pairs = (("auto", "auto.again"), ("torch.nn", "torch.nn.again"))
+    decoder = DecoderCase("bahdanau", "lstm", "train", 20, 20, 32, 128)
+    return (
+        *(Entry("self", case, pairs) for case in layers),
+        Entry("self", decoder, (("auto", "auto.again"), ("loop", "loop.again"))),
+    )
+
+
+def _cold() -> tuple[Entry, ...]:
+    """Calls as of a program that does much else between two of them."""
+    cases: list[Case] = [
+        LayerCase(op, "forward", t, 1, h, h, hx=t == 1) for op, t, h in product(OPS, (1, 50), (256, 512))
+    ]
+    cases += [LayerCase(op, "train", 50, 8, 256, 256) for op in OPS]
+    decoders = [
+        Entry("cold", DecoderCase(a, "lstm", "forward", 20, 20, 1, 256), _against("loop"), measure="cold")
+        for a in WIDTHS
+    ]
+    return (*(Entry("cold", case, _against("torch.nn"), measure="cold") for case in cases), *decoders)
+
+
 SETS: dict[str, tuple[Entry, ...]] = {
     "quick": _grid((1, 32), (64, 256)),
     "readme": _grid((1, 8, 32, 64), (64, 128, 256, 512)),
@@ -239,6 +186,8 @@ SETS: dict[str, tuple[Entry, ...]] = {
     "corpus": _corpus(),
     "attention": _attention(),
     "generate": _generate(),
+    "cold": _cold(),
+    "self": _selves(),
     "import": (),  # no call: the runner times a process
 }
 SETS["full"] = tuple(entry for name, entries in SETS.items() if name != "quick" for entry in entries)

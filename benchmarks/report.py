@@ -1,45 +1,66 @@
 """The tables of a run."""
 
-from .registry import SHOWN
+from .ceilings import MEMORY, Ceiling, unit
+from .peers import SHOWN
 from .results import Ratio, Report, Row, Timing
-from .summary import ceiling_of, promise, ratios_of, summaries, under
+from .roofline import bound
+from .summary import promise, ratios_of, summaries, under
 from .tables import Table, print_table
 from .targets import IMPORT_S
+from .trust import disturbed, doubts, selves
 
-__all__ = ["disturbed", "print_report", "row_line"]
+__all__ = ["ceilings_table", "print_report", "row_line", "rows_table"]
 
 SCALES = ((1.0, "s "), (1e-3, "ms"), (1e-6, "us"))
 MIB = 2.0**20
-RARELY = 0.2  # of a row's rounds
+SLOW_FIRST_S = 0.05  # a first call to be told of: it compiled
 
 
-def disturbed(row: Row) -> bool:
-    """Somebody else slowed nearly all its rounds."""
-    return row.calm is not None and row.calm < RARELY
+def print_report(report: Report, rows: bool = True, whatever: bool = False) -> bool:
+    """Where it was measured, each row under `auto`, with the kernels forced, frozen; what was left out; summaries.
 
-
-def print_report(report: Report, rows: bool = True) -> None:
-    """Where it was measured, each row under `auto`, with the kernels forced, frozen; what was left out; summaries."""
+    No tables where there are doubts, but `whatever` the doubts; whether they were printed.
+    """
     print("\n".join(f"{name:<12} {value}" for name, value in report.environment.items()))
-    ceilings = [[f"{c.dtype}, threads: {c.threads}", f"{c.gflops:.0f}", c.by] for c in report.ceilings]
-    print_table(Table("ceilings", ("", "GFLOP/s", "reached by"), ceilings))
-    for ours in SHOWN if rows else ():
-        print_table(rows_table(report, ours))
-    noisy = sum(map(disturbed, report.rows))
-    if noisy:
-        print(
-            f"disturbed: {noisy} of {len(report.rows)} rows; other programs, or other machines on this CPU, slowed them"
-        )
-    if report.import_s is not None:
-        print(f"import fastseq adds {report.import_s.median:.3f} s to torch's; promised at most {IMPORT_S} s")
+    print_table(ceilings_table(report))
     for what, reason in report.absent.items():
         print(f"left out: {what}: {reason}")
+    found = doubts(report)
+    if found:
+        print("\n".join([f"\nThis run is {'in doubt' if whatever else 'not reported'}:", *found]))
+        if not whatever:
+            print("Run it again on a quiet machine; `report --noisy FILE` prints what it measured.")
+            return False
+    elif count := sum(1 for _ in selves(report.rows)):
+        noisy = sum(map(disturbed, report.rows))
+        print(f"each of {count} contenders against itself came out as 1; {noisy} rows were disturbed")
+    for ours in SHOWN if rows else ():
+        print_table(rows_table(report, ours))
+    if report.import_s is not None:
+        print(f"import fastseq adds {report.import_s.median:.3f} s to torch's; promised at most {IMPORT_S} s")
     for table in summaries(report):
         print_table(table)
+    return True
+
+
+def ceilings_table(report: Report) -> Table:
+    """What the machine can do at most."""
+    lines = [
+        [_of_level(c), c.device, str(c.threads), f"{c.value / 10**power:.3g} {prefix}{unit(c.what)}", c.by]
+        for c in report.ceilings
+        for power, prefix in [(-9, "n") if unit(c.what) == "s" else (9, "G")]
+    ]
+    return Table("ceilings", ("", "device", "threads", "at best", "by"), lines)
+
+
+def _of_level(ceiling: Ceiling) -> str:
+    if ceiling.what != "load":
+        return ceiling.what
+    return "load from memory" if ceiling.size == MEMORY else f"load from {ceiling.size / 1024:,.0f} KiB"
 
 
 def rows_table(report: Report, ours: str) -> Table:
-    """Every row of `ours`: what ran, its time, its rates, its share of the ceiling, each peer's ratio, its target."""
+    """Every row of `ours`: what ran, its time, its rates, its share of the bound, each peer's ratio, its target."""
     lines = []
     for row in report.rows:
         if ours in row.timings:
@@ -50,7 +71,7 @@ def rows_table(report: Report, ours: str) -> Table:
             calm = "" if row.calm is None else f"{row.calm:.0%}"
             lines.append([row.name, mine.backend, _quantity(mine, row), *rates, calm, against, targets])
     head = (
-        "case", "ran", "median [20 %, 80 %]", "tokens/s", "GFLOP/s", "ceiling", "calm", "ratio [95 % interval]",
+        "case", "ran", "median [20 %, 80 %]", "tokens/s", "GFLOP/s", "of the bound", "calm", "ratio [95 % interval]",
         "target",
     )  # fmt: skip
     return Table(f"rows, {under(ours)}", head, lines)
@@ -71,7 +92,7 @@ def row_line(row: Row) -> str:
 
 
 def _about(timing: Timing) -> str:
-    first = [f"first call {timing.first:.2f} s"] if timing.first else []
+    first = [f"first call {timing.first:.2f} s"] if timing.first > max(SLOW_FIRST_S, 10 * timing.median) else []
     return "; ".join([*first, *([timing.note] if timing.note else [])])
 
 
@@ -83,12 +104,12 @@ def _quantity(timing: Timing, row: Row) -> str:
 
 
 def _rates(report: Report, row: Row, timing: Timing) -> tuple[str, str, str]:
-    """Tokens/s, GFLOP/s, and the latter's share of the ceiling."""
-    if row.measure != "time":
+    """Tokens/s, GFLOP/s, and the share of the machine's bound, with what that is."""
+    if row.measure == "memory":
         return "", "", ""
-    rate, ceiling = row.case.flops / timing.median, ceiling_of(report, row)
-    share = "" if ceiling is None else f"{rate / ceiling * 100:.0f} %"
-    return f"{row.case.tokens / timing.median:,.0f}", f"{rate * 1e-9:.1f}", share
+    least = bound(row.case, row.threads, report.ceilings, row.measure == "cold")
+    share = "" if least is None else f"{least.seconds / timing.median:.0%} {least.by}"
+    return f"{row.case.tokens / timing.median:,.0f}", f"{row.case.flops / timing.median * 1e-9:.1f}", share
 
 
 def _ratio(ratio: Ratio) -> str:

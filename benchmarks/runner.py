@@ -1,6 +1,5 @@
 """From entries of the registry to rows: build, check, then measure."""
 
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -14,10 +13,11 @@ from .calm import MEMORY, Watch
 from .cases import Case
 from .equality import Unequal, check, precision, truth_of
 from .kinds import draw
+from .peers import PEERS
 from .problem import Problem
 from .processes import import_seconds, memory_unavailable, peak_bytes
-from .programs import NotRunnable, Program, Results
-from .registry import PEERS, Entry, Pairs
+from .programs import NotRunnable, Results
+from .registry import Entry, Pairs
 from .results import Ratio, Row, Timing
 from .stats import bootstrap, median, quantile
 from .timing import Effort, Runnable, Samples, interleave
@@ -52,7 +52,7 @@ class Runner:
             self._note(f"some rows of set {entry.set}", lacking)
             return None
         pairs = tuple(pair for pair in entry.pairs if all(self._runs(name, entry.case) for name in pair))
-        runnables, same_as = self._prepare(entry.case, _names(pairs), threads)
+        runnables, same_as = self._prepare(entry, _names(pairs), threads)
         if len(runnables) < 2:
             return None
         if entry.measure == "memory":
@@ -70,9 +70,9 @@ class Runner:
         """Of several fresh processes, what fastseq adds to torch."""
         return summarize([import_seconds() for _ in range(IMPORTS)], "import fastseq")
 
-    def ceilings(self, dtypes: Iterable[str], threads: Iterable[int]) -> list[ceilings.Ceiling]:
-        threads = tuple(threads)
-        return [ceilings.measure(dtype, n) for dtype in dtypes for n in threads]
+    def ceilings(self, dtypes: Iterable[str], threads: Iterable[int], device: str = "cpu") -> list[ceilings.Ceiling]:
+        dtypes = tuple(dtypes)
+        return [ceiling for n in threads for ceiling in ceilings.measure(dtypes, n, device)]
 
     def _runs(self, name: str, case: Case) -> bool:
         """Leaves a note where it could but refuses this case."""
@@ -89,16 +89,16 @@ class Runner:
         if reason not in noted:
             self.absent[what] = f"{noted}; {reason}"
 
-    def _prepare(self, entered: Case, names: Iterable[str], threads: int) -> tuple[dict[str, Runnable], dict[str, str]]:
+    def _prepare(self, entry: Entry, names: Iterable[str], threads: int) -> tuple[dict[str, Runnable], dict[str, str]]:
         """Built and found equal; and for each contender the name of the runnable that is measured for it.
 
-        `auto` is often the very program that another contender runs: that one is measured for both.
+        `auto` is often the very program that another contender runs: that one is measured for both. An `again` is not.
         """
         runnables: dict[str, Runnable] = {}
         same_as: dict[str, str] = {}
-        first: dict[tuple[str, Case, int], str] = {}
+        first: dict[tuple[str, Case, int, bool], str] = {}
         for name in names:
-            peer, case = PEERS[name], PEERS[name].form(entered)
+            peer, case = PEERS[name], PEERS[name].form(entry.case)
             n = peer.threads or threads
             torch.set_num_threads(n)
             try:
@@ -106,32 +106,22 @@ class Runner:
             except NotRunnable as reason:
                 self._note(f"{name}, from some rows", str(reason))
                 continue
-            same_as[name] = first.setdefault((program.backend, case, n), name)
+            same_as[name] = first.setdefault((program.backend, case, n, peer.again), name)
             if same_as[name] == name:
-                if case.device == "cuda":
-                    program = _called_once(program)
                 try:
-                    check(program, _truth(case), precision(case))
+                    first_call = check(program, _truth(case), precision(case))
+                    program = replace(program, first=program.first or first_call)
                 except Unequal as error:
                     if not self.lenient or program.backend in KERNELS:
                         raise
                     program = replace(program, note="; ".join(filter(None, (program.note, str(error)))))
-                runnables[name] = Runnable(program, n, case.device)
+                runnables[name] = Runnable(program, n, case.device, entry.measure == "cold")
         return runnables, same_as
 
 
 def _always(threads: int) -> bool:
     """Whether somebody else slows the host matters little to a GPU."""
     return True
-
-
-def _called_once(program: Program) -> Program:
-    """`program`, and how long its first call took."""
-    begin = time.perf_counter()
-    with torch.set_grad_enabled(program.grad):
-        program.step()
-    torch.cuda.synchronize()
-    return replace(program, first=time.perf_counter() - begin)
 
 
 def summarize(values: list[float], backend: str, note: str = "", first: float = 0.0) -> Timing:

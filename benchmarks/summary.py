@@ -8,15 +8,16 @@ from typing import NamedTuple
 from .cases import Case
 from .decoder_cases import DecoderCase
 from .generate_cases import GenerateCase
-from .registry import PEERS, SHOWN
+from .peers import PEERS, SHOWN
 from .results import Ratio, Report, Row
+from .roofline import bound
 from .stats import geometric_mean
 from .tables import Table
 from .targets import MODES, TARGETS, group, promised
 
-__all__ = ["ceiling_of", "group_table", "promise", "ratios_of", "summaries", "under"]
+__all__ = ["group_table", "promise", "ratios_of", "summaries", "under"]
 
-NEARLY = 0.95  # of the ceiling: a promise that needs more is named
+NEARLY = 0.95  # of the machine's bound: a promise that needs more is named
 ABOUT = {"bahdanau": "Bahdanau", "luong": "Luong, input feeding"}
 
 
@@ -125,27 +126,21 @@ def ratios_of(row: Row, ours: str) -> list[Ratio]:
     return [ratio for ratio in row.ratios if ratio.ours == ours]
 
 
-def ceiling_of(report: Report, row: Row) -> float | None:
-    """FLOP/s."""
-    key = "float32" if row.case.dtype == "float32" else "bfloat16", row.threads
-    return next((c.gflops * 1e9 for c in report.ceilings if (c.dtype, c.threads) == key), None)
-
-
 def promise(report: Report, row: Row, ratio: Ratio) -> str:
     """What is promised of this ratio, whether it is missed, and whether the machine could hardly do it."""
-    target, ceiling = promised(row, ratio), ceiling_of(report, row)
+    target, least = promised(row, ratio), bound(row.case, row.threads, report.ceilings)
     if target is None:
         return ""
     words = [f"target {target:g}", *(["missed"] if ratio.median < target else [])]
-    if ceiling is not None:
-        share = target * row.case.flops / row.timings[ratio.peer].median / ceiling
-        words += [f"needs {share * 100:.0f} % of the ceiling"] if share > NEARLY else []
+    if least is not None:
+        share = target * least.seconds / row.timings[ratio.peer].median
+        words += [f"needs {share * 100:.0f} % of the bound"] if share > NEARLY else []
     return ", ".join(words)
 
 
 def _own_table(row: Row) -> str | None:
-    """The set, where its rows have a table of their own."""
-    return row.set if row.set in ("decoder", "corpus", "generate") else None
+    """The set, where its rows have a table of their own, or none."""
+    return row.set if row.set in ("decoder", "corpus", "generate", "self") else None
 
 
 def _threads(n: int) -> str:

@@ -5,7 +5,8 @@ from typing import NamedTuple
 from .cases import LayerCase
 from .decoder_cases import AttentionCase, DecoderCase
 from .generate_cases import GenerateCase
-from .registry import DECODER_SHAPES, NEW_TOKENS, PEERS, SEARCH_SHAPES
+from .peers import PEERS
+from .registry import DECODER_SHAPES, NEW_TOKENS, SEARCH_SHAPES
 from .results import Ratio, Row
 
 __all__ = ["IMPORT_S", "MODES", "TARGETS", "Target", "group", "promised"]

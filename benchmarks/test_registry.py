@@ -12,8 +12,9 @@ import torch
 from benchmarks.cases import Case
 from benchmarks.equality import check, truth_of
 from benchmarks.kinds import draw
+from benchmarks.peers import OPT_IN, PEERS
 from benchmarks.programs import NotRunnable
-from benchmarks.registry import OPT_IN, PEERS, SETS
+from benchmarks.registry import SETS
 
 pytest.importorskip("pytest_benchmark")
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import repeat
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ __all__ = ["Effort", "Runnable", "Samples", "interleave"]
 
 SAMPLE_S = 1e-3  # a sample is as many calls as last this long: the timer's noise is below 0.1 %
 LONG_S = 20e-3  # a call so long hides what it costs to have caches and threads back
+COLD_CALLS = 2  # of a sample with empty caches, each after its own flood
+FLOOD = 2**28  # bytes: more than any cache of one CPU
 SETTLE_S = 2e-3  # threads of one library spin for about this long after its call, on cores that the next one needs
 
 
@@ -39,6 +42,7 @@ class Runnable:
     program: Program
     threads: int
     device: str = "cpu"  # "cuda": timed by events of its stream
+    cold: bool = False  # caches are emptied before each call
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,9 @@ class _Plan(NamedTuple):
 
 def _plan(runnable: Runnable, clock: Clock) -> _Plan:
     """Warms the program up as well."""
+    if runnable.cold:
+        _sample(runnable, _Plan(0, 1), clock)
+        return _Plan(0, 1)
     once = min(_sample(runnable, _Plan(warm, 1), clock) for warm in (1, 0, 0))
     if once > LONG_S:
         return _Plan(0, 1)
@@ -103,6 +110,8 @@ def _plan(runnable: Runnable, clock: Clock) -> _Plan:
 def _sample(runnable: Runnable, plan: _Plan, clock: Clock) -> float:
     step = runnable.program.step
     torch.set_num_threads(runnable.threads)
+    if runnable.cold:
+        return _from_memory(runnable, clock)
     if runnable.threads > 1:
         time.sleep(SETTLE_S)
     with torch.set_grad_enabled(runnable.program.grad):
@@ -114,6 +123,25 @@ def _sample(runnable: Runnable, plan: _Plan, clock: Clock) -> float:
         for _ in repeat(None, plan.calls):
             step()
         return (clock() - begin) / plan.calls * 1e-9
+
+
+def _from_memory(runnable: Runnable, clock: Clock) -> float:
+    """Seconds a call after another program has filled the caches."""
+    seconds = 0.0
+    for _ in range(COLD_CALLS):
+        _flood().add_(1.0)
+        if runnable.threads > 1:
+            time.sleep(SETTLE_S)
+        with torch.set_grad_enabled(runnable.program.grad):
+            begin = clock()
+            runnable.program.step()
+            seconds += (clock() - begin) * 1e-9
+    return seconds / COLD_CALLS
+
+
+@lru_cache(maxsize=1)
+def _flood() -> torch.Tensor:
+    return torch.zeros(FLOOD // 4)
 
 
 def _by_events(step: Callable[[], object], calls: int) -> float:

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/isa.h"
+#include "cpu/team.h"
 #include "cpu/scratch.h"
 #include "cpu/sequence.h"
 
@@ -408,6 +409,12 @@ PYBIND11_MODULE(_C, m) {
       },
       py::call_guard<py::gil_scoped_release>(),
       "FLOP/s of the register tile on operands in the first-level cache: dtype 0 fp32, 1 bf16.");
+  m.def(
+      "load_rate", [](int64_t bytes, int64_t repeats) { return kernels(DType::f32).load_rate(bytes, repeats); },
+      py::call_guard<py::gil_scoped_release>(), "Bytes/s of loads from a buffer of so many bytes, read again and again.");
+  m.def(
+      "barrier_seconds", [](int threads, int64_t repeats) { return barrier_seconds(usable_threads(threads), repeats); },
+      py::call_guard<py::gil_scoped_release>(), "Of one wait of so many threads for each other.");
 }
 
 }  // namespace fastseq

@@ -2,10 +2,8 @@
 
 import gzip
 import itertools
-import json
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,28 +13,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import (
     calm,
-    ceilings,
     corpus,
     equality,
+    peers,
     processes,
     programs,
-    readme,
-    registry,
     results,
     runner,
     stats,
     summary,
-    tables,
-    targets,
     timing,
 )
-from benchmarks.__main__ import main
 from benchmarks.cases import GATES, Case, LayerCase
 from benchmarks.decoder_cases import WIDTHS, AttentionCase, CorpusCase, DecoderCase, Lengths
 from benchmarks.decoder_problem import DecoderProblem, loop_of
 from benchmarks.kinds import draw
+from benchmarks.peers import OPT_IN, PEERS
 from benchmarks.problem import LayerProblem, Problem
-from benchmarks.registry import OPT_IN, PEERS, SETS, Entry
+from benchmarks.registry import SETS, Entry
 
 SMALL = LayerCase("lstm", "train", 5, 3, 4, 6)
 SHORT = timing.Effort(seconds=0.0, least=2, most=2)
@@ -179,7 +173,7 @@ def test_nothing_unequal_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         good = programs.torch_program(problem)
         return replace(good, step=step, results=lambda: {n: t * 1.001 for n, t in good.results().items()})
 
-    monkeypatch.setitem(registry.PEERS, "wrong", registry.Peer(wrong, "wrong"))
+    monkeypatch.setitem(peers.PEERS, "wrong", peers.Peer(wrong, "wrong"))
     entry = Entry("grid", SMALL, (("auto", "wrong"),))
     with pytest.raises(equality.Unequal):
         runner.Runner(SHORT, {"auto", "wrong"}).row(entry, 1)
@@ -244,87 +238,10 @@ def test_watch_knows_a_slow_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert calm.Watch().calm(1)
 
 
-def test_rows_survive_json_and_make_a_summary() -> None:
-    entry = Entry("grid", SMALL, (("auto", "torch.nn"), ("cpu", "torch.nn")))
-    run = runner.Runner(SHORT, {"auto", "cpu", "torch.nn"})
-    row = run.row(entry, 1)
-    assert row is not None
-    assert [(r.ours, r.peer) for r in row.ratios] == [("auto", "torch.nn"), ("cpu", "torch.nn")]
-    report = results.Report({"cpu": "x"}, [ceilings.Ceiling("float32", 1, 100.0, "x")], {"y": "z"}, [row])
-    assert results.Report.from_json(report.to_json()) == report
-    timed = results.Report({}, [], {}, [], runner.summarize([1.0, 2.0], "import"))
-    assert results.Report.from_json(timed.to_json()) == timed
-    with pytest.raises(ValueError, match="schema 0"):
-        results.Report.from_json(json.dumps(json.loads(report.to_json()) | {"schema": 0}))
-
-
-def a_row(case: Case, threads: int, ratio: float, peer: str, of: str = "grid") -> results.Row:
-    timings = {name: results.Timing(name, 1.0, 1.0, 1.0, 1) for name in ("auto", peer)}
-    return results.Row(of, case, threads, "time", timings, (results.Ratio("auto", peer, ratio, ratio, ratio),), 1.0)
-
-
-def test_summary_holds_groups_to_their_targets() -> None:
-    def line(*ratios: tuple[int, int, float]) -> Sequence[str]:
-        rows = [a_row(replace(SMALL, B=b), threads, ratio, "torch.nn") for b, threads, ratio in ratios]
-        return summary.group_table(results.Report({}, [], {}, rows), "auto").lines[0]
-
-    numbers = ["3", "2.00, min 1.00", "2.00, min 2.00", "2.00, min 1.00"]
-    assert line((1, 1, 4.0), (8, 1, 1.0), (1, 2, 2.0)) == ["LSTM training over torch.nn", *numbers, "1.3, min 0.97"]
-    missed = line((1, 1, 4.0), (8, 1, 0.96))
-    assert missed[2:] == ["1.96, min 0.96", "1.3, min 0.97 (missed: lstm-train-T5-B8-I4-H6 1t)"]
-    assert line((1, 1, 1.1))[-1] == "1.3 (missed), min 0.97"
-
-
-def test_decoders_are_held_to_the_target_of_their_shape() -> None:
-    def cells(ceiling: float, *ratios: float) -> Sequence[str]:
-        rows = [
-            a_row(DecoderCase("bahdanau", "gru", "forward", s, s, b, h), 1, ratio, "loop", "decoder")
-            for (b, h, s), ratio in zip(registry.DECODER_SHAPES, ratios, strict=True)
-        ]
-        tops = [ceilings.Ceiling("float32", 1, ceiling, "x")]
-        return summary.decoder_table(results.Report({}, tops, {}, rows), "auto").lines[0]
-
-    head = ["Bahdanau, GRU, forward", "torch loop", "full", "1"]
-    met = ["5.10 (target 5)", "3.00 (target 3)", "2.19 (target 2.2, missed)", "1.80 (target 1.8)"]
-    assert cells(1e9, 5.1, 3.0, 2.19, 1.8) == head + met
-    last = DecoderCase("bahdanau", "gru", "forward", 30, 30, 64, 512)  # the peer takes a second
-    bound = cells(1.8 * last.flops * 1e-9 / 0.96, 5.1, 3.0, 2.2, 1.7)[-1]
-    assert bound == "1.70 (target 1.8, missed, needs 96 % of the ceiling)"
-    assert cells(1.8 * last.flops * 1e-9 / 0.94, 5.1, 3.0, 2.2, 1.7)[-1] == "1.70 (target 1.8, missed)"
-    row = a_row(last, 2, 1.0, "loop", "decoder")  # promised of one thread
-    assert targets.promised(row, row.ratios[0]) is None
-
-
-def test_every_promised_shape_is_a_row() -> None:
-    found = {
-        (case.attention, case.cell, case.mode, (case.B, case.H, case.T), case.rows)
-        for case in (e.case for e in SETS["decoder"])
-        if isinstance(case, DecoderCase)
-    }
-    for (attention, mode), shape in itertools.product(targets.DECODER_TARGETS, registry.DECODER_SHAPES):
-        masks = ("full",) if shape[0] == 1 else ("full", "lengths")
-        for cell, rows in itertools.product(("lstm", "gru"), masks):
-            assert (attention, cell, mode, shape, rows) in found
-
-
-def test_every_target_is_a_group() -> None:
-    groups = set()
-    for entry in ENTRIES:
-        row = results.Row(entry.set, entry.case, 1, entry.measure, {}, (), 1.0)
-        groups |= {targets.group(row, results.Ratio(ours, peer, 1.0, 1.0, 1.0)) for ours, peer in entry.pairs}
-    assert targets.TARGETS.keys() <= groups
-
-
 def test_time_of_a_peer_is_scaled_where_the_registry_says_so() -> None:
     case = replace(SMALL, rows="lengths")
     assert PEERS["auto.full"].scale(case) == case.tokens / (case.T * case.B)
     assert PEERS["auto.full"].form(case) == SMALL
-
-
-def test_tables_without_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(tables, "rich", None)
-    tables.print_table(tables.Table("title", ("a", "b"), [["x", "1.00"], ["long", "2.0"]]))
-    assert capsys.readouterr().out == "\ntitle\na        b\nx     1.00\nlong   2.0\n"
 
 
 def test_peak_memory_counts_what_a_call_keeps() -> None:
@@ -335,51 +252,16 @@ def test_peak_memory_counts_what_a_call_keeps() -> None:
     assert processes.peak_bytes(case, "torch.nn", 1) > least
 
 
-def test_peers_that_compare_nothing_end_the_run() -> None:
-    """Rather than printing an empty table."""
-    with pytest.raises(SystemExit, match="one of auto, cpu and one of loop"):
-        main(["run", "--set", "decoder", "--peers", "loop"])
-    with pytest.raises(SystemExit, match="of other sets: decoder"):
-        main(["run", "--rows", "luong-gru-forward*B1-"])
-
-
-def test_command_line_lists_and_reports(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
-    main(["list", "--set", "calls", "--rows", "gru_cell*B16"])
-    assert capsys.readouterr().out.split() == [
-        "calls", "gru_cell-forward-T1-B16-I80-H64-hx", "calls", "gru_cell-train-T1-B16-I80-H64-hx",
-    ]  # fmt: skip
-    file = tmp_path / "run.json"
-    file.write_text(results.Report({"cpu": "some CPU"}, [], {"peer": "not installed"}).to_json())
-    main(["report", str(file)])
-    out = capsys.readouterr().out
-    assert "some CPU" in out
-    assert "left out: peer: not installed" in out
-
-
-def test_reports_of_earlier_versions_are_read() -> None:
-    files = list((Path(registry.__file__).parent / "results").glob("*.json"))
-    assert files
-    for file in files:
-        text = file.read_text()
-        report = results.Report.from_json(text)
-        assert report.rows
-        if '"kind"' not in text:  # as long as there were layers alone
-            assert all(isinstance(row.case, LayerCase) for row in report.rows)
-        assert results.Report.from_json(report.to_json()) == report
-
-
 def test_why_a_contender_is_left_out_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(problem: Problem) -> programs.Program:
         raise programs.NotRunnable("it has no kernel")
 
-    monkeypatch.setitem(registry.PEERS, "never", registry.Peer(never, "never", ("decoder",)))
+    monkeypatch.setitem(peers.PEERS, "never", peers.Peer(never, "never", ("decoder",)))
     run = runner.Runner(SHORT, {"auto", "never", "loop"})
     entry = Entry("decoder", DECODER, (("auto", "loop"), ("never", "loop")))
     rows = [row for row in (run.row(entry, threads) for threads in (1, 2)) if row is not None]
     assert [[(r.ours, r.peer) for r in row.ratios] for row in rows] == [[("auto", "loop")]] * 2
     assert run.absent == {"never, from some rows": "it has no kernel"}
-    report = results.Report({}, [], {}, rows)
-    assert results.Report.from_json(report.to_json()) == report
     assert PEERS["torch.nn"].obstacle(DECODER) == "it runs layers only"
 
 
@@ -440,42 +322,3 @@ def test_gradients_of_batches_add_up(attention: str) -> None:
         torch.testing.assert_close(both[f"d_{name}"], parts[0][f"d_{name}"] + parts[1][f"d_{name}"])
     for k, part in enumerate(parts):
         torch.testing.assert_close(both[f"out0 of batch {k}"], part["out0"])
-
-
-def test_readme_is_written_between_its_markers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [
-        a_row(SMALL, 1, 4.0, "torch.nn"),
-        a_row(DecoderCase("luong", "lstm", "train", 20, 20, 1, 256), 1, 7.0, "loop", "decoder"),
-    ]
-    where = {
-        "cpu": "some CPU",
-        "isa": "avx2",
-        "torch": "2",
-        "onnxruntime": "1",
-        "date": "2026-01-02T03",
-        "command": "c",
-    }
-    file, page = tmp_path / "run.json", tmp_path / "README.md"
-    file.write_text(results.Report(where, [], {}, rows).to_json())
-    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
-    for _ in range(2):  # writing it again changes nothing
-        main(["report", str(file), "--summary", "--readme", str(page)])
-    written = page.read_text()
-    assert written.startswith(f"before\n{readme.BEGIN}\nsome CPU, `avx2`")
-    assert written.endswith(f"\n{readme.END}\nafter\n")
-    assert "old" not in written
-    assert "| LSTM training over torch.nn | 1 | 4.00, min 4.00 | 1.3, min 0.97 |\n" in written
-    assert "| Luong, input feeding, LSTM, training | torch loop | full | 1 | 7.00 (target 6) |\n" in written
-    capsys.readouterr()
-    page.write_text(f"{readme.END} {readme.BEGIN}")
-    with pytest.raises(ValueError, match="in this order"):
-        main(["report", str(file), "--readme", str(page)])
-
-
-def test_readme_of_the_project_has_the_markers() -> None:
-    text = (Path(registry.__file__).parents[1] / "README.md").read_text()
-    assert text.count(readme.BEGIN) == text.count(readme.END) == 1
-
-
-def test_full_is_every_set() -> None:
-    assert {e.set for e in SETS["full"]} == {"grid", *SETS.keys() - {"quick", "readme", "import", "full"}}

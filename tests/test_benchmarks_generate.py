@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import equality, registry, results, summary, targets
+from benchmarks import equality, peers, registry, results, summary, targets
 from benchmarks.cases import GATES
 from benchmarks.decoder_cases import WIDTHS
 from benchmarks.generate_cases import GenerateCase
 from benchmarks.generate_loop import EOS
 from benchmarks.generate_problem import GenerateProblem
 from benchmarks.kinds import draw
-from benchmarks.registry import PEERS, SETS
+from benchmarks.peers import PEERS
+from benchmarks.registry import SETS
 
 CELLS = ("lstm", "gru")
 SHAPES = ((1, 256, 20), (32, 128, 20), (32, 256, 30))  # B, H, S of the promises
@@ -30,7 +31,7 @@ def test_searches_take_all_steps_and_agree(attention: str, cell: str, beams: int
     truth = equality.truth_of(problem)
     assert truth["out0"].shape == (case.B, case.T)
     assert not (truth["out0"] == EOS).any()
-    for name in ("loop", *registry.OURS):
+    for name in ("loop", *peers.OURS):
         equality.check(PEERS[name].build(problem), truth, case.dtype)
 
 
@@ -47,7 +48,7 @@ def test_the_loop_ends_rows_as_fastseq_does(attention: str, cell: str, beams: in
     ended = (truth["out0"] == EOS).any(1)
     assert eos < 4 or ended.any()
     assert eos > 4 or not ended.all()
-    for name in ("loop", *registry.OURS):
+    for name in ("loop", *peers.OURS):
         equality.check(PEERS[name].build(problem), truth, case.dtype)
 
 

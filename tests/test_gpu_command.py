@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cudnn, equality, graphs, programs, registry, runner, timing
+from benchmarks import cudnn, equality, graphs, peers, programs, runner, timing
 from benchmarks.cases import LayerCase
 from benchmarks.decoder_cases import AttentionCase, CorpusCase, DecoderCase
 from benchmarks.gpu import __main__ as command
@@ -156,7 +156,7 @@ def test_a_fault_of_a_row_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(problem: LayerProblem) -> programs.Program:
         raise RuntimeError("an illegal memory access")
 
-    monkeypatch.setitem(registry.PEERS, "triton", registry.Peer(broken, "broken"))
+    monkeypatch.setitem(peers.PEERS, "triton", peers.Peer(broken, "broken"))
     measurer = runner.Runner(timing.Effort(0.0, 2, 2), {"triton", "torch.nn"}, lenient=True)
     line = rows.measure(measurer, Entry("gpu-small", LAYER, (("triton", "torch.nn"),), (1,)))
     assert line["error"] == "RuntimeError: an illegal memory access"
@@ -175,8 +175,8 @@ def test_a_peers_own_rounding_is_told_of(monkeypatch: pytest.MonkeyPatch) -> Non
 
         return build
 
-    monkeypatch.setitem(registry.PEERS, "sloppy", registry.Peer(wrong("sloppy"), "sloppy"))
-    monkeypatch.setitem(registry.PEERS, "kernels", registry.Peer(wrong("triton"), "kernels"))
+    monkeypatch.setitem(peers.PEERS, "sloppy", peers.Peer(wrong("sloppy"), "sloppy"))
+    monkeypatch.setitem(peers.PEERS, "kernels", peers.Peer(wrong("triton"), "kernels"))
     measurer = runner.Runner(timing.Effort(0.0, 2, 2), {"auto", "torch.nn", "sloppy", "kernels"}, lenient=True)
     row = measurer.row(Entry("grid", LAYER, (("auto", "sloppy"),)), 1)
     assert row is not None

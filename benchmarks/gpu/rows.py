@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ..machine import describe
-from ..registry import PEERS, Entry
+from ..peers import PEERS
+from ..registry import Entry
 from ..report import row_line
 from ..results import row_to_dict
 from ..runner import Runner

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from .. import corpus
 from ..decoder_cases import CorpusCase
-from ..registry import PEERS
+from ..peers import PEERS
 from ..results import Ratio, Row, Timing
 from ..stats import geometric_mean
 from ..tables import Table

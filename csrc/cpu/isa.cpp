@@ -14,6 +14,7 @@
   void attention_forward(const AttentionForward&, int threads);                                               \
   void attention_backward(const AttentionBackward&, int threads);                                             \
   double tile_rate(DType, int64_t repeats);                                                                   \
+  double load_rate(int64_t bytes, int64_t repeats);                                                           \
   int64_t rnn_packed_bytes(const Shape&);                                                                     \
   void rnn_pack(const Shape&, const Direction&, void*, int threads);                                          \
   void random_flags(const RandomFlags&, int threads);                                                         \
@@ -25,8 +26,8 @@
   Kernels {                                                                                                   \
     #isa, supported, isa::holds, isa::rnn_forward, isa::rnn_backward, isa::decoder_forward, isa::decoder_backward, \
         isa::product, isa::input_gradient, isa::weight_gradient, isa::attention_forward, isa::attention_backward, \
-        isa::tile_rate, isa::rnn_packed_bytes, isa::rnn_pack, isa::random_flags, isa::rnn_norm_forward,       \
-        isa::rnn_norm_backward                                                                                \
+        isa::tile_rate, isa::load_rate, isa::rnn_packed_bytes, isa::rnn_pack, isa::random_flags,               \
+        isa::rnn_norm_forward, isa::rnn_norm_backward                                                         \
   }
 
 namespace fastseq {

@@ -5,6 +5,7 @@
 #endif
 #include <pthread.h>
 #include <sched.h>
+#include <time.h>
 
 namespace fastseq {
 namespace {
@@ -55,6 +56,21 @@ void Barrier::wait(int size) {
   for (int spins = 0; __atomic_load_n(&phase_, __ATOMIC_ACQUIRE) == phase; ++spins) {
     spins < kSpins ? relax() : static_cast<void>(sched_yield());
   }
+}
+
+double barrier_seconds(int threads, int64_t repeats) {
+  Barrier barrier;
+  double seconds = 0;
+  parallel(threads, [&](int rank, int size) {
+    const Team team{rank, size, &barrier};
+    team.sync();  // all have come
+    timespec begin, end;
+    clock_gettime(CLOCK_MONOTONIC, &begin);
+    for (int64_t i = 0; i < repeats; ++i) team.sync();
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    if (rank == 0) seconds = static_cast<double>(end.tv_sec - begin.tv_sec) + 1e-9 * static_cast<double>(end.tv_nsec - begin.tv_nsec);
+  });
+  return seconds / static_cast<double>(repeats);
 }
 
 }  // namespace fastseq

@@ -29,6 +29,8 @@ struct Team {
   }
 };
 
+double barrier_seconds(int threads, int64_t repeats);  // of one wait, in a team of so many that does nothing else
+
 template <class F>
 void parallel(int threads, F&& body) {
   run_parallel(

@@ -1,0 +1,91 @@
+"""`python -m benchmarks run`: rows as they come, each on the disk before the next; at the end the tables."""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from operator import attrgetter
+from pathlib import Path
+
+import torch
+
+from . import ceilings
+from .machine import describe
+from .progress import Progress
+from .registry import SETS, Entry
+from .report import print_report, row_line
+from .results import Journal, Report, Row
+from .runner import Runner
+from .timing import Effort
+from .trust import disturbed
+
+__all__ = ["IMPORT_SETS", "run"]
+
+IMPORT_SETS = ("import", "full")  # of all the measurements, the one that is no row
+SECOND_CHANCE_S = 240.0  # for all disturbed rows together
+FAST = Effort(seconds=0.3, least=3, most=15)
+IN_DOUBT = 4  # exit status
+Work = tuple[Entry, int]
+
+
+def run(options: argparse.Namespace, entries: Sequence[Entry], command: str) -> int:
+    """Measure, print rows as they come and tables at the end; the exit status."""
+    effort = FAST if options.fast else Effort()
+    if options.seconds is not None:
+        effort = replace(effort, seconds=options.seconds, most=sys.maxsize)
+    runner = Runner(effort, set(options.peers))
+    wanted = dict.fromkeys([*entries, *(() if options.fast else SETS["self"])])
+    work = [(entry, n) for entry in wanted for n in entry.threads or options.threads]
+    threads = sorted({n for _, n in work})
+    dtypes = sorted({"bfloat16" if e.case.dtype == "autocast" else e.case.dtype for e, _ in work})
+    before, environment = torch.get_num_threads(), describe() | {"command": command}
+    file, earlier = _file(options), _earlier(options)
+    with Journal(file, environment, earlier is not None) as journal:
+        tops = [] if earlier is None else earlier.ceilings
+        tops += runner.ceilings(dtypes, threads)
+        rows = _measure(runner, work, journal, earlier, 0.0 if options.fast else SECOND_CHANCE_S)
+        tops = ceilings.best_of([*tops, *runner.ceilings(dtypes, threads)])  # the machine may have been busy at first
+        torch.set_num_threads(before)
+        for top in tops:
+            journal.ceiling(top)
+        import_s = runner.import_time() if set(options.set) & set(IMPORT_SETS) else None
+        journal.end(runner.absent, import_s)
+    runner.watch.save()
+    report = Report(environment, tops, runner.absent, rows, import_s)
+    return 0 if print_report(report, not options.summary, options.noisy) else IN_DOUBT
+
+
+def _file(options: argparse.Namespace) -> Path | None:
+    return None if options.out is None else Path(options.out)
+
+
+def _earlier(options: argparse.Namespace) -> Report | None:
+    """What a run that was cut short left in the file, where this one goes on."""
+    file = _file(options)
+    return Report.load(file) if options.resume and file is not None and file.exists() else None
+
+
+def _measure(
+    runner: Runner, work: Sequence[Work], journal: Journal, earlier: Report | None, second_chance_s: float
+) -> list[Row]:
+    """Every row, printed as it comes; disturbed ones are measured again at the end, while the time for that lasts."""
+    rows = {} if earlier is None else {row.key: row for row in earlier.rows}
+    begin, end = time.monotonic(), math.inf
+    for again in (False, True):
+        todo = [w for w in work if _key(w) not in rows or (again and disturbed(rows[_key(w)]))]
+        with Progress(len(todo)) as told:
+            for entry, threads in todo:
+                row = runner.row(entry, threads) if time.monotonic() < end else None
+                if row is not None:
+                    rows[row.key] = max(rows.get(row.key, row), row, key=attrgetter("calm"))
+                    journal.row(rows[row.key])
+                told(None if row is None else f"{time.monotonic() - begin:5.0f} s  {row_line(row)}")
+        end = time.monotonic() + second_chance_s
+    return list(rows.values())
+
+
+def _key(work: Work) -> tuple[str, ...]:
+    entry, threads = work
+    return entry.set, str(entry.case), str(threads), entry.measure

@@ -1,0 +1,44 @@
+"""Whether a run may be reported: on a machine that others share, some are not worth their tables."""
+
+from collections.abc import Iterator, Sequence
+
+from .peers import PEERS
+from .results import Ratio, Report, Row
+
+__all__ = ["AGAIN", "MOST_DISTURBED", "SLACK", "disturbed", "doubts", "selves"]
+
+AGAIN = ".again"  # the name of a contender that is another one, built and measured once more
+RARELY = 0.2  # of a row's rounds: fewer calm ones, and the row is disturbed
+MOST_DISTURBED = 0.2  # of the rows
+SLACK = 0.01  # by which an interval may miss 1: addresses differ, and with them what caches hold
+
+
+def disturbed(row: Row) -> bool:
+    """Somebody else slowed nearly all its rounds."""
+    return row.calm is not None and row.calm < RARELY
+
+
+def doubts(report: Report) -> list[str]:
+    """Reasons not to report the run; none is needed."""
+    found = []
+    noisy, timed = sum(map(disturbed, report.rows)), [row for row in report.rows if row.measure != "memory"]
+    if noisy > MOST_DISTURBED * len(timed):
+        found.append(
+            f"{noisy} of {len(timed)} rows were disturbed: other programs, or other machines on this CPU, slowed them"
+        )
+    wrong = [(row, ratio) for row, ratio in selves(report.rows) if not _is_one(ratio)]
+    found += [
+        f"{PEERS[ratio.ours].label} against itself came out as {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}],"
+        f" not as 1: {row.name}"
+        for row, ratio in wrong
+    ]
+    return found
+
+
+def selves(rows: Sequence[Row]) -> Iterator[tuple[Row, Ratio]]:
+    """Every comparison of a contender with itself."""
+    return ((row, ratio) for row in rows for ratio in row.ratios if ratio.peer == ratio.ours + AGAIN)
+
+
+def _is_one(ratio: Ratio) -> bool:
+    return ratio.low <= 1 + SLACK and ratio.high >= 1 - SLACK
