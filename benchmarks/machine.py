@@ -11,9 +11,13 @@ from pathlib import Path
 import torch
 
 import fastseq
-from fastseq import _gpus, _native
+from fastseq import _cpus, _gpus, _native
+
+from .ceilings import caches
 
 __all__ = ["describe"]
+
+GOVERNED = ("scaling_governor", "scaling_max_freq", "boost")
 
 
 def describe() -> dict[str, str]:
@@ -21,8 +25,10 @@ def describe() -> dict[str, str]:
     gpu = {} if _gpus.no_gpu() else _gpu()
     return gpu | {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "cpu": f"{_cpu()}, {os.cpu_count()} logical",
+        "cpu": f"{_cpus.model()}, {os.cpu_count()} logical",
         "isa": "none" if _native.C is None else _native.C.isa(),
+        "cpu clocks": _cpu_clocks(),
+        "caches": " ".join(f"{size // 1024} KiB" for size in caches()),
         "system": platform.platform(),
         "python": platform.python_version(),
         "fastseq": f"{fastseq.__version__} {_revision()}".strip(),
@@ -53,10 +59,14 @@ def _clocks() -> str:
     return f"{asked}: {done.stdout.strip()}" if done.returncode == 0 else f"unknown: {done.stderr.strip()}"
 
 
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
+def _cpu_clocks() -> str:
+    """What there is to know of them: virtual machines tell little."""
+    info, policy = Path("/proc/cpuinfo"), Path("/sys/devices/system/cpu/cpu0/cpufreq")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
+    now = [f"{float(line.split(':')[1]):.0f}" for line in lines if line.startswith("cpu MHz")]
+    known = {name: (policy / name).read_text().strip() for name in GOVERNED if (policy / name).exists()}
+    governed = ", ".join(f"{name} {value}" for name, value in known.items())
+    return f"MHz {' '.join(now) or 'unknown'}; {governed or 'no governor is seen'}"
 
 
 def _version(distribution: str) -> str:

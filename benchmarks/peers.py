@@ -77,7 +77,7 @@ PEERS = {
         attention_programs.sdpa_program, "PyTorch's sdpa", ("attention",), refuses=attention_programs.sdpa_refuses
     ),
 }  # fmt: skip
-for _ours in (*OURS, "triton", "cuda"):
+for _ours in (*OURS, "torch", "reference", "triton", "cuda"):
     _build = fastseq_program(_ours)
     PEERS |= {
         _ours: Peer(_build, f"fastseq ({_ours})", tuple(KINDS)),

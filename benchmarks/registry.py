@@ -1,29 +1,17 @@
 """Every case. A new shape is one entry of a list below; who is measured is in peers.py."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import product
 
 from .cases import Case, LayerCase
 from .decoder_cases import WIDTHS, AttentionCase, CorpusCase, DecoderCase
+from .entry import Entry, Pairs
 from .generate_cases import GenerateCase
+from .growth import GROWTH_SETS
+from .heldout import HELDOUT
 from .peers import OURS
 
 __all__ = ["SETS", "Entry", "Pairs"]
-
-Pairs = tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One row: a case, and which contenders (ours, peer) are compared. ratio = the peer's / ours."""
-
-    set: str
-    case: Case
-    pairs: Pairs
-    threads: tuple[int, ...] | None = None  # None: whatever the user asks for
-    measure: str = "time"  # "cold": with empty caches; "memory": peak bytes of a call
-
 
 OPS, MODES = ("lstm", "gru"), ("forward", "train")
 DECODER_SHAPES = ((1, 256, 20), (32, 128, 20), (32, 256, 30), (64, 512, 30))  # B, H, and S = T
@@ -188,6 +176,8 @@ SETS: dict[str, tuple[Entry, ...]] = {
     "generate": _generate(),
     "cold": _cold(),
     "self": _selves(),
+    **GROWTH_SETS,
+    "heldout": HELDOUT,
     "import": (),  # no call: the runner times a process
 }
 SETS["full"] = tuple(entry for name, entries in SETS.items() if name != "quick" for entry in entries)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 from .cases import Case
 from .decoder_cases import DecoderCase
 from .generate_cases import GenerateCase
+from .growth import AXES, growth_table
+from .heldout import heldout_table
 from .peers import PEERS, SHOWN
 from .results import Ratio, Report, Row
 from .roofline import bound
@@ -18,6 +20,7 @@ from .targets import MODES, TARGETS, group, promised
 __all__ = ["group_table", "promise", "ratios_of", "summaries", "under"]
 
 NEARLY = 0.95  # of the machine's bound: a promise that needs more is named
+OWN_TABLE = {"decoder", "corpus", "generate", "self", "heldout", *AXES}
 ABOUT = {"bahdanau": "Bahdanau", "luong": "Luong, input feeding"}
 
 
@@ -34,7 +37,7 @@ def summaries(report: Report) -> list[Table]:
             else:
                 same.append(under(ours))
         found += [replace(t, title=f"{t.title}, {' and '.join(names)}") for t, names in merged if t.lines]
-    return found
+    return found + [table for table in (growth_table(report), heldout_table(report)) if table.lines]
 
 
 def under(ours: str) -> str:
@@ -140,7 +143,7 @@ def promise(report: Report, row: Row, ratio: Ratio) -> str:
 
 def _own_table(row: Row) -> str | None:
     """The set, where its rows have a table of their own, or none."""
-    return row.set if row.set in ("decoder", "corpus", "generate", "self") else None
+    return row.set if row.set in OWN_TABLE else None
 
 
 def _threads(n: int) -> str:

@@ -3,12 +3,11 @@
 import os
 import platform
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 import fastseq
-from fastseq import _gpus, _native, crossover, dispatch
+from fastseq import _cpus, _gpus, _native, crossover, dispatch
 
 LOST = {
     "cpu": "LSTM and GRU on the CPU run on stock PyTorch: no speed-up, no fused variable length, no fused cells",
@@ -27,7 +26,7 @@ def report() -> str:
 
 def _machine() -> Iterator[tuple[str, str]]:
     yield "fastseq", f"{fastseq.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
-    yield "CPU", f"{_cpu_name()} ({platform.machine()}, {os.cpu_count()} logical)"
+    yield "CPU", f"{_cpus.model()} ({platform.machine()}, {os.cpu_count()} logical)"
     if _native.C is not None:
         features: dict[str, bool] = _native.C.cpu_features()
         yield "features", " ".join(name if has else f"no-{name}" for name, has in features.items()) or "none known"
@@ -60,10 +59,10 @@ def _backends() -> Iterator[tuple[str, str]]:
 def _choice() -> Iterator[tuple[str, str]]:
     yield "auto", "takes the first that can run the call:"
     for rule in crossover.RULES:
-        if rule.gpu is None or rule.gpu in _names():
+        if rule.machine is None or rule.machine in _names():
             yield f"  {rule.backend}", f"{'on a GPU, ' if rule.device == 'cuda' else ''}{rule.because}"
     yield "  else", ", ".join(name for name in crossover.DEFAULT if dispatch.load(name).unavailable() is None)
-    if not any(rule.gpu in _names() for rule in crossover.RULES):
+    if not any(rule.machine in _names() for rule in crossover.RULES):
         yield "", "No crossover was measured on this machine: these are the built-in rules."
     yield (
         "",
@@ -73,15 +72,8 @@ def _choice() -> Iterator[tuple[str, str]]:
 
 
 def _names() -> set[str]:
-    """Of the GPUs here."""
-    return {_gpus.gpu_name(index) for index in range(torch.cuda.device_count())}
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
+    """Of the CPU and the GPUs here."""
+    return {_cpus.cpu_name(), *(_gpus.gpu_name(index) for index in range(torch.cuda.device_count()))}
 
 
 if __name__ == "__main__":

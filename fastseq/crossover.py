@@ -1,7 +1,7 @@
 """Where which backend is faster, as data: `auto` takes the first rule that fits a call and whose backend can run it.
 
 Bounds are half-open, [low, high). Each rule stands beside the measurement that chose it, or says that there was none.
-Rules measured on a GPU, by `python -m benchmarks tune`, are those of crossovers.json, hold on GPUs of that name, and go
+Rules that `python -m benchmarks tune` measured are those of crossovers.json, hold on GPUs or CPUs of that name, and go
 before the built-in ones. Under torch.compile a rule that bounds batch or steps is passed over: only what cannot change
 between calls may decide there.
 """
@@ -27,7 +27,7 @@ class Rule(NamedTuple):
     because: str  # the measurement, or "unmeasured" and the reason
     operator: str = "rnn"  # a key of dispatch.OPERATORS
     device: str | None = None  # "cpu" | "cuda"; None: any
-    gpu: str | None = None  # the one measured, by torch's name; None: any
+    machine: str | None = None  # what was measured: torch's name of the GPU, or _cpus.cpu_name(); None: any
     cells: tuple[str, ...] = tuple(CELLS)  # of rnn
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     grad: bool | None = None  # gradients are recorded; None: either
@@ -42,11 +42,11 @@ class Rule(NamedTuple):
 CHOICES: dict[str, tuple[str, ...]] = {  # of a row's fields
     "backend": BACKENDS,
     "operator": ("rnn", "decoder", "attention"),
-    "device": ("cuda",),
+    "device": ("cpu", "cuda"),
     "cells": tuple(CELLS),
     "dtypes": Rule._field_defaults["dtypes"],
 }
-BOUNDS = ("hidden", "batch", "steps")
+BOUNDS = ("hidden", "batch", "steps", "threads")
 
 
 def measured(file: Path = FILE) -> tuple[Rule, ...]:
@@ -66,8 +66,8 @@ def from_row(row: Any) -> Rule:
     """One rule of the file: `Rule`'s fields, those left out as there; of a bound, null for no end."""
     if not isinstance(row, dict):
         raise ValueError(f"a row is {type(row).__name__}; expected an object of Rule's fields")
-    unknown = row.keys() - set(Rule._fields) | {"threads"} & row.keys()
-    missing = {"backend", "because", "device", "gpu", "operator"} - row.keys()
+    unknown = row.keys() - set(Rule._fields)
+    missing = {"backend", "because", "device", "machine", "operator"} - row.keys()
     if unknown or missing:
         raise ValueError(
             f"fields {sorted(unknown)} are unknown" if unknown else f"fields {sorted(missing)} are missing"
@@ -78,7 +78,7 @@ def from_row(row: Any) -> Rule:
             values[name] = _chosen(name, value)
         elif name in BOUNDS:
             values[name] = _bound(name, value)
-        elif name in ("because", "gpu"):
+        elif name in ("because", "machine"):
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{name}={value!r}; expected text")
             values[name] = value

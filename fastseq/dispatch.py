@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from . import _triton
+from ._cpus import cpu_name
 from ._gpus import gpu_name
 from .backends.call import RnnCall
 from .backends.decoder_call import AttentionCall, DecoderCall
@@ -117,6 +118,7 @@ for _constant in (
     forced,
     _import,
     _threads,
+    cpu_name,
     gpu_name,
     _triton.interprets,
     _triton.unavailable,
@@ -170,7 +172,7 @@ def fits(rule: Rule, call: Call) -> bool:
         return False
     if rule.device is not None and rule.device != call.device.type:
         return False
-    if rule.gpu is not None and rule.gpu != gpu_name(call.device.index):
+    if rule.machine is not None and rule.machine != _machine(call.device):
         return False
     if rule.grad is not None and rule.grad != torch.is_grad_enabled():
         return False
@@ -190,6 +192,10 @@ def fits(rule: Rule, call: Call) -> bool:
     if torch.compiler.is_compiling():
         return False
     return rule.batch[0] <= call.batch < rule.batch[1] and rule.steps[0] <= call.steps < rule.steps[1]
+
+
+def _machine(device: torch.device) -> str:
+    return gpu_name(device.index) if device.type == "cuda" else cpu_name()
 
 
 def _names() -> list[str]:

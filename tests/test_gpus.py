@@ -52,8 +52,8 @@ def test_the_machine_report_names_them() -> None:
 
 @pytest.mark.usefixtures("two_gpus")
 def test_the_machine_report_tells_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = crossover.Rule("triton", "twice as fast", device="cuda", gpu="Some H200")
-    monkeypatch.setattr(crossover, "RULES", (here, here._replace(gpu="Another", because="not here")))
+    here = crossover.Rule("triton", "twice as fast", device="cuda", machine="Some H200")
+    monkeypatch.setattr(crossover, "RULES", (here, here._replace(machine="Another", because="not here")))
     said = report.report()
     assert "triton     on a GPU, twice as fast" in said
     assert "not here" not in said

@@ -286,7 +286,7 @@ def test_what_backward_gives_for_an_attention(dtype: torch.dtype) -> None:
 
 
 def test_a_measured_rule_goes_first_on_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = Rule("triton", "1.4 times as fast", device="cuda", gpu="some GPU", hidden=(0, 64), dtypes=("bfloat16",))
+    small = Rule("triton", "1.4 times as fast", device="cuda", machine="some GPU", hidden=(0, 64), dtypes=("bfloat16",))
     monkeypatch.setattr(dispatch, "RULES", (small, *crossover.RULES))
     x = fake(T, B, I, dtype=torch.bfloat16)
     assert chosen(faked(lambda: fastseq.LSTM(I, H), torch.bfloat16), x) == "triton"
@@ -296,7 +296,7 @@ def test_a_measured_rule_goes_first_on_its_gpu(monkeypatch: pytest.MonkeyPatch) 
     assert chosen(faked(lambda: fastseq.LSTM(I, H), torch.bfloat16), x) == "torch"
 
 
-ROW = {"operator": "rnn", "device": "cuda", "gpu": "some GPU", "backend": "triton", "because": "1.4 times as fast"}
+ROW = {"operator": "rnn", "device": "cuda", "machine": "some GPU", "backend": "triton", "because": "1.4 times as fast"}
 
 
 def test_measured_rules_are_read_as_they_are_written(tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def test_measured_rules_are_read_as_they_are_written(tmp_path: Path) -> None:
     assert bounded.batch == (8, crossover.MOST)
     assert bounded.cells == ("lstm",)
     assert [crossover.to_row(rule) for rule in (plain, bounded)] == rows
-    assert crossover.measured() == tuple(rule for rule in crossover.RULES if rule.gpu is not None)
+    assert crossover.measured() == tuple(rule for rule in crossover.RULES if rule.machine is not None)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from fastseq.kernels import configs as table
 from fastseq.kernels.devices import DEVICES
 
+import fastseq
 from benchmarks import tune
 from benchmarks.__main__ import main
 from benchmarks.cases import Case, LayerCase
@@ -19,7 +21,7 @@ from benchmarks.decoder_cases import AttentionCase
 from benchmarks.tune import configs, crossovers
 from benchmarks.tune.crossovers import BATCHES, HIDDEN, Kind
 from benchmarks.tune.timer import Timer
-from fastseq import _gpus, crossover
+from fastseq import _gpus, crossover, dispatch
 from fastseq.crossover import MOST, Rule
 
 H200 = next(d for d in DEVICES if d.name == "H200")
@@ -136,8 +138,6 @@ def test_the_kernels_see_the_table_that_is_tried_and_then_their_own() -> None:
     kept = table.TABLE
     with configs.replaced() as put:
         put([BASE | {"warps": 8}])
-        import torch
-
         found = table.find("rnn_steps_forward", torch.bfloat16, 64, H200)
         assert found is not None
         assert found.warps == 8
@@ -145,6 +145,7 @@ def test_the_kernels_see_the_table_that_is_tried_and_then_their_own() -> None:
     assert table.find.cache_info().currsize == 0
 
 
+GPU = crossovers.Machine("cuda", "some GPU", WHERE)
 TRAIN = Kind(128, "bfloat16", True, "lstm")
 
 
@@ -159,7 +160,7 @@ def bounds(found: Sequence[Rule]) -> list[tuple[tuple[int, int], tuple[int, int]
 
 def test_a_rule_speaks_only_of_what_was_faster_on_every_side() -> None:
     def of(faster: dict[int, tuple[int, ...]]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-        return bounds([*crossovers.rules_of(TRAIN, ratios(faster), "some GPU", WHERE)])
+        return bounds([*crossovers.rules_of(TRAIN, ratios(faster), GPU, "triton")])
 
     assert of({}) == []
     assert of({64: (1, 8, 64)}) == [((1, 65), (1, 65))]
@@ -180,7 +181,7 @@ def test_the_fastest_of_ours_is_named(capsys: pytest.CaptureFixture[str]) -> Non
         took = {"triton": 1.0, "cuda": 0.5 if case.H >= 256 else 2.0, "torch": 1.5}
         return {name: took[name] for name in backends}
 
-    rules = crossovers.measure(timer, "some GPU", WHERE, 60.0, (TRAIN,))
+    rules = crossovers.measure(timer, GPU, 60.0, (TRAIN,))
     assert {(r.backend, r.hidden) for r in rules} == {("triton", (1, 129))}  # of 129 to 256, 128 was faster on triton
     assert "cuda: RuntimeError: no room" in capsys.readouterr().out
 
@@ -189,7 +190,7 @@ def test_the_fastest_of_ours_is_named(capsys: pytest.CaptureFixture[str]) -> Non
         took = {"triton": 1.0, "cuda": 0.5 if case.H >= 128 else 2.0, "torch": 1.5}
         return {name: took[name] for name in backends}
 
-    rules = crossovers.measure(larger, "some GPU", WHERE, 60.0, (TRAIN,))
+    rules = crossovers.measure(larger, GPU, 60.0, (TRAIN,))
     assert {(r.backend, r.hidden) for r in rules} == {("triton", (1, 65)), ("cuda", (129, 513))}
 
 
@@ -204,7 +205,7 @@ def test_rules_name_their_measurement_and_survive_json(tmp_path: Path) -> None:
         return {"triton": 1.0, "torch": 1.2 if case.H <= 128 else 1.01}
 
     kinds = (TRAIN, Kind(1, "float32", False, "gru"))
-    rules = crossovers.measure(timer, "some GPU", WHERE, 60.0, kinds, ("triton",))
+    rules = crossovers.measure(timer, GPU, 60.0, kinds, ("triton",))
     assert len(asked) == 2 * len(HIDDEN) * len(BATCHES)
     assert [case.op for case in asked[:: len(HIDDEN) * len(BATCHES)]] == ["lstm", "gru_cell"]
     assert [(r.hidden, r.batch, r.steps, r.grad, r.cells, r.dtypes) for r in rules] == [
@@ -213,13 +214,40 @@ def test_rules_name_their_measurement_and_survive_json(tmp_path: Path) -> None:
     ]
     assert rules[0].because == "1.20 to 1.20 times as fast as torch at 6 sizes, T=128; some GPU, 2026-01-02"
     file = tmp_path / "crossovers.json"
-    other = rules[0]._replace(gpu="another GPU")
+    other = rules[0]._replace(machine="another GPU")
     tune.write_crossovers(file, "another GPU", [other])
     tune.write_crossovers(file, "some GPU", rules)
     assert crossover.measured(file) == (other, *rules)
     tune.write_crossovers(file, "some GPU", [])
     assert crossover.measured(file) == (other,)
-    assert crossovers.measure(timer, "some GPU", WHERE, -1.0, kinds) == []
+    assert crossovers.measure(timer, GPU, -1.0, kinds) == []
+
+
+def test_a_cpu_is_tuned_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There our kernels are the usual choice, and each number of threads has rules of its own."""
+
+    def timer(case: Case, backends: Sequence[str]) -> dict[str, float]:
+        assert isinstance(case, LayerCase)
+        assert (case.device, tuple(backends)) == ("cpu", ("torch", "cpu"))
+        return {"torch": 1.0, "cpu": 1.1 if case.H == 512 and torch.get_num_threads() == 2 else 0.9}
+
+    machine, before = crossovers.Machine("cpu", "some CPU", WHERE, (1, 2)), torch.get_num_threads()
+    kinds = (Kind(50, "float32", True, "lstm"),)
+    assert crossovers.measure(timer, machine, 60.0, kinds) == []  # 512 was slower, but of 256 to 511 nothing is known
+    always = crossovers.measure(lambda case, _: {"torch": 1.0, "cpu": 1.2}, machine, 60.0, kinds)
+    assert torch.get_num_threads() == before
+    assert [(r.backend, r.device, r.threads, r.hidden, r.steps) for r in always] == [
+        ("torch", "cpu", (1, 2), (1, 513), (2, MOST)),
+        ("torch", "cpu", (2, 3), (1, 513), (2, MOST)),
+    ]
+    file = tmp_path / "crossovers.json"
+    tune.write_crossovers(file, "some CPU", always)
+    assert crossover.measured(file) == tuple(always)
+    layer, x = fastseq.LSTM(8, 8), torch.zeros(4, 2, 8)
+    for here, expected in (("some CPU", "torch"), ("another CPU", fastseq.explain(layer, x).chosen)):
+        monkeypatch.setattr(dispatch, "RULES", always)
+        monkeypatch.setattr(dispatch, "cpu_name", lambda here=here: here)
+        assert fastseq.explain(layer, x).chosen == expected
 
 
 def test_tables_are_written_one_row_a_line(tmp_path: Path) -> None:

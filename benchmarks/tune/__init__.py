@@ -1,14 +1,16 @@
-"""`python -m benchmarks tune`: tile sizes and `auto`'s crossovers, measured on this machine's GPU and written as data.
+"""`python -m benchmarks tune`: tile sizes and `auto`'s crossovers, measured on this machine and written as data.
 
-    kernels/configs.json      the tiles of each kernel on this architecture, before the rows that were guessed
-    fastseq/crossovers.json   where Triton is faster than PyTorch's own operators, on this GPU
+    kernels/configs.json      the tiles of each kernel on this GPU's architecture, before the rows that were guessed
+    fastseq/crossovers.json   where another backend than the usual one is faster, on this GPU or with --device cpu here
 
-Nothing is tuned at a user's first call, and nothing is changed where there is no GPU.
+Nothing is tuned at a user's first call, and nothing is changed where there is no such device. How well `auto` then
+chooses elsewhere: `python -m benchmarks run --set heldout`.
 """
 
 import argparse
 import datetime
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 
 from fastseq import _gpus, crossover
+from fastseq._cpus import cpu_name
 
 from . import configs, crossovers
 from .timer import Timer
@@ -30,22 +33,37 @@ def main(arguments: Sequence[str]) -> int:
     """Parse and do. Exit status 3: there is no GPU, and the files are as they were."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks tune", description=__doc__)
     parser.add_argument("--only", choices=["configs", "crossovers"], help="one of the two files")
+    parser.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda", help="default: cuda; a CPU has no tile sizes"
+    )
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1, os.cpu_count() or 1], help="on a CPU; default: 1 and all"
+    )
     parser.add_argument("--minutes", type=float, default=20.0, help="of measuring for each file, at most")
     parser.add_argument("--dry-run", action="store_true", help="measure and print, and write nothing")
     options = parser.parse_args(arguments)
+    if options.device == "cpu":
+        _write_crossovers(
+            crossovers.Machine("cpu", cpu_name(), _on_cpu(), tuple(dict.fromkeys(options.threads))), options
+        )
+        return 0
     reason = _gpus.no_gpu()
     if reason is not None:
-        print(f"tune: there is no GPU: {reason}\nNothing was measured, and no file was changed.")
+        print(f"tune: there is no GPU: {reason}\nNothing was measured, and no file was changed. A CPU: --device cpu")
         return NO_GPU
-    timer, where = Timer(), described()
+    where = described()
     if options.only != "crossovers":
-        _write_configs(timer, where, options)
+        _write_configs(Timer(), where, options)
     if options.only != "configs":
         gpu = _gpus.gpu_name(torch.cuda.current_device())
-        rules = crossovers.measure(timer, gpu, where, options.minutes * 60)
-        said = [rule.because for rule in rules]
-        _put(crossover.FILE, lambda file: write_crossovers(file, gpu, rules), said, options.dry_run)
+        _write_crossovers(crossovers.Machine("cuda", gpu, where), options)
     return 0
+
+
+def _write_crossovers(machine: crossovers.Machine, options: argparse.Namespace) -> None:
+    rules = crossovers.measure(Timer(), machine, options.minutes * 60)
+    said = [rule.because for rule in rules]
+    _put(crossover.FILE, lambda file: write_crossovers(file, machine.name, rules), said, options.dry_run)
 
 
 def _write_configs(timer: Timer, where: str, options: argparse.Namespace) -> None:
@@ -81,14 +99,18 @@ def described() -> str:
     )
 
 
+def _on_cpu() -> str:
+    return f"{cpu_name()}, torch {torch.__version__}, {datetime.datetime.now(datetime.timezone.utc).date()}"
+
+
 def write_configs(file: Path, rows: Rows) -> None:
     """All rows of kernels/configs.json, one a line."""
     _write(file, rows)
 
 
-def write_crossovers(file: Path, gpu: str, rules: Sequence[crossover.Rule]) -> None:
-    """Rules of the GPU that was measured now; those of others stay."""
-    kept = [rule for rule in crossover.measured(file) if rule.gpu != gpu]
+def write_crossovers(file: Path, machine: str, rules: Sequence[crossover.Rule]) -> None:
+    """Rules of what was measured now; those of other machines stay."""
+    kept = [rule for rule in crossover.measured(file) if rule.machine != machine]
     _write(file, [crossover.to_row(rule) for rule in (*kept, *rules)])
 
 

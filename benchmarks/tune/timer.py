@@ -5,6 +5,7 @@ from functools import lru_cache
 
 import torch
 
+from ..calm import MEMORY, Watch
 from ..cases import Case
 from ..equality import check, precision, truth_of
 from ..kinds import draw, fastseq_program
@@ -28,6 +29,7 @@ class Timer:
 
     def __init__(self) -> None:
         self._known = lru_cache(maxsize=2)(_drawn)
+        self._watch = Watch(MEMORY)
 
     def __call__(self, case: Case, backends: Sequence[str]) -> dict[str, float]:
         """By backend; a wrong result, and whatever keeps a kernel from running, raises."""
@@ -38,5 +40,6 @@ class Timer:
             if name != "torch":  # of which nothing is claimed
                 check(program, truth, precision(case))
             runnables[name] = Runnable(program, torch.get_num_threads(), case.device)
-        taken = interleave(runnables, EFFORT, lambda threads: True)
+        calm = self._watch.calm if case.device == "cpu" else lambda threads: True
+        taken = interleave(runnables, EFFORT, calm)
         return {name: median(values) for name, values in taken.values.items()}
