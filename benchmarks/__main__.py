@@ -14,7 +14,7 @@ from .registry import SETS as CPU_SETS
 from .registry import Entry
 from .report import print_report
 from .results import Report
-from .run import IMPORT_SETS, IN_DOUBT, run
+from .run import IN_DOUBT, ROWLESS, run
 from .timing import Effort
 
 SETS = CPU_SETS | GPU_SETS
@@ -56,7 +56,7 @@ def _report(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def _need_pairs(entries: Sequence[Entry], options: argparse.Namespace) -> None:
     """Ends the run where nothing would be measured or compared."""
-    if not entries and not set(options.set) & set(IMPORT_SETS):
+    if not entries and not set(options.set) & ROWLESS:
         sets = [name for name in SETS if _entries([name], options.rows)]
         raise SystemExit(
             f"no case of --set {', '.join(options.set)} matches --rows; of other sets: {', '.join(sets) or 'none'}"

@@ -179,5 +179,6 @@ SETS: dict[str, tuple[Entry, ...]] = {
     **GROWTH_SETS,
     "heldout": HELDOUT,
     "import": (),  # no call: the runner times a process
+    "recipes": (),  # trainings: end_to_end.py
 }
 SETS["full"] = tuple(entry for name, entries in SETS.items() if name != "quick" for entry in entries)

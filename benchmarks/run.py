@@ -12,18 +12,20 @@ from pathlib import Path
 import torch
 
 from . import ceilings
+from .end_to_end import TRIALS, train
 from .machine import describe
 from .progress import Progress
 from .registry import SETS, Entry
 from .report import print_report, row_line
-from .results import Journal, Report, Row
+from .results import Journal, Recipe, Report, Row
 from .runner import Runner
 from .timing import Effort
 from .trust import disturbed
 
-__all__ = ["IMPORT_SETS", "run"]
+__all__ = ["IN_DOUBT", "ROWLESS", "run"]
 
-IMPORT_SETS = ("import", "full")  # of all the measurements, the one that is no row
+IMPORT_SETS, RECIPE_SETS = ("import", "full"), ("recipes", "full")  # in which there is what is no row
+ROWLESS = {*IMPORT_SETS, *RECIPE_SETS}
 SECOND_CHANCE_S = 240.0  # for all disturbed rows together
 FAST = Effort(seconds=0.3, least=3, most=15)
 IN_DOUBT = 4  # exit status
@@ -40,6 +42,7 @@ def run(options: argparse.Namespace, entries: Sequence[Entry], command: str) -> 
     work = [(entry, n) for entry in wanted for n in entry.threads or options.threads]
     threads = sorted({n for _, n in work})
     dtypes = sorted({"bfloat16" if e.case.dtype == "autocast" else e.case.dtype for e, _ in work})
+    asked = set(options.set)
     before, environment = torch.get_num_threads(), describe() | {"command": command}
     file, earlier = _file(options), _earlier(options)
     with Journal(file, environment, earlier is not None) as journal:
@@ -50,10 +53,11 @@ def run(options: argparse.Namespace, entries: Sequence[Entry], command: str) -> 
         torch.set_num_threads(before)
         for top in tops:
             journal.ceiling(top)
-        import_s = runner.import_time() if set(options.set) & set(IMPORT_SETS) else None
+        recipes = _recipes(runner, journal, earlier, max(options.threads)) if asked & {*RECIPE_SETS} else []
+        import_s = runner.import_time() if asked & {*IMPORT_SETS} else None
         journal.end(runner.absent, import_s)
     runner.watch.save()
-    report = Report(environment, tops, runner.absent, rows, import_s)
+    report = Report(environment, tops, runner.absent, rows, import_s, recipes)
     return 0 if print_report(report, not options.summary, options.noisy) else IN_DOUBT
 
 
@@ -84,6 +88,20 @@ def _measure(
                 told(None if row is None else f"{time.monotonic() - begin:5.0f} s  {row_line(row)}")
         end = time.monotonic() + second_chance_s
     return list(rows.values())
+
+
+def _recipes(runner: Runner, journal: Journal, earlier: Report | None, threads: int) -> list[Recipe]:
+    """Every training that there is data for."""
+    found = [] if earlier is None else list(earlier.recipes)
+    known = {recipe.name for recipe in found}
+    for trial in TRIALS:
+        reason = trial.unavailable()
+        if reason is not None:
+            runner.absent[f"recipe {trial.name}"] = reason
+        elif trial.name not in known:
+            found.append(train(trial, threads, said=lambda line: print(line, file=sys.stderr, flush=True)))
+            journal.recipe(found[-1])
+    return found
 
 
 def _key(work: Work) -> tuple[str, ...]:

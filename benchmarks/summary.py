@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from .cases import Case
 from .decoder_cases import DecoderCase
+from .end_to_end import recipe_table
 from .generate_cases import GenerateCase
 from .growth import AXES, growth_table
 from .heldout import heldout_table
@@ -37,7 +38,9 @@ def summaries(report: Report) -> list[Table]:
             else:
                 same.append(under(ours))
         found += [replace(t, title=f"{t.title}, {' and '.join(names)}") for t, names in merged if t.lines]
-    return found + [table for table in (growth_table(report), heldout_table(report)) if table.lines]
+    return found + [
+        table for table in (growth_table(report), heldout_table(report), recipe_table(report)) if table.lines
+    ]
 
 
 def under(ours: str) -> str:

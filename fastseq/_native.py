@@ -1,5 +1,6 @@
 """The native extension, loaded once. `C` is the module, or None with the `reason`."""
 
+import importlib
 import os
 from types import ModuleType
 
@@ -7,7 +8,7 @@ C: ModuleType | None
 reason: str | None
 
 try:
-    from . import _C as C  # type: ignore[attr-defined, no-redef]
+    C = importlib.import_module("fastseq._C")
 
     reason = None
 except ImportError as error:

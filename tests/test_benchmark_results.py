@@ -268,4 +268,4 @@ def test_readme_of_the_project_has_the_markers() -> None:
 
 
 def test_full_is_every_set() -> None:
-    assert {e.set for e in SETS["full"]} == {"grid", *SETS.keys() - {"quick", "readme", "import", "full"}}
+    assert {e.set for e in SETS["full"]} == {"grid", *SETS.keys() - {"quick", "readme", "import", "recipes", "full"}}

@@ -1,6 +1,7 @@
 """The CUDA extension, loaded once. `C` is the module, or None with the `reason`; tests put emulated kernels there."""
 
 import ctypes
+import importlib
 import os
 from contextlib import nullcontext
 from functools import lru_cache
@@ -26,7 +27,7 @@ C: ModuleType | None
 reason: str | None
 
 try:
-    from .. import _cuda as C  # type: ignore[attr-defined, no-redef]
+    C = importlib.import_module("fastseq._cuda")
 
     reason = None
 except ImportError as error:
