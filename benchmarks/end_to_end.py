@@ -1,8 +1,8 @@
 """Trainings of the examples' recipes from end to end: target tokens/s, and the time to a fixed quality.
 
 Ours and torch.nn's begin with equal parameters, see the same batches and draw the same dropout, in turns of some steps,
-so that a slow minute of the machine meets both. Their first losses are held to each other; later ones, in which rounding
-errors have grown with every update, by the quality they come to.
+so that a slow minute of the machine meets both. Their first losses are held to each other; later ones, in which
+rounding errors have grown with every update, by the quality they come to.
 """
 
 import os
