@@ -9,17 +9,17 @@ from typing import NamedTuple
 from .ceilings import unit
 from .report import interval, quantity
 from .results import Ratio, Report, Row, Timing
+from .run import IN_DOUBT
 from .stats import geometric_mean
 from .tables import Table, print_table
 from .trust import AGAIN, disturbed, doubts
 
-__all__ = ["IN_DOUBT", "TOLERANCE", "Change", "Comparison", "compare", "print_comparison"]
+__all__ = ["TOLERANCE", "Change", "Comparison", "compare", "print_comparison"]
 
 TOLERANCE = 0.05  # two runs of one program differ by as much where memory happens to lie otherwise
 SHOULD_SHOW = 1.2  # a slowdown that a measurement is meant to tell
 DRIFT = 0.1  # of a ceiling: not the same machine, or not the same clock
-SAME = ("cpu", "isa", "gpu", "software", "torch", "onnxruntime", "python", "system")  # of an environment
-IN_DOUBT = 4  # exit status, as of `run` and `report`
+SAME = ("cpu", "isa", "caches", "gpu", "software", "torch", "onnxruntime", "python", "system")  # of an environment
 FEW = 8  # names in a line
 
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from . import plots_bars, plots_curves, plots_heat, plots_roof
 from .ceilings import best_of
-from .page_tables import HEAD, Cell, Verdict, all_rows, recipes, verdict
+from .page_tables import HEAD, Cell, Verdict, all_rows, verdict
 from .peers import SHOWN
 from .plots import PIXELS, Plot, beside, png, svg
 from .report import ceilings_table
@@ -62,7 +62,6 @@ class Article:
     bars: list[Picture] = field(default_factory=list)
     roof: list[Picture] = field(default_factory=list)
     growth: list[Group] = field(default_factory=list)
-    recipes: Table | None = None
     learning: list[Picture] = field(default_factory=list)
     rows: list[list[Cell]] = field(default_factory=list)
 
@@ -134,7 +133,6 @@ def _article(report: Report, name: str, noisy: bool) -> Article:
         _drawn(plots_bars.decoders(report), ids),
         _drawn([*plots_roof.rooflines(report), *plots_roof.shares(report)], ids),
         [Group(f"over {varies}", _drawn(plots, ids)) for varies, plots in plots_curves.growth(report).items()],
-        recipes(report.recipes) if report.recipes else None,
         _drawn(learning, ids),
         all_rows(report),
     )

@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 from .peers import PEERS
 from .report import interval, quantity, rates
-from .results import Learner, Ratio, Recipe, Report, Row
-from .tables import Table
+from .results import Ratio, Report, Row
 from .trust import disturbed, doubts, selves
 
-__all__ = ["HEAD", "Cell", "Verdict", "all_rows", "recipes", "verdict"]
+__all__ = ["HEAD", "Cell", "Verdict", "all_rows", "verdict"]
 
 HEAD = (
     "case", "threads", "over", "ratio [95 % interval]", "ours [20 %, 80 %]", "the peer [20 %, 80 %]", "of the bound",
@@ -52,17 +51,6 @@ def all_rows(report: Report) -> list[list[Cell]]:
     return [line for row in report.rows for line in _lines(report, row)]
 
 
-def recipes(found: Sequence[Recipe]) -> Table:
-    """How long each training took to its target."""
-    head = ("recipe", "seed", "threads", "target", "library", "seconds", "steps", "tokens/s", "largest loss difference")
-    lines = [
-        [r.name, str(r.seed), str(r.threads), f"{r.target} {r.level:g}", one.library, *_learned(one), _difference(r)]
-        for r in found
-        for one in r.learners
-    ]
-    return Table("trainings to a fixed quality, on the same data, seeds and steps", head, lines)
-
-
 def _lines(report: Report, row: Row) -> Iterator[list[Cell]]:
     merged: dict[tuple[object, str], list[Ratio]] = {}
     for ratio in row.ratios:
@@ -80,13 +68,3 @@ def _lines(report: Report, row: Row) -> Iterator[list[Cell]]:
             Cell(", ".join(r.ours for r in (ratio, *others))), Cell(mine.backend), Cell(row.set),
             Cell("; ".join(filter(None, (row.measure if row.measure != "time" else "", mine.note, theirs.note)))),
         ]  # fmt: skip
-
-
-def _learned(one: Learner) -> tuple[str, str, str]:
-    """To the target, and how fast."""
-    seconds = "not reached" if one.seconds_to_target is None else f"{one.seconds_to_target:,.1f}"
-    return seconds, "" if one.steps_to_target is None else f"{one.steps_to_target:,}", f"{one.tokens_per_s:,.0f}"
-
-
-def _difference(recipe: Recipe) -> str:
-    return f"{recipe.worst_loss:.1e} (tolerance {recipe.tolerance:.0e})"

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 __all__ = [
-    "INK", "LINE", "MUTED", "PIXELS", "SERIES", "Canvas", "Plot", "Tips", "bare", "below", "beside", "letters_on",
+    "INK", "LINE", "MUTED", "PIXELS", "SERIES", "Canvas", "Plot", "Tips", "bare", "below", "beside", "in_words",
+    "letters_on",
     "numbered", "png", "svg",
 ]  # fmt: skip
 
@@ -126,6 +127,11 @@ def svg(plot: Plot, prefix: str) -> str:
     for colour, of_page in OF_PAGE.items():
         text = text.replace(colour, of_page)
     return text
+
+
+def in_words(threads: int) -> str:
+    """How many."""
+    return "1 thread" if threads == 1 else f"{threads} threads"
 
 
 @contextmanager

@@ -14,6 +14,7 @@ __all__ = ["decoders"]
 
 PEER = "loop"
 BETWEEN = 0.24  # of a shape's place, left empty
+LEAST = 4  # shapes, and decoders, that there is room for
 SIZE = (6.0, 3.0)  # inches
 
 
@@ -41,7 +42,7 @@ def decoders(report: Report) -> list[Plot]:
 
 def _plot(mode: str, kinds: dict[str, dict[str, Bar]]) -> Plot:
     shapes = list(dict.fromkeys(shape for found in kinds.values() for shape in found))
-    wide = (1 - BETWEEN) / len(kinds)
+    wide = (1 - BETWEEN) / max(len(kinds), LEAST)
 
     def draw(canvas: Canvas) -> Tips:
         axes = canvas.add_subplot()
@@ -62,7 +63,7 @@ def _plot(mode: str, kinds: dict[str, dict[str, Bar]]) -> Plot:
                 tips[f"p{k}"] = [f"{b.row.name}: {interval(b.ratio)}, promised {promise:g}" for _, b, promise in told]
         axes.axhline(1, color=MUTED, linewidth=1)
         below(axes, shapes)
-        axes.set(ylabel=f"{PEERS[PEER].label}'s time over ours")
+        axes.set(xlim=(-0.6, max(len(shapes), LEAST) - 0.4), ylabel=f"{PEERS[PEER].label}'s time over ours")
         axes.grid(visible=False, axis="x")
         canvas.legend(loc="outside lower left", ncols=5, handlelength=1, columnspacing=1.0)
         return tips

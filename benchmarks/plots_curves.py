@@ -1,56 +1,33 @@
 """How time grows with one dimension at a time, and how trainings learn."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle
-from typing import Any, NamedTuple
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from .kinds import case_to_dict
+from .growth import Sweep, sweeps
 from .peers import PEERS
-from .plots import INK, MUTED, SERIES, Canvas, Plot, Tips, numbered
-from .report import MIB, quantity
-from .results import Learner, Recipe, Report, Row
+from .plots import INK, MUTED, SERIES, Canvas, Plot, Tips, in_words, numbered
+from .report import quantity
+from .results import Learner, Recipe, Report, Timing
 from .roofline import bound
 
-__all__ = ["GROWTH", "growth", "learning"]
+__all__ = ["growth", "learning"]
 
-GROWTH = "growth-"  # sets so named vary what follows: an attribute of the case, or the threads
-TIED = {"H": "I", "T": "S", "S": "T"}  # of a case: what may grow along
 COLOURS = {"auto": SERIES[0], "cpu": SERIES[5], "torch.nn": SERIES[3], "loop": SERIES[3], "onnxruntime": SERIES[2]}
 OTHERS = [colour for colour in SERIES if colour not in COLOURS.values()]
 SIZE = (3.8, 3.0)  # inches
 BINS = 200  # points of a loss's curve
 
 
-class Curve(NamedTuple):
-    """Rows that differ in one dimension."""
-
-    set: str
-    rows: list[tuple[int, Row]]  # by what varies
-
-    @property
-    def title(self) -> str:
-        """What its rows have in common."""
-        (_, first), *others = self.rows
-        names = [str(row.case).split("-") for _, row in others]
-        common = [word for word in str(first.case).split("-") if all(word in name for name in names)]
-        threads = "" if self.varies == "threads" else f", {first.threads} thread{'s' if first.threads > 1 else ''}"
-        return f"{' '.join(common)}{threads}"
-
-    @property
-    def varies(self) -> str:
-        return self.set.removeprefix(GROWTH)
-
-
 def growth(report: Report) -> dict[str, list[Plot]]:
-    """By what varies, a picture for each case of the sets `growth-...`: the time of each contender."""
+    """By what varies, a picture of each sweep: the time of each contender."""
     found: dict[str, list[Plot]] = defaultdict(list)
-    for curve in _curves(report.rows):
-        if len(curve.rows) > 1:
-            found[curve.varies].append(_growth(report, curve))
+    for sweep in sweeps(report.rows):
+        found[sweep.axis].append(_growth(report, sweep))
     return found
 
 
@@ -77,65 +54,36 @@ def learning(recipe: Recipe) -> list[Plot]:
     return [Plot(f"{name}: loss", SIZE, losses), Plot(f"{name}: quality", SIZE, quality)]
 
 
-def _curves(rows: Sequence[Row]) -> list[Curve]:
-    """Rows of a set are of one curve where all but what varies, and what is as large in all of them, is the same."""
-    alike: dict[tuple[str, tuple[Any, ...]], list[tuple[int, Row]]] = defaultdict(list)
-    for row in rows:
-        if row.set.startswith(GROWTH):
-            words = [value for value in case_to_dict(row.case).values() if isinstance(value, str | bool)]
-            threads = None if row.set == f"{GROWTH}threads" else row.threads
-            alike[row.set, (row.measure, threads, *words)].append((_value(row), row))
-    curves: dict[tuple[Any, ...], list[tuple[int, Row]]] = defaultdict(list)
-    for (of, words_of), members in alike.items():
-        varies = of.removeprefix(GROWTH)
-        tied = TIED.get(varies, "")
-        grown = {varies, *([tied] if all(getattr(row.case, tied, None) == x for x, row in members) else [])}
-        for x, row in members:
-            fixed = tuple(v for name, v in case_to_dict(row.case).items() if name not in grown)
-            curves[of, words_of, fixed].append((x, row))
-    return [Curve(of, sorted(found, key=lambda at: at[0])) for (of, *_), found in curves.items()]
-
-
-def _value(row: Row) -> int:
-    """Of what varies. Raises ValueError where the case has no such dimension."""
-    varies = row.set.removeprefix(GROWTH)
-    value = row.threads if varies == "threads" else getattr(row.case, varies, None)
-    if not isinstance(value, int):
-        raise ValueError(f"set {row.set!r}: {row.case} has no {varies}; name the set after a dimension, as in growth-T")
-    return value
-
-
-def _growth(report: Report, curve: Curve) -> Plot:
-    names = list(dict.fromkeys(name for _, row in curve.rows for name in row.timings))
-    memory = curve.rows[0][1].measure == "memory"
-    scale = 1 / MIB if memory else 1e3
-    if all(row.timings.get("cpu") in (None, row.timings.get("auto")) for _, row in curve.rows):
-        names = [name for name in names if name != "cpu"]  # the same measurements
+def _growth(report: Report, sweep: Sweep) -> Plot:
+    names = list(dict.fromkeys(name for row in sweep.rows for name in row.timings))
+    title = sweep.name if sweep.axis == "threads" else f"{sweep.name}, {in_words(sweep.rows[0].threads)}"
 
     def draw(canvas: Canvas) -> Tips:
-        axes, tips, others = canvas.add_subplot(xscale="log", yscale="log"), {}, cycle(OTHERS)
+        axes = canvas.add_subplot(xscale="log", yscale="log", xlabel=sweep.axis, ylabel="ms a call")
+        tips, others = {}, cycle(OTHERS)
         for name in names:
-            at = [(x, row, row.timings[name]) for x, row in curve.rows if name in row.timings]
-            x, y = [x for x, _, _ in at], [timing.median * scale for _, _, timing in at]
+            at = [(x, row.timings[name]) for x, row in zip(sweep.sizes, sweep.rows, strict=True) if name in row.timings]
+            x, (low, y, high) = [x for x, _ in at], ([1e3 * s for s in side] for side in _sides(t for _, t in at))
             colour = COLOURS.get(name) or next(others)
             axes.plot(x, y, color=colour, linewidth=1.6)
             axes.scatter(x, y, s=16, color=colour, label=PEERS[name].label, gid=f"of-{name}", zorder=3)
-            axes.fill_between(
-                x, [t.q20 * scale for *_, t in at], [t.q80 * scale for *_, t in at], color=colour, alpha=0.2, lw=0
-            )
-            tips[f"of-{name}"] = [f"{name}, {curve.varies}={x}: {quantity(timing, row)}" for x, row, timing in at]
-        if not memory:
-            _draw_bound(axes, report, curve)
-        _label(axes, [x for x, _ in curve.rows])
-        axes.set(xlabel=curve.varies, ylabel="MiB" if memory else "ms a call")
+            axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+            tips[f"of-{name}"] = [f"{name}, {sweep.axis}={n}: {quantity(t, sweep.rows[0])}" for n, t in at]
+        _draw_bound(axes, report, sweep)
+        _label(axes, sweep.sizes)
         canvas.legend(loc="outside lower left", ncols=2, handletextpad=0.3, columnspacing=1.0)
         return tips
 
-    return Plot(curve.title, SIZE, draw)
+    return Plot(title, SIZE, draw)
 
 
-def _draw_bound(axes: Axes, report: Report, curve: Curve) -> None:
-    found = [(x, bound(r.case, r.threads, report.ceilings, r.measure == "cold")) for x, r in curve.rows]
+def _sides(timings: Iterable[Timing]) -> Iterator[tuple[float, ...]]:
+    """The 20 % quantiles, the medians, the 80 % quantiles."""
+    return zip(*((t.q20, t.median, t.q80) for t in timings), strict=True)
+
+
+def _draw_bound(axes: Axes, report: Report, sweep: Sweep) -> None:
+    found = [(x, bound(r.case, r.threads, report.ceilings)) for x, r in zip(sweep.sizes, sweep.rows, strict=True)]
     known = [(x, least.seconds * 1e3) for x, least in found if least is not None]
     if known:
         axes.plot(*zip(*known, strict=True), color=INK, linewidth=1, linestyle=":", label="the machine's bound")

@@ -11,14 +11,16 @@ from matplotlib.colors import Normalize
 from .cases import Case, LayerCase
 from .decoder_cases import AttentionCase, DecoderCase
 from .generate_cases import GenerateCase
+from .growth import AXES
 from .peers import PEERS
-from .plots import MUTED, Canvas, Plot, Tips, bare, below, letters_on
+from .plots import MUTED, Canvas, Plot, Tips, bare, below, in_words, letters_on
 from .results import Report
 from .targets import MODES
 
 __all__ = ["FULL", "Grid", "drawn", "grids", "layers"]
 
 COLOURS = colormaps["RdBu"]  # red: slower, blue: faster; told apart by colour-blind readers, too
+ELSEWHERE = {"self", "heldout", *AXES}  # sets whose ratios make no map
 FULL = 2.0  # log2 of the ratio that has the deepest colour
 CELL, LETTER = (0.62, 0.33), 0.072  # inches of a cell, and of a letter beside it
 LEAST = 2  # lines and columns of a map of layers
@@ -44,14 +46,14 @@ class Grid(NamedTuple):
 
     @property
     def title(self) -> str:
-        return f"{self.what}, over {PEERS[self.peer].label}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{self.what}, over {PEERS[self.peer].label}, {in_words(self.threads)}"
 
 
 def grids(report: Report, ours: str) -> list[Grid]:
     """Of ratios of `ours`: of layers all with two lines and columns at least; all of decoders, searches, attention."""
     found: dict[tuple[str, str, str, int], dict[tuple[str, str], float]] = defaultdict(dict)
     for row in report.rows:
-        place = _place(row.case) if row.set != "self" and not row.set.startswith("growth") else None
+        place = None if row.set in ELSEWHERE else _place(row.case)
         for ratio in row.ratios if place is not None else ():
             if ratio.ours == ours and place is not None:
                 what = place.what if row.measure == "time" else f"{place.what}, {row.measure}"

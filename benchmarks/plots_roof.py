@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 
 from .cases import LayerCase
 from .ceilings import MEMORY, Ceiling
-from .plots import INK, LINE, MUTED, SERIES, Canvas, Plot, Tips, numbered
+from .growth import AXES
+from .plots import INK, LINE, MUTED, SERIES, Canvas, Plot, Tips, in_words, numbered
 from .report import quantity
 from .results import Report, Row, Timing
 from .roofline import bound, intensity
@@ -22,6 +23,7 @@ MARKS = "os^Dv"
 BOUNDS = {"products": SERIES[0], "loads": SERIES[1], "waiting": SERIES[4]}
 OURS = ("auto", "frozen", "cuda", "triton", "cpu")  # whose time a row is placed by: the first that it has
 FLAT = 0.68  # height of the roofline by its width
+NEAR = 1.5  # times another rate
 SHORT = 1e-6  # of the roof, where the lines of loads begin: left of all rows
 WIDE, HIGH, BAR = 5.6, 4.2, 0.23  # inches
 
@@ -82,8 +84,8 @@ def _roofline(report: Report, threads: int, device: str) -> Plot | None:
         canvas.legend(loc="outside lower left", ncols=4, handletextpad=0.2, columnspacing=1.0)
         return tips
 
-    where = f"{threads} thread{'s' if threads > 1 else ''}{'' if device == 'cpu' else f', {device}'}"
-    return Plot(f"Roofline, {where}", (WIDE, HIGH), draw)
+    where = "" if device == "cpu" else f", {device}"
+    return Plot(f"Roofline, {in_words(threads)}{where}", (WIDE, HIGH), draw)
 
 
 def _limits(points: Sequence[Point], roof: float) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -101,7 +103,7 @@ def _point(row: Row, timing: Timing) -> Point:
 
 
 def _series(row: Row) -> str:
-    return "growth" if row.set.startswith("growth") else row.set
+    return "growth" if row.set in AXES else row.set
 
 
 def _roof(
@@ -116,13 +118,28 @@ def _roof(
     for c in loads:
         ridge = top / c.value
         axes.plot([ridge * SHORT, ridge], [top * SHORT * 1e-9, top * 1e-9], color=MUTED, linewidth=1.0)
-        level = "memory" if c.size == MEMORY else f"{c.size / 1024:,.0f} KiB"
-        begin = max(low, bottom / c.value * 1e9)
-        if begin < ridge:
+    for text, value in _levels(loads):
+        begin = max(low, bottom / value * 1e9)
+        if begin < top / value:
             axes.annotate(
-                f"{level} {c.value * 1e-9:,.0f} GB/s", (begin, begin * c.value * 1e-9), (4, 9), fontsize=7.5,
-                textcoords="offset points", color=MUTED, rotation=45, rotation_mode="anchor", clip_on=True,
+                text, (begin, begin * value * 1e-9), (4, 9), textcoords="offset points", fontsize=7.5, color=MUTED,
+                rotation=45, rotation_mode="anchor", clip_on=True,
             )  # fmt: skip
+
+
+def _levels(loads: Sequence[Ceiling]) -> list[tuple[str, float]]:
+    """What stands over the lines of loads, and over which; once for lines so near that letters would meet."""
+    groups: list[list[Ceiling]] = []
+    for c in sorted(loads, key=lambda c: -c.value):
+        if groups and c.value * NEAR > groups[-1][0].value:
+            groups[-1].append(c)
+        else:
+            groups.append([c])
+    return [(f"{', '.join(map(_level, group))} GB/s", group[0].value) for group in groups]
+
+
+def _level(c: Ceiling) -> str:
+    return f"{'memory' if c.size == MEMORY else f'{c.size / 1024:,.0f} KiB'} {c.value * 1e-9:,.0f}"
 
 
 def _points(axes: Axes, points: Sequence[Point], series: Sequence[str]) -> Tips:
@@ -169,4 +186,4 @@ def _shares(threads: int, groups: dict[str, list[tuple[float, str, str]]]) -> Pl
         return tips
 
     size = WIDE, 0.75 + BAR * len(groups)
-    return Plot(f"Share of the bound, {threads} thread{'s' if threads > 1 else ''}", size, draw)
+    return Plot(f"Share of the bound, {in_words(threads)}", size, draw)
