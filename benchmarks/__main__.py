@@ -1,4 +1,4 @@
-"""`python -m benchmarks run | report | list | tune`: fastseq beside its peers on this machine."""
+"""`python -m benchmarks run | report | compare | list | tune`: fastseq beside its peers on this machine."""
 
 import argparse
 import shlex
@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from . import readme, tune
+from .compare import TOLERANCE, print_comparison
 from .gpu.sets import GPU_SETS
 from .peers import OPT_IN, PEERS
 from .registry import SETS as CPU_SETS
@@ -50,8 +51,26 @@ def _report(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     reports = [Report.load(Path(file)) for file in options.files]
     if options.readme:
         readme.write(Path(options.readme), reports)
+    if options.html or options.png:
+        _draw(options, reports)
     printed = [print_report(report, not options.summary, options.noisy) for report in reports]
     return 0 if all(printed) else IN_DOUBT
+
+
+def _draw(options: argparse.Namespace, reports: Sequence[Report]) -> None:
+    try:
+        from . import page
+    except ImportError as error:
+        raise ValueError(f"--html and --png need matplotlib and jinja2 ({error}): pip install -e '.[bench]'") from None
+    if options.png:
+        page.pictures(Path(options.png), reports)
+    if options.html:
+        page.write(Path(options.html), reports, options.noisy)
+
+
+def _compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    before, after = (Report.load(Path(file)) for file in (options.before, options.after))
+    return print_comparison(before, after, options.tolerance, options.noisy)
 
 
 def _need_pairs(entries: Sequence[Entry], options: argparse.Namespace) -> None:
@@ -82,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     runs = commands.add_parser("run", help="measure and print the tables")
     lists = commands.add_parser("list", help="name the cases")
     shows = commands.add_parser("report", help="print the tables of an earlier run")
+    compares = commands.add_parser("compare", help="what became slower between two runs; exit status 1 if anything did")
     commands.add_parser(
         "tune", help="measure tile sizes and auto's crossovers on a GPU, and write them", add_help=False
     )
@@ -98,12 +118,19 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("--resume", action="store_true", help="go on where a run that wrote that file was cut short")
     shows.add_argument("files", metavar="FILE", nargs="+", help="what --out wrote")
     shows.add_argument("--readme", metavar="README.md", help=f"write the tables between its {readme.BEGIN} markers")
+    shows.add_argument("--html", metavar="PAGE.html", help="write one page with plots and all rows")
+    shows.add_argument("--png", metavar="DIR", help="write the README's pictures: layers, decoders, roofline")
+    compares.add_argument("before", metavar="BEFORE", help="what --out wrote")
+    compares.add_argument("after", metavar="AFTER")
+    compares.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"share of a ratio; default {TOLERANCE}")
     for command in (runs, shows):
         command.add_argument("--summary", action="store_true", help="summaries only, no rows")
-        command.add_argument("--noisy", action="store_true", help="print the tables of a run that is in doubt, too")
+    for command in (runs, shows, compares):
+        command.add_argument("--noisy", action="store_true", help="disturbed rows and runs in doubt, too")
     runs.set_defaults(run=_run)
     lists.set_defaults(run=_list)
     shows.set_defaults(run=_report)
+    compares.set_defaults(run=_compare)
     return parser
 
 

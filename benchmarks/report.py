@@ -9,7 +9,7 @@ from .tables import Table, print_table
 from .targets import IMPORT_S
 from .trust import disturbed, doubts, selves
 
-__all__ = ["ceilings_table", "print_report", "row_line", "rows_table"]
+__all__ = ["ceilings_table", "interval", "print_report", "quantity", "rates", "row_line", "rows_table"]
 
 SCALES = ((1.0, "s "), (1e-3, "ms"), (1e-6, "us"))
 MIB = 2.0**20
@@ -48,7 +48,7 @@ def ceilings_table(report: Report) -> Table:
     lines = [
         [_of_level(c), c.device, str(c.threads), f"{c.value / 10**power:.3g} {prefix}{unit(c.what)}", c.by]
         for c in report.ceilings
-        for power, prefix in [(-9, "n") if unit(c.what) == "s" else (9, "G")]
+        for power, prefix in [(-6, "u") if unit(c.what) == "s" else (9, "G")]
     ]
     return Table("ceilings", ("", "device", "threads", "at best", "by"), lines)
 
@@ -65,11 +65,12 @@ def rows_table(report: Report, ours: str) -> Table:
     for row in report.rows:
         if ours in row.timings:
             mine, ratios = row.timings[ours], ratios_of(row, ours)
-            against = "  ".join(f"{r.peer} {_ratio(r)}" for r in ratios)
+            against = "  ".join(f"{r.peer} {interval(r)}" for r in ratios)
             targets = "; ".join(filter(None, (promise(report, row, r) for r in ratios)))
-            rates = _rates(report, row, mine)
             calm = "" if row.calm is None else f"{row.calm:.0%}"
-            lines.append([row.name, mine.backend, _quantity(mine, row), *rates, calm, against, targets])
+            lines.append(
+                [row.name, mine.backend, quantity(mine, row), *rates(report, row, mine), calm, against, targets]
+            )
     head = (
         "case", "ran", "median [20 %, 80 %]", "tokens/s", "GFLOP/s", "of the bound", "calm", "ratio [95 % interval]",
         "target",
@@ -84,11 +85,11 @@ def row_line(row: Row) -> str:
         if timing not in shown.values():  # `cpu` where `auto` ran just that
             shown[name] = timing
     times = [
-        f"{name}{'' if name == t.backend else f'={t.backend}'} {_quantity(t, row)} {_about(t)}".rstrip()
+        f"{name}{'' if name == t.backend else f'={t.backend}'} {quantity(t, row)} {_about(t)}".rstrip()
         for name, t in shown.items()
     ]
     head = row.name if row.calm in (None, 1) else f"{row.name} (calm {row.calm:.0%})"
-    return "  ".join([head, *times, *(f"{r.peer}/{r.ours} {_ratio(r)}" for r in row.ratios if r.ours in shown)])
+    return "  ".join([head, *times, *(f"{r.peer}/{r.ours} {interval(r)}" for r in row.ratios if r.ours in shown)])
 
 
 def _about(timing: Timing) -> str:
@@ -96,14 +97,15 @@ def _about(timing: Timing) -> str:
     return "; ".join([*first, *([timing.note] if timing.note else [])])
 
 
-def _quantity(timing: Timing, row: Row) -> str:
+def quantity(timing: Timing, row: Row) -> str:
+    """The median, of times also the quantiles."""
     if row.measure == "memory":
         return f"{timing.median / MIB:.2f} MiB"
     scale, unit = next((s for s in SCALES if timing.median >= s[0]), SCALES[-1])
     return f"{timing.median / scale:.3g} {unit} [{timing.q20 / scale:.3g}, {timing.q80 / scale:.3g}]"
 
 
-def _rates(report: Report, row: Row, timing: Timing) -> tuple[str, str, str]:
+def rates(report: Report, row: Row, timing: Timing) -> tuple[str, str, str]:
     """Tokens/s, GFLOP/s, and the share of the machine's bound, with what that is."""
     if row.measure == "memory":
         return "", "", ""
@@ -112,5 +114,6 @@ def _rates(report: Report, row: Row, timing: Timing) -> tuple[str, str, str]:
     return f"{row.case.tokens / timing.median:,.0f}", f"{row.case.flops / timing.median * 1e-9:.1f}", share
 
 
-def _ratio(ratio: Ratio) -> str:
+def interval(ratio: Ratio) -> str:
+    """The median and its interval."""
     return f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
