@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from . import readme, tune
+from . import estimate, readme, tune
 from .gpu.sets import GPU_SETS
 from .peers import OPT_IN, PEERS
 from .registry import SETS as CPU_SETS
@@ -42,7 +42,9 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _list(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    print("\n".join(f"{e.set:<8} {e.case}" for e in _entries(options.set or ["readme"], options.rows)))
+    entries = _entries(options.set or ["readme"], options.rows)
+    print("\n".join(f"{e.set:<8} {e.case}" for e in entries))
+    print(estimate.total(entries, options.threads), file=sys.stderr)
     return 0
 
 
@@ -87,10 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command in (runs, lists):
         command.add_argument("--set", action="append", choices=SETS, help="repeatable; default: readme")
+        command.add_argument("--threads", type=_numbers, default=(1, 2), help="as in 1,2")
         command.add_argument(
             "--rows", nargs="+", default=[], help="only cases that contain one of these (wildcards: * ?)"
         )
-    runs.add_argument("--threads", type=_numbers, default=(1, 2), help="as in 1,2")
     runs.add_argument("--peers", type=_peers, default=set(PEERS) - OPT_IN, help=f"some of {', '.join(PEERS)}")
     runs.add_argument("--seconds", type=float, help=f"of measuring for each row; default {Effort.seconds}")
     runs.add_argument("--fast", action="store_true", help="a rough look: 0.3 s for each row, at least 3 rounds")
