@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from . import readme, tune
+from . import estimate, readme, tune
+from .cited import cited_tables
 from .compare import TOLERANCE, print_comparison
 from .gpu.sets import GPU_SETS
 from .peers import OPT_IN, PEERS
@@ -43,7 +44,9 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _list(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    print("\n".join(f"{e.set:<8} {e.case}" for e in _entries(options.set or ["readme"], options.rows)))
+    entries = _entries(options.set or ["readme"], options.rows)
+    print("\n".join(f"{e.set:<8} {e.case}" for e in entries))
+    print(estimate.total(entries, options.threads), file=sys.stderr)
     return 0
 
 
@@ -65,7 +68,7 @@ def _draw(options: argparse.Namespace, reports: Sequence[Report]) -> None:
     if options.png:
         page.pictures(Path(options.png), reports)
     if options.html:
-        page.write(Path(options.html), reports, options.noisy)
+        page.write(Path(options.html), reports, options.noisy, cited_tables())
 
 
 def _compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
@@ -107,10 +110,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command in (runs, lists):
         command.add_argument("--set", action="append", choices=SETS, help="repeatable; default: readme")
+        command.add_argument("--threads", type=_numbers, default=(1, 2), help="as in 1,2")
         command.add_argument(
             "--rows", nargs="+", default=[], help="only cases that contain one of these (wildcards: * ?)"
         )
-    runs.add_argument("--threads", type=_numbers, default=(1, 2), help="as in 1,2")
     runs.add_argument("--peers", type=_peers, default=set(PEERS) - OPT_IN, help=f"some of {', '.join(PEERS)}")
     runs.add_argument("--seconds", type=float, help=f"of measuring for each row; default {Effort.seconds}")
     runs.add_argument("--fast", action="store_true", help="a rough look: 0.3 s for each row, at least 3 rounds")

@@ -12,7 +12,7 @@ from fastseq import _gpus
 
 __all__ = ["GATES", "ITEMSIZE", "Case", "LayerCase", "Traffic", "named", "spread"]
 
-GATES = {"lstm": 4, "gru": 3}
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 ITEMSIZE = {"float64": 8, "float32": 4, "autocast": 4, "bfloat16": 2, "float16": 2}
 
 SomeCase = TypeVar("SomeCase", bound="Case")
@@ -78,7 +78,7 @@ class LayerCase(Case):
     """A call of a layer stack or a cell."""
 
     kind = "layers"
-    op: str  # "lstm" | "gru" | "lstm_cell" | "gru_cell"
+    op: str  # of GATES, a layer stack; with "_cell", a cell
     mode: str
     T: int
     B: int
@@ -100,7 +100,7 @@ class LayerCase(Case):
 
     @property
     def cell(self) -> str:
-        """ "lstm" or "gru"."""
+        """A key of GATES."""
         return self.op.removesuffix("_cell")
 
     @property

@@ -1,10 +1,10 @@
-"""What PyTorch asks of cuDNN for a recurrent layer, by the rules of its aten/src/ATen/native/cudnn/RNN.cpp."""
+"""Which library runs a recurrent layer of PyTorch's, by the rules of its aten/src/ATen/native/{,cudnn/}RNN.cpp."""
 
 import torch
 
 from .cases import LayerCase
 
-__all__ = ["algorithm", "tf32"]
+__all__ = ["algorithm", "onednn", "tf32"]
 
 
 def algorithm(case: LayerCase) -> str | None:
@@ -13,6 +13,15 @@ def algorithm(case: LayerCase) -> str | None:
         return None
     half = case.dtype == "float16"
     return f"cuDNN {_requested(case, half)}"
+
+
+def onednn(case: LayerCase) -> str | None:
+    """Its name, where it runs the case: an LSTM of padded rows on the CPU; of packed data, the case's or its peer's for
+    lengths, it has none.
+    """
+    if case.device != "cpu" or case.op != "lstm" or case.rows != "full" or case.dtype == "float64":
+        return None
+    return "oneDNN" if torch.backends.mkldnn.is_available() else None
 
 
 def _requested(case: LayerCase, half: bool) -> str:

@@ -13,7 +13,7 @@ from .programs import Program, Results
 __all__ = ["Unequal", "check", "precision", "truth_of"]
 
 # Of a result's largest value. This tells a wrong computation from a right one; the tests hold kernels to rounding.
-TOLERANCE = {"float32": 1e-4, "tf32": 2**-6, "bfloat16": 2**-4, "autocast": 2**-4}
+TOLERANCE = {"float32": 1e-4, "tf32": 2**-6, "bfloat16": 2**-4, "float16": 2**-7, "autocast": 2**-4}
 
 
 class Unequal(AssertionError):

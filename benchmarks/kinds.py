@@ -4,12 +4,14 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import Any, NamedTuple
 
-from . import attention_programs, decoder_programs, generate_programs, programs
+from . import attention_programs, decoder_programs, generate_programs, option_programs, programs
 from .cases import Case, LayerCase
 from .decoder_cases import AttentionCase, CorpusCase, DecoderCase
 from .decoder_problem import AttentionProblem, DecoderProblem
 from .generate_cases import GenerateCase
 from .generate_problem import GenerateProblem
+from .option_cases import OptionCase
+from .option_programs import OptionProblem
 from .problem import LayerProblem, Problem
 from .programs import Program
 
@@ -28,6 +30,7 @@ class Kind(NamedTuple):
 _DECODER = DecoderProblem.draw, decoder_programs.loop_program, decoder_programs.fastseq_program
 KINDS = {
     "layers": Kind(LayerCase, LayerProblem.draw, programs.torch_program, programs.fastseq_program),
+    "options": Kind(OptionCase, OptionProblem.draw, option_programs.exact_program, option_programs.fastseq_program),
     "decoder": Kind(DecoderCase, *_DECODER),
     "corpus": Kind(CorpusCase, *_DECODER),
     "attention": Kind(

@@ -1,4 +1,4 @@
-"""The peer ONNX Runtime: one LSTM or GRU node built from the weights, in ONNX's gate order.
+"""The peer ONNX Runtime: one LSTM, GRU or RNN node built from the weights, in ONNX's gate order.
 
 Threads spin while a run needs them, as by default, but stop at its end: the next contender needs the core.
 Input and output are bound once, which spares it `run`'s dictionaries.
@@ -16,7 +16,8 @@ from .programs import Program
 
 __all__ = ["onnx_program", "refuses", "unavailable"]
 
-ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}  # torch's i f g o -> ONNX's i o f c; r z n -> z r h
+# torch's i f g o -> ONNX's i o f c; r z n -> z r h
+ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn_tanh": (0,), "rnn_relu": (0,)}
 OPSET, IR_VERSION = 17, 8
 
 
@@ -81,8 +82,11 @@ def _model(problem: LayerProblem) -> bytes:
     }
     if case.cell == "gru":
         attributes["linear_before_reset"] = 1  # torch's GRU
+    name, _, act = case.cell.upper().partition("_")
+    if act:
+        attributes["activations"] = [act.capitalize()] * (2 if case.bidirectional else 1)
     nodes = [
-        helper.make_node(case.cell.upper(), ["x", "W", "R", "bias", *optional], ["y", *states], **attributes),
+        helper.make_node(name, ["x", "W", "R", "bias", *optional], ["y", *states], **attributes),
         helper.make_node("Transpose", ["y"], ["rows_first"], perm=[0, 2, 1, 3]),  # [T, D, B, H] -> [T, B, D, H]
         helper.make_node("Reshape", ["rows_first", "shape"], ["out"]),
     ]

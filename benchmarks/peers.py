@@ -2,11 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from . import attention_programs, decoder_programs, generate_programs, graphs, onnx_program, programs
+from . import (
+    attention_programs,
+    cells_program,
+    decoder_programs,
+    flashrnn_program,
+    generate_programs,
+    graphs,
+    onnx_program,
+    programs,
+)
 from .cases import Case, LayerCase
 from .kinds import KINDS, exact_program, fastseq_program
+from .option_cases import OptionCase
 from .problem import Problem
 from .programs import Program
 
@@ -50,6 +61,23 @@ def _compiled_loop(problem: Problem) -> Program:
     return of.compiled_loop_program(problem)
 
 
+def _plain(case: OptionCase) -> OptionCase:
+    return replace(case, option="")
+
+
+def _graph_refuses(case: LayerCase) -> str | None:
+    return cells_program.refuses(case) or graphs.refuses(case)
+
+
+def _flashrnn(backend: str) -> Peer:
+    return Peer(
+        flashrnn_program.flashrnn_program(backend),
+        f"FlashRNN {backend}",
+        unavailable=partial(flashrnn_program.unavailable, backend),
+        refuses=partial(flashrnn_program.refuses, backend=backend),
+    )
+
+
 LOOPS = ("decoder", "corpus", "generate")
 OURS = ("auto", "cpu")  # the choice that users get, and the fused kernels whatever the choice would be
 SHOWN = (*OURS, "frozen")  # in tables
@@ -62,6 +90,19 @@ PEERS = {
     "onnxruntime": Peer(
         onnx_program.onnx_program, "ONNX Runtime", unavailable=onnx_program.unavailable, refuses=onnx_program.refuses
     ),
+    "cells": Peer(
+        cells_program.cells_program, "plain loop of cells", ("layers", "options"), refuses=cells_program.refuses
+    ),
+    "cells.compile": Peer(
+        cells_program.compiled_cells_program, "torch.compile of the loop of cells", refuses=cells_program.refuses
+    ),
+    "cells.graph": Peer(
+        cells_program.graphed_cells_program, "CUDA graph of the loop of cells", refuses=_graph_refuses
+    ),
+    "flashrnn": _flashrnn("cuda_fused"),
+    "flashrnn.alternating": _flashrnn("cuda"),
+    "flashrnn.triton": _flashrnn("triton_fused"),
+    "cpu.plain": Peer(fastseq_program("cpu"), "our plain layer", ("options",), form=_plain),
     "loop": Peer(exact_program, "torch loop", LOOPS),
     "loop.compile": Peer(
         _compiled_loop, "torch.compile of the loop", LOOPS, refuses=decoder_programs.compile_refuses
@@ -87,4 +128,9 @@ for _ours in (*OURS, "torch", "reference", "triton", "cuda"):
     }
 for _name in ("auto", "torch.nn", "loop"):  # against themselves
     PEERS[f"{_name}.again"] = replace(PEERS[_name], label=f"{PEERS[_name].label} again", again=True)
-OPT_IN = {"torch.compile", "loop.compile", "plain.compile"}  # minutes of compilation: run only when --peers names it
+OPT_IN = {
+    "torch.compile",
+    "cells.compile",
+    "loop.compile",
+    "plain.compile",
+}  # minutes of compilation: run only when --peers names it

@@ -12,8 +12,12 @@ from .cases import Case, LayerCase
 
 __all__ = ["DTYPES", "LayerProblem", "Problem", "flatten", "module_of", "uniform"]
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "autocast": torch.float32}
-CLASSES = {"lstm": "LSTM", "gru": "GRU", "lstm_cell": "LSTMCell", "gru_cell": "GRUCell"}
+DTYPES = {
+    "float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    "autocast": torch.float32,
+}  # fmt: skip
+DECIDED = (6.0, -6.0)  # ten standard deviations of what input and state add
+CLASSES = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}  # of layers; of cells, with "Cell"
 
 
 class Problem(Protocol):
@@ -47,6 +51,8 @@ class LayerProblem:
         directions, states = 2 if case.bidirectional else 1, 2 if case.cell == "lstm" else 1
         module = module_of(nn, replace(case, dtype="float32"))
         weights = uniform(module, case.H, dtype, g)
+        if case.cell == "rnn_relu":
+            _decide(weights)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=g).to(case.device, dtype)
@@ -65,7 +71,7 @@ class LayerProblem:
         case = replace(self.case, dtype="float64")
         weights = {n: w.double() for n, w in self.weights.items()}
         hx, grads = (tuple(t.double() for t in ts) for ts in (self.hx, self.grads))
-        return LayerProblem(case, weights, self.x.double(), hx, self.lengths, grads)
+        return replace(self, case=case, weights=weights, x=self.x.double(), hx=hx, grads=grads)
 
     def packed(self) -> PackedSequence:
         """The input as callers pack it; done outside the timing where the case has `rows="packed"`."""
@@ -78,10 +84,21 @@ def uniform(module: nn.Module, hidden: int, dtype: torch.dtype, g: torch.Generat
     return {n: ((torch.rand(p.shape, generator=g) * 2 - 1) * bound).to(dtype) for n, p in module.state_dict().items()}
 
 
+def _decide(weights: dict[str, Tensor]) -> None:
+    """Of a ReLU's units every other is well above 0, the others below: near 0 rounding would choose the derivative."""
+    for name, w in weights.items():
+        if name.startswith("bias_ih"):
+            w.copy_(torch.tensor(DECIDED).repeat(len(w))[: len(w)])
+        elif name.startswith("weight_hh"):
+            w.mul_(0.25)  # of states as large as the biases
+
+
 def module_of(package: ModuleType, case: LayerCase, **options: Any) -> nn.Module:
     """The module of `package`, which names its classes as torch.nn does, that makes the case's call."""
-    kind = getattr(package, CLASSES[case.op])
+    kind = getattr(package, CLASSES[case.cell] + ("Cell" if case.is_cell else ""))
     options = options | {"dtype": DTYPES[case.dtype]}
+    if case.cell.startswith("rnn_"):
+        options["nonlinearity"] = case.cell.removeprefix("rnn_")
     if not case.is_cell:
         options |= {"num_layers": case.layers, "bidirectional": case.bidirectional}
     module: nn.Module = kind(case.I, case.H, **options)

@@ -18,7 +18,7 @@ from fastseq.explain import Explanation
 from fastseq.ops.rnn_gpu import tf32_flag
 
 from .cases import LayerCase
-from .cudnn import algorithm
+from .cudnn import algorithm, onednn
 from .problem import LayerProblem, flatten, module_of
 
 __all__ = [
@@ -32,6 +32,8 @@ __all__ = [
     "fastseq_program",
     "frozen_program",
     "frozen_refuses",
+    "lengths_call",
+    "module_program",
     "program_of",
     "torch_program",
 ]
@@ -99,8 +101,8 @@ def compiled(program: Program) -> Program:
 
 def torch_program(problem: LayerProblem) -> Program:
     """Stock torch.nn. Where the case has lengths it packs and pads, as its user has to."""
-    program = _module_program(_load(module_of(nn, problem.case), problem), problem, _packing_call, "torch.nn")
-    return replace(program, note=algorithm(problem.case) or "")
+    program = module_program(_load(module_of(nn, problem.case), problem), problem, _packing_call, "torch.nn")
+    return replace(program, note=algorithm(problem.case) or onednn(problem.case) or "")
 
 
 def fastseq_program(problem: LayerProblem, backend: str) -> Program:
@@ -109,7 +111,7 @@ def fastseq_program(problem: LayerProblem, backend: str) -> Program:
     with torch.set_grad_enabled(problem.case.mode == "train"), _precision(problem):
         x, hx = _arguments(problem, list(problem.hx))
         chosen = chosen_backend(fastseq.explain(module, x, hx, lengths=_lengths(problem)), backend)
-    program = _module_program(module, problem, _lengths_call, chosen)
+    program = module_program(module, problem, lengths_call, chosen)
     return replace(program, note=_predicted(problem.case)) if chosen == "cuda" and problem.case.T > 1 else program
 
 
@@ -131,7 +133,7 @@ def frozen_refuses(case: LayerCase) -> str | None:
 def frozen_program(problem: LayerProblem) -> Program:
     """The fused CPU kernels on weights that are packed once."""
     module = fastseq.freeze(_load(module_of(fastseq, problem.case, backend="cpu"), problem))
-    return _module_program(module, problem, _lengths_call, "cpu, frozen")
+    return module_program(module, problem, lengths_call, "cpu, frozen")
 
 
 def compile_refuses(case: LayerCase) -> str | None:
@@ -147,7 +149,7 @@ def compiled_program(problem: LayerProblem) -> Program:
     module = _load(module_of(nn, problem.case), problem)
     with torch._dynamo.config.patch(allow_rnn=True):
         unrolled = torch.compile(module, dynamic=False)
-        return compiled(_module_program(unrolled, problem, _packing_call, "torch.compile"))
+        return compiled(module_program(unrolled, problem, _packing_call, "torch.compile"))
 
 
 def _load(module: nn.Module, problem: LayerProblem) -> nn.Module:
@@ -174,7 +176,7 @@ def _arguments(problem: LayerProblem, hx: list[Tensor]) -> tuple[Any, Any]:
 Call = Callable[[Any, Any, Any], list[Tensor]]  # of module, x, hx
 
 
-def _lengths_call(problem: LayerProblem) -> Call:
+def lengths_call(problem: LayerProblem) -> Call:
     """Lengths lie where the input does, as a user's would."""
     lengths = _lengths(problem)
     if lengths is None:
@@ -192,15 +194,21 @@ def _packing_call(problem: LayerProblem) -> Call:
     return pack_and_pad if problem.case.rows == "lengths" else lambda module, x, hx: flatten(module(x, hx))
 
 
-def _module_program(
-    module: Any, problem: LayerProblem, call_of: Callable[[LayerProblem], Call], backend: str
+def module_program(
+    module: Any,
+    problem: LayerProblem,
+    call_of: Callable[[Any], Call],
+    backend: str,
+    weights: Mapping[str, Tensor] | None = None,  # the module's, by the layer's names; None: it has these names
 ) -> Program:
+    """A call of `module`, and in training the gradients of input, states and weights."""
     call, train = call_of(problem), problem.case.mode == "train"
     x, hx = _arguments(problem, [h.detach().requires_grad_(train) for h in problem.hx])
     data = x if isinstance(x, Tensor) else x.data
     data.requires_grad_(train)
     states = [] if hx is None else flatten(hx)
-    leaves = {"x": data} | {f"hx{k}": h for k, h in enumerate(states)} | dict(module.named_parameters())
+    parameters = dict(module.named_parameters()) if weights is None else weights
+    leaves = {"x": data} | {f"hx{k}": h for k, h in enumerate(states)} | dict(parameters)
 
     def forward() -> list[Tensor]:
         if problem.case.dtype != "autocast":

@@ -1,14 +1,17 @@
-"""Every case. A new shape is one entry of a list below; who is measured is in peers.py."""
+"""Every case. A new shape is one entry of a list below or in shapes.py; who is measured is in peers.py."""
 
 from collections.abc import Iterable
 from itertools import product
 
+from . import shapes
 from .cases import Case, LayerCase
 from .decoder_cases import WIDTHS, AttentionCase, CorpusCase, DecoderCase
 from .entry import Entry, Pairs
+from .estimate import call_seconds
 from .generate_cases import GenerateCase
 from .growth import GROWTH_SETS
 from .heldout import HELDOUT
+from .option_cases import LACKS, OPTIONS, OptionCase
 from .peers import OURS
 
 __all__ = ["SETS", "Entry", "Pairs"]
@@ -16,6 +19,7 @@ __all__ = ["SETS", "Entry", "Pairs"]
 OPS, MODES = ("lstm", "gru"), ("forward", "train")
 DECODER_SHAPES = ((1, 256, 20), (32, 128, 20), (32, 256, 30), (64, 512, 30))  # B, H, and S = T
 SEARCH_SHAPES, BEAMS, NEW_TOKENS = DECODER_SHAPES[:3], (1, 5), 30  # of B, H and S
+LONG_S = 0.3  # of a call on a nominal machine: those longer are in no set that `full` has
 VOCABULARIES = {1000: OPS, 64: ("lstm",), 8000: ("lstm",)}  # words, whose rows have promises; characters; subwords
 
 
@@ -63,23 +67,43 @@ def _varlen() -> tuple[Entry, ...]:
 
 
 def _calls() -> tuple[Entry, ...]:
-    """The calls that programs with recurrent layers were seen to make."""
-    shapes = []
-    for cell, mode in product(OPS, MODES):
-        for op in (cell, f"{cell}_cell"):
-            shapes += [
-                LayerCase(op, mode, 1, 1, 4, 256, hx=True),  # reinforcement learning
-                LayerCase(op, mode, 1, 8, 4, 256, hx=True),
-                LayerCase(op, mode, 1, 16, 80, 64, hx=True),  # a translation decoder, step by step
-            ]
-        shapes += [
-            LayerCase(cell, mode, 20, 16, 80, 64, bidirectional=True, rows="packed"),  # its encoder
-            LayerCase(cell, mode, 16, 64, 100, 400, rows="packed", hx=True),  # a tagger: characters of words
-            LayerCase(cell, mode, 64, 16, 300, 200, bidirectional=True, rows="packed", hx=True),  # words of sentences
-            LayerCase(cell, mode, 64, 1, 1, 64, layers=2),  # forecasting
-            LayerCase(cell, mode, 64, 128, 1, 64, layers=2),
-        ]
-    return tuple(Entry("calls", case, _against("torch.nn")) for case in shapes)
+    return tuple(Entry("calls", case, _against("torch.nn")) for case in shapes.calls())
+
+
+def _rnn() -> tuple[Entry, ...]:
+    """Elman's layers and cells."""
+    cases = [LayerCase("rnn_tanh", mode, 50, b, h, h) for mode, b, h in product(MODES, (1, 32), (64, 256))]
+    cases += [LayerCase("rnn_relu", mode, 50, 32, 256, 256) for mode in MODES]
+    cells = [LayerCase("rnn_tanh_cell", mode, 1, 8, 256, 256, hx=True) for mode in MODES]
+    return (
+        *(Entry("rnn", case, _against("torch.nn", "onnxruntime")) for case in cases),
+        *(Entry("rnn", case, _against("torch.nn")) for case in cells),
+    )
+
+
+def _loops() -> tuple[Entry, ...]:
+    """What is gained over a loop, on a part of the grid."""
+    grid = product(OPS, MODES, (1, 32), (64, 256))
+    cases = [LayerCase(op, mode, 50, b, h, h) for op, mode, b, h in grid]
+    cases += [LayerCase("lstm", mode, 50, 32, 64, 64, bidirectional=True, rows="lengths") for mode in MODES]
+    return tuple(Entry("loops", case, _against("cells", "cells.compile")) for case in cases)
+
+
+def _options() -> tuple[Entry, ...]:
+    """Each option over the same layer without it; layer normalisation also over a loop."""
+    kinds = [(op, o) for op, o in product((*OPS, "rnn_tanh"), OPTIONS) if o and o not in LACKS.get(op, ())]
+    entries = []
+    for (b, h), (op, option), mode in product(((8, 128), (32, 256), (64, 512)), kinds, MODES):
+        peers = ("cpu.plain", "cells") if option == "layer_norm" and h < 512 else ("cpu.plain",)
+        case = OptionCase(op, mode, 50, b, h, h, option=option)
+        entries.append(Entry("options", case, tuple(product(("cpu",), peers)), (1,)))
+    return tuple(entries)
+
+
+def _deepbench(name: str) -> tuple[Entry, ...]:
+    """Those of its shapes whose calls are short enough for every run, or the others."""
+    cases = [c for c in shapes.deepbench() if (call_seconds(c) < LONG_S) == (name == "deepbench")]
+    return tuple(Entry(name, case, _against("torch.nn", "onnxruntime")) for case in cases)
 
 
 def _threads() -> tuple[Entry, ...]:
@@ -164,10 +188,15 @@ def _cold() -> tuple[Entry, ...]:
 SETS: dict[str, tuple[Entry, ...]] = {
     "quick": _grid((1, 32), (64, 256)),
     "readme": _grid((1, 8, 32, 64), (64, 128, 256, 512)),
+    "rnn": _rnn(),
+    "loops": _loops(),
     "frozen": _frozen(),
     "bf16": _bf16(),
     "varlen": _varlen(),
     "calls": _calls(),
+    "deepbench": _deepbench("deepbench"),
+    "deepbench-large": _deepbench("deepbench-large"),
+    "options": _options(),
     "threads": _threads(),
     "memory": _memory(),
     "decoder": _decoder(),
@@ -181,4 +210,6 @@ SETS: dict[str, tuple[Entry, ...]] = {
     "import": (),  # no call: the runner times a process
     "recipes": (),  # trainings: end_to_end.py
 }
-SETS["full"] = tuple(entry for name, entries in SETS.items() if name != "quick" for entry in entries)
+SETS["full"] = tuple(
+    entry for name, entries in SETS.items() if name != "quick" and not name.endswith("-large") for entry in entries
+)

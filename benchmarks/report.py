@@ -1,6 +1,7 @@
 """The tables of a run."""
 
 from .ceilings import MEMORY, Ceiling, unit
+from .cited import cited_tables
 from .peers import SHOWN
 from .results import Ratio, Report, Row, Timing
 from .roofline import bound
@@ -17,7 +18,8 @@ SLOW_FIRST_S = 0.05  # a first call to be told of: it compiled
 
 
 def print_report(report: Report, rows: bool = True, whatever: bool = False) -> bool:
-    """Where it was measured, each row under `auto`, with the kernels forced, frozen; what was left out; summaries.
+    """Where it was measured, each row under `auto`, with the kernels forced, frozen; what was left out; summaries; with
+    the rows what others published.
 
     No tables where there are doubts, but `whatever` the doubts; whether they were printed.
     """
@@ -38,7 +40,7 @@ def print_report(report: Report, rows: bool = True, whatever: bool = False) -> b
         print_table(rows_table(report, ours))
     if report.import_s is not None:
         print(f"import fastseq adds {report.import_s.median:.3f} s to torch's; promised at most {IMPORT_S} s")
-    for table in summaries(report):
+    for table in [*summaries(report), *(cited_tables() if rows else ())]:
         print_table(table)
     return True
 

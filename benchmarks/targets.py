@@ -5,6 +5,7 @@ from typing import NamedTuple
 from .cases import LayerCase
 from .decoder_cases import AttentionCase, DecoderCase
 from .generate_cases import GenerateCase
+from .option_cases import OPTIONS, OptionCase
 from .peers import PEERS
 from .registry import DECODER_SHAPES, NEW_TOKENS, SEARCH_SHAPES
 from .results import Ratio, Row
@@ -27,6 +28,13 @@ def group(row: Row, ratio: Ratio) -> str:
     peer, mode = PEERS[ratio.peer].label, MODES[row.case.mode]
     if row.set == "grid" and isinstance(row.case, LayerCase):
         return f"{row.case.cell.upper()} {mode} over {peer}"
+    if row.set == "loops" or row.set.startswith("deepbench"):
+        assert isinstance(row.case, LayerCase)
+        head = "DeepBench " if row.set != "loops" else ""
+        return f"{head}{row.case.cell.upper().replace('_', ' ')} {mode} over {peer}"
+    if isinstance(row.case, OptionCase):
+        option = row.case.option.replace("_", " ")
+        return f"{option}{f' {mode}' if ratio.peer == 'cells' else ''} over {peer}"
     if row.set == "frozen" and isinstance(row.case, LayerCase):
         return f"frozen {row.case.cell.upper()}{' cell' if row.case.is_cell else ''} over {peer}"
     if row.set == "varlen":
@@ -71,6 +79,8 @@ TARGETS = {
     "variable length over our full length x real/padded": Target(1 / 1.1),
     "calls forward over torch.nn": Target(1.3, 0.97),
     "calls training over torch.nn": Target(1.3, 0.97),
+    **{f"{o.replace('_', ' ')} over our plain layer": Target(None, 1 / 1.15) for o in OPTIONS if o},
+    "layer norm over our plain layer": Target(None, 1 / 1.5),
     "two threads over our one thread": Target(None, 1.6),
     "peak memory of training, torch.nn's over ours": Target(None, 1.0),
     "peak memory of decoder training, torch loop's over ours": Target(None, 2.0),

@@ -132,7 +132,7 @@ def test_every_kind_of_case_builds_and_is_equal(case: Case) -> None:
             except programs.NotRunnable:
                 continue  # a forced backend
             ran.add(name)
-    assert ran & {"torch.nn", "loop", "plain"}
+    assert ran & {"torch.nn", "loop", "plain"} or case.kind == "options"
     assert "auto" in ran
 
 

@@ -7,6 +7,7 @@ from ..cases import Case, LayerCase
 from ..decoder_cases import WIDTHS, AttentionCase, CorpusCase, DecoderCase
 from ..generate_cases import GenerateCase
 from ..registry import MODES, OPS, Entry, Pairs
+from ..shapes import deepbench, flashrnn
 
 __all__ = ["AIMS", "GPU_SETS", "IN_ORDER", "MEAN_AIMS", "rehearsed"]
 
@@ -103,6 +104,11 @@ def _large() -> list[Case]:
     return [LayerCase(op, mode, 128, 64, h, h, dtype="bfloat16") for h, op, mode in order]
 
 
+def _loops() -> list[Case]:
+    """What is gained over a loop of cells, eager and as one graph."""
+    return [LayerCase(op, mode, 50, b, 256, 256) for b, op, mode in product((32, 1), OPS, MODES)]
+
+
 GPU_SETS: dict[str, tuple[Entry, ...]] = {
     "gpu-decoder": _entries("gpu-decoder", _decoder(), "loop", "loop.graph"),
     "gpu-attention": _entries("gpu-attention", _attention(), "plain"),
@@ -113,22 +119,28 @@ GPU_SETS: dict[str, tuple[Entry, ...]] = {
     "gpu-recurrence": _entries("gpu-recurrence", _recurrence(), "torch.nn"),
     "gpu-corpus": _entries("gpu-corpus", _corpus(), "loop"),
     "gpu-large": _entries("gpu-large", _large(), "torch.nn"),
+    "gpu-loops": _entries("gpu-loops", _loops(), "cells", "cells.graph"),
+    "gpu-deepbench": _entries("gpu-deepbench", [*deepbench()], "torch.nn"),
+    "gpu-flashrnn": _entries(
+        "gpu-flashrnn", [*flashrnn()], "torch.nn", "flashrnn", "flashrnn.alternating", "flashrnn.triton"
+    ),
     "gpu-compiled": (
         *_entries("gpu-compiled", _attention()[:2], "plain.compile"),
         *_entries("gpu-compiled", _decoder()[1:2], "loop.compile"),
         *_entries("gpu-compiled", _decoder()[:1], "loop.compile"),
     ),
 }
-# A row of each kind stands before the long tails, so that a stage cut short has seen everything once.
+# A row of each kind stands before the long tails, so that a stage cut short has seen everything once. Sets that are not
+# here take longer than the stage has.
 HEADS = {"gpu-decoder": 8, "gpu-attention": 4, "gpu-small": 8, "gpu-calls": 12, "gpu-varlen": 4, "gpu-generate": 2,
-         "gpu-recurrence": 8, "gpu-corpus": 2, "gpu-large": 0, "gpu-compiled": 1}  # fmt: skip
+         "gpu-recurrence": 8, "gpu-corpus": 2, "gpu-loops": 2, "gpu-large": 0, "gpu-compiled": 1}  # fmt: skip
 IN_ORDER: tuple[Entry, ...] = (
-    *(entry for name, entries in GPU_SETS.items() for entry in entries[: HEADS[name]]),
-    *(entry for name, entries in GPU_SETS.items() for entry in entries[HEADS[name] :]),
+    *(entry for name, head in HEADS.items() for entry in GPU_SETS[name][:head]),
+    *(entry for name, head in HEADS.items() for entry in GPU_SETS[name][head:]),
 )
 
 
 def rehearsed(entry: Entry) -> Entry:
     """The same row, of few numbers, on the CPU: the first way through without a GPU."""
-    pairs = tuple((ours, peer) for ours, peer in entry.pairs if peer != "loop.graph" and ours == "auto")
+    pairs = tuple((ours, peer) for ours, peer in entry.pairs if not peer.endswith(".graph") and ours == "auto")
     return replace(entry, case=replace(entry.case.small(), device="cpu"), pairs=pairs)  # type: ignore[type-var]
