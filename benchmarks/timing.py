@@ -29,7 +29,7 @@ class Effort:
     Where the machine is disturbed it goes on for up to `patience` times as long, then takes the rounds as they are.
     """
 
-    seconds: float = 1.5
+    seconds: float = 1.0
     least: int = 5
     most: int = 51
     patience: float = 2.0
