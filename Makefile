@@ -19,8 +19,13 @@ CUDA := $(if $(shell command -v nvcc),ON,OFF)
 demo: $(STAMPS)/demo native
 	$(BIN)/python -m examples.g2p train $(ARGS)
 
+# Every operator beside its peers, in three minutes; ARGS="--set full" measures all there is, in less than an hour.
+BENCH := build/bench
 bench: $(STAMPS)/dev native
-	$(BIN)/python -m benchmarks run $(ARGS)
+	mkdir -p $(BENCH)
+	$(BIN)/python -m benchmarks run --out $(BENCH)/run.jsonl $(or $(ARGS),--set quick)
+	$(BIN)/python -m benchmarks report $(BENCH)/run.jsonl --summary --html $(BENCH)/page.html >/dev/null
+	@echo "all rows and plots: $(BENCH)/page.html"
 
 # Programs of other packages with fastseq in them, in a virtual environment of their own; a quarter of an hour on a quiet machine.
 FOREIGN := build/foreign-venv

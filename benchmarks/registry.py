@@ -185,8 +185,16 @@ def _cold() -> tuple[Entry, ...]:
     return (*(Entry("cold", case, _against("torch.nn"), measure="cold") for case in cases), *decoders)
 
 
+QUICK = {  # of other sets, parts of names
+    "readme": ("T50-B1-I64-", "T50-B1-I256-", "T50-B32-I64-", "T50-B32-I256-"),
+    "calls": ("T1-B8-I4-H256-hx", "T64-B1-I1-H64-L2"),
+    "varlen": ("T50-B32-I256-",),
+    "bf16": ("T50-B32-I256-H256-bfloat16",),
+    "decoder": ("lstm-forward-S30-T30-B32-H256", "lstm-train-S30-T30-B32-H256"),
+    "attention": ("additive-forward-S30-T30-B32-", "additive-train-S30-T30-B32-"),
+    "generate": ("luong-lstm-greedy-S20-T30-B32-H128-V1000", "luong-lstm-beam5-S20-T30-B32-H128-V1000"),
+}
 SETS: dict[str, tuple[Entry, ...]] = {
-    "quick": _grid((1, 32), (64, 256)),
     "readme": _grid((1, 8, 32, 64), (64, 128, 256, 512)),
     "rnn": _rnn(),
     "loops": _loops(),
@@ -210,6 +218,7 @@ SETS: dict[str, tuple[Entry, ...]] = {
     "import": (),  # no call: the runner times a process
     "recipes": (),  # trainings: end_to_end.py
 }
-SETS["full"] = tuple(
-    entry for name, entries in SETS.items() if name != "quick" and not name.endswith("-large") for entry in entries
+SETS["full"] = tuple(entry for name, entries in SETS.items() if not name.endswith("-large") for entry in entries)
+SETS["quick"] = tuple(  # every operator, forward and training
+    entry for name, parts in QUICK.items() for entry in SETS[name] if any(part in f"{entry.case}" for part in parts)
 )
