@@ -330,9 +330,9 @@ def test_all_of_a_run_is_restored(folder: Path, library: str) -> None:
 
 def timeless(numbers: dict[str, Any]) -> dict[str, Any]:
     """Without what clocks said."""
-    history = [{name: value for name, value in row.items() if name != "seconds"} for row in numbers["history"]]
-    kept = {name: value for name, value in numbers.items() if name not in ("used", "evaluating", "longest")}
-    return kept | {"history": history}
+    clocks = ("used", "seconds", "evaluating", "longest")
+    history = [{name: value for name, value in row.items() if name not in clocks} for row in numbers["history"]]
+    return {name: value for name, value in numbers.items() if name not in clocks} | {"history": history}
 
 
 def test_training_ends_with_its_minutes(folder: Path) -> None:

@@ -32,9 +32,9 @@ class Status(NamedTuple):
 class Training:
     """One run: `model` learns, `best` is as it was when the development set's cost was lowest.
 
-    `history` has a row for each evaluation: seconds, steps, epoch, loss and the scores. `save` is called when `state`
-    is worth keeping: after the first step, then every `pause` seconds, and after an evaluation; True where that one
-    made a new `best`.
+    `history` has a row for each evaluation: seconds since the start, those of evaluations among them, steps, epoch,
+    loss and the scores. `save` is called when `state` is worth keeping: after the first step, then every `pause`
+    seconds, and after an evaluation; True where that one made a new `best`.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Training:
         self.evaluating = self.longest = 0.0  # seconds: all evaluations, and the longest
         self.used = 0.0  # seconds, by the processes before this one
         self.start = time.perf_counter()
+        torch.manual_seed(self.plan.seed)  # of dropout: whatever a library drew to build its model
 
     def run(self, report: Callable[[Status], None]) -> None:
         """Train to the end of the plan."""
@@ -109,11 +110,11 @@ class Training:
         if better := scores.cost <= self.lowest:
             self.best.load_state_dict(self.model.state_dict())
             self.lowest = scores.cost
-        moment = {"seconds": self.seconds(), "steps": self.steps, "epoch": self.epoch(), "loss": self.loss}
-        self.history.append(moment | {"scores": scores._asdict()})
         taken = time.perf_counter() - start
         self.evaluating += taken
         self.longest = max(self.longest, taken)
+        moment = {"seconds": self.seconds(), "evaluating": self.evaluating, "steps": self.steps, "epoch": self.epoch()}
+        self.history.append(moment | {"loss": self.loss, "scores": scores._asdict()})
         self.keep(better)
 
     def keep(self, better: bool = False) -> None:

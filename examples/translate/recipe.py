@@ -1,0 +1,81 @@
+"""The recipe: what examples.training trains, and the plans of the four papers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+import fastseq
+
+from ..training import recipe
+from ..training.batches import Batch
+from . import data
+from .data import Splits
+from .model import DropoutEmbedding, Model, build, translate
+from .score import Scores, bleu
+from .stock import StockModel
+
+
+@dataclass(frozen=True)
+class Plan(recipe.Plan):
+    """What to train, and how."""
+
+    minutes: float = 60.0
+    batch: int = 128
+    rate: float = 2e-3
+    evaluations: int = 30
+    paper: str = "bahdanau"
+    embedding: int = 256
+    hidden: int = 512
+    layers: int = 1
+    dropout: float = 0.5
+    least: int = 2  # occurrences of a word in the vocabulary
+
+
+PLANS = {
+    "sutskever": Plan(paper="sutskever", layers=2),
+    "cho": Plan(paper="cho"),
+    "bahdanau": Plan(),
+    "luong": Plan(paper="luong"),
+}
+
+
+class Recipe(recipe.Recipe):
+    """Translations of Multi30k."""
+
+    name = "translate"
+    score_type = Scores
+
+    def __init__(self, splits: Splits, plan: Plan) -> None:
+        super().__init__(plan)
+        self.splits, self.digest = splits, data.digest(splits)
+        self.words_of = [data.vocabulary(side, plan.least) for side in splits.train]
+        backwards = plan.paper == "sutskever"
+        self.pairs, self.dev = (data.encode(part, *self.words_of, backwards) for part in (splits.train, splits.dev))
+
+    def build(self) -> fastseq.Seq2Seq:
+        plan: Any = self.plan
+        return build(
+            plan.paper, *self.words_of, embedding=plan.embedding, hidden=plan.hidden, layers=plan.layers,
+            dropout=plan.dropout, limit=self.pairs.target.shape[1],
+        )  # fmt: skip
+
+    def stock(self, model: fastseq.Seq2Seq) -> nn.Module:
+        return StockModel(model)
+
+    def learner(self, model: fastseq.Seq2Seq, library: str) -> Model:
+        made: Any = super().learner(model, library)
+        plan: Any = self.plan
+        made.encoder.embedding = DropoutEmbedding(made.encoder.embedding, plan.dropout)
+        return made
+
+    def evaluate(self, model: Model) -> Scores:
+        return Scores(bleu(translate(model, self.splits.dev.source), self.splits.dev.target), self.dev_loss(model))
+
+    def words(self, batch: Batch) -> int:
+        """Of the target, the end counted."""
+        return batch.tokens
+
+    @property
+    def epoch(self) -> int:
+        return int(self.pairs.target_length.sum()) - len(self.pairs.target)
