@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import fastseq
 
 from ..training import recipe
-from ..training.batches import Batch
+from ..training.batches import PAD, Batch
 from . import data
 from .data import Splits
 from .model import DropoutEmbedding, Model, build, translate
@@ -40,6 +41,17 @@ PLANS = {
 }
 
 
+def frequencies(target: Tensor, size: int) -> Tensor:  # [N, T + 1] -> [size]
+    """Log-frequencies of the words to predict, each counted once more: the output's first bias.
+
+    Otherwise the first steps push all features one way to learn them, and a tanh readout stays saturated: luong with 192
+    units had a BLEU of 0 after 1.5 epochs at 3e-3, with this bias 17.7.
+    """
+    counts = torch.bincount(target[:, 1:].flatten(), minlength=size).float()
+    counts[PAD] = 0
+    return ((counts + 1) / (counts + 1).sum()).log()
+
+
 class Recipe(recipe.Recipe):
     """Translations of Multi30k."""
 
@@ -55,10 +67,12 @@ class Recipe(recipe.Recipe):
 
     def build(self) -> fastseq.Seq2Seq:
         plan: Any = self.plan
-        return build(
+        model = build(
             plan.paper, *self.words_of, embedding=plan.embedding, hidden=plan.hidden, layers=plan.layers,
             dropout=plan.dropout, limit=self.pairs.target.shape[1],
         )  # fmt: skip
+        model.output.bias.data.copy_(frequencies(self.pairs.target, model.vocab_size))
+        return model
 
     def stock(self, model: fastseq.Seq2Seq) -> nn.Module:
         return StockModel(model)
