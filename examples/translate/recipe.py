@@ -19,7 +19,12 @@ from .stock import StockModel
 
 @dataclass(frozen=True)
 class Plan(recipe.Plan):
-    """What to train, and how."""
+    """What to train, and how.
+
+    For an hour on two cores. One thread of a Zen 4 trained 2,600 (sutskever) to 4,600 (luong) words/s of an epoch's
+    409,214, so an hour is tens of epochs of 29,000 pairs, and dropout is as high as usual for this data: chosen, not
+    searched. bahdanau at 0.4 came to 31.8 BLEU on val in 8 minutes of one thread, 4.3 epochs.
+    """
 
     minutes: float = 60.0
     batch: int = 128
@@ -44,7 +49,7 @@ PLANS = {
 def frequencies(target: Tensor, size: int) -> Tensor:  # [N, T + 1] -> [size]
     """Log-frequencies of the words to predict, each counted once more: the output's first bias.
 
-    Otherwise the first steps push all features one way to learn them, and a tanh readout stays saturated: luong with 192
+    Otherwise the first steps push all features one way to learn them, and a tanh readout stays saturated: luong of 192
     units had a BLEU of 0 after 1.5 epochs at 3e-3, with this bias 17.7.
     """
     counts = torch.bincount(target[:, 1:].flatten(), minlength=size).float()
