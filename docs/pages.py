@@ -16,7 +16,7 @@ import fastseq
 
 ROOT = Path(__file__).parents[1]
 NAVIGATION = {
-    "Ways in": ["readme", "replace", "modes", "build", "recipes", "interop", "benchmark", "extend"],
+    "Ways in": ["readme", "replace", "modes", "build", "recipes", "train", "interop", "benchmark", "extend"],
     "How it works": ["gpu", "design", "kernels", "contributing"],
     "Reference": ["api/*"],
 }

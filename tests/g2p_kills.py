@@ -18,7 +18,10 @@ import torch._dynamo  # which optimizers import: once, not in each process
 
 import fastseq
 from examples.g2p import __main__ as command
-from examples.g2p import resume, speed, train
+from examples.g2p import recipe
+from examples.training import resume, speed
+from examples.training.loop import Training
+from examples.training.recipe import Recipe
 
 NEVER, EACH_STEP = "1000", "0.0001"  # seconds between saves
 
@@ -62,17 +65,17 @@ def wrap(owner: Any, name: str, nth: int, first: Callable[..., None], then: Call
 
 def log_steps(log: int) -> None:
     """Each step's loss, to all its bits."""
-    step, update, losses = train.step, train.Training.update, []
+    step, update, losses = Recipe.step, Training.update, []
 
     def logged_step(*args: Any) -> torch.Tensor:
         losses.append(step(*args))
         return losses[-1]
 
-    def logged_update(self: train.Training, *args: Any) -> None:
+    def logged_update(self: Training, *args: Any) -> None:
         update(self, *args)
         os.write(log, f"{self.steps} {losses[-1].item().hex()}\n".encode())
 
-    train.step, train.Training.update = logged_step, logged_update  # type: ignore[method-assign]
+    Recipe.step, Training.update = logged_step, logged_update  # type: ignore[method-assign]
 
 
 def run(out: Path, pause: str, arm: Callable[[], None] | None) -> None:
@@ -101,10 +104,10 @@ def main() -> None:
     folder = Path(sys.argv[1])
     run(folder / "whole", NEVER, None)
     for pause, arm in (
-        (NEVER, before(train, "step", 1)),  # nothing is there yet
-        (NEVER, after(train, "step", 4)),  # updated, but not counted
+        (NEVER, before(Recipe, "step", 1)),  # nothing is there yet
+        (NEVER, after(Recipe, "step", 4)),  # updated, but not counted
         (EACH_STEP, half_written),
-        (NEVER, after(train, "pronounce", 1)),  # within the first evaluation
+        (NEVER, after(recipe, "pronounce", 1)),  # within the first evaluation
         (NEVER, after(fastseq.Seq2Seq, "save", 1)),  # the model is new, the state is not
         (EACH_STEP, None),
         (EACH_STEP, None),

@@ -1,11 +1,7 @@
 """python -m examples.g2p train | say WORD..."""
 
 import argparse
-import copy
-import math
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,15 +10,15 @@ from rich.console import Console
 
 import fastseq
 
-from . import data, resume, speed
-from .model import Model, build, load, pronounce
-from .progress import Display
-from .stock import StockModel
-from .train import Plan, Training, evaluate
+from ..training import resume, speed
+from ..training.command import MODEL, STATE, add_options, count, fit, planned, start
+from ..training.files import DataError
+from . import data
+from .model import Model, load, pronounce
+from .recipe import FULL, Plan, Recipe, evaluate
 
-LIBRARIES: dict[str, Callable[[fastseq.Seq2Seq], Model]] = {"fastseq": copy.deepcopy, "torch": StockModel}
 OUT = Path("build/g2p")
-MODEL, STATE, PICTURE = "model.safetensors", "training.safetensors", "attention.png"  # what stands there
+PICTURE = "attention.png"
 NEW_WORDS = ["fastseq", "pytorch", "tokenizer", "backpropagation", "blogosphere", "zumba", "wordle", "kubernetes"]
 
 
@@ -31,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (data.DataError, fastseq.InputError, OSError) as error:
+    except (DataError, fastseq.InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -45,22 +41,19 @@ def parser() -> argparse.ArgumentParser:
         "train", help="train, score, and leave a model and a picture; go on if that was cut short"
     )
     train_.add_argument("--data", type=Path, metavar="DIR", help="*.train.tsv and *.test.tsv; default: CMUdict")
-    train_.add_argument("--minutes", type=positive, default=Plan.minutes, help="of training (default %(default)s)")
-    train_.add_argument("--steps", type=count, help="train so many steps instead: the same result every time")
-    train_.add_argument("--batch", type=count, default=Plan.batch, help="words a step (default %(default)s)")
-    train_.add_argument("--hidden", type=count, default=Plan.hidden, help="units per layer (default %(default)s)")
-    train_.add_argument("--layers", type=layers, default=Plan.layers, help="of either side (default %(default)s)")
-    train_.add_argument("--library", choices=LIBRARIES, default=Plan.library, help="whose layers (default %(default)s)")
-    train_.add_argument("--seed", type=int, default=Plan.seed)
-    train_.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="results (default %(default)s)")
-    train_.add_argument("--fresh", action="store_true", help="start anew where a run was cut short")
     train_.add_argument(
-        "--save-every",
-        type=positive,
-        default=10.0,
-        metavar="SECONDS",
-        help="what a kill may cost (default %(default)s)",
+        "--full",
+        action="store_true",
+        help=f"{FULL.layers} layers of {FULL.hidden}, for the papers' split; {FULL.minutes:.0f} minutes",
     )
+    add_options(
+        train_,
+        Plan(),
+        "10; with --full 60",
+        hidden={"type": count, "help": "units per layer"},
+        layers={"type": layers, "help": "of either side"},
+    )
+    train_.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="results (default %(default)s)")
     train_.set_defaults(run=train)
     say_ = commands.add_parser("say", help="pronounce words with a trained model")
     say_.add_argument("words", nargs="+", metavar="WORD")
@@ -71,18 +64,6 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def positive(text: str) -> float:
-    if not (value := float(text)) > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def count(text: str, least: int = 1) -> int:
-    if (value := int(text)) < least:
-        raise argparse.ArgumentTypeError(f"{text} is below {least}")
-    return value
-
-
 def layers(text: str) -> int:
     return count(text, least=2)
 
@@ -91,21 +72,22 @@ def train(options: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     options.out.mkdir(parents=True, exist_ok=True)  # now: a folder that cannot be written costs no training
     splits = data.load(options.data)
-    plan = Plan(
-        options.minutes, options.steps, options.batch, seed=options.seed, hidden=options.hidden, layers=options.layers,
-        library=options.library,
-    )  # fmt: skip
-    training = start(splits, plan, options)
+    recipe = Recipe(splits, planned(options, FULL if options.full else Plan()))
+    pause = options.save_every or (60.0 if options.full else 10.0)
+    training = start(recipe, options.out, options.fresh, pause)
     console.print(
         f"words: {len(splits.train):,} to train on, {len(splits.dev):,} development, {len(splits.test):,} held out; "
         f"{sum(p.numel() for p in training.model.parameters()):,} parameters; {torch.get_num_threads()} threads"
     )
-    ended = fit(training, options.out, console)
+    if not (ended := fit(training, options.out, console)):
+        console.print(
+            f"interrupted: the best model so far is scored; the same command goes on behind step {training.steps:,}"
+        )
     model = load(options.out / MODEL)
     trained = f"trained {training.steps:,} steps in {training.seconds():.0f} s"
     console.print(f"{trained}; development set: {evaluate(model, splits.dev)}")
     console.print(f"held-out words: {evaluate(model, splits.test, options.beams)}")
-    console.print(f"training speed: {speed.compare(model, training.pairs, plan)}")
+    console.print(f"training speed: {speed.compare(model, recipe)}")
     show_new(model, splits, options, console)
     console.print(f"model: {options.out / MODEL}   attention: {options.out / PICTURE}")
     if ended:
@@ -113,61 +95,12 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
-def start(splits: data.Splits, plan: Plan, options: argparse.Namespace) -> Training:
-    """The run at its first step, or where it was when it was cut short."""
-    letters, phonemes = data.alphabet(splits.train)
-    pairs = data.encode(splits.train, letters, phonemes)
-    torch.manual_seed(plan.seed)
-    best = build(letters, phonemes, plan.hidden, plan.layers, limit=2 * (pairs.target.shape[1] - 1))
-    wanted = asdict(plan) | {"data": data.digest(splits)}
-    path = options.out / STATE
-
-    def save(training: Training, better: bool) -> None:
-        if better:
-            training.best.save(options.out / MODEL)
-        tensors, numbers = training.state()
-        resume.save(path, tensors, numbers | {"plan": wanted})
-
-    training = Training(LIBRARIES[plan.library](best), best, pairs, splits.dev, plan, save, options.save_every)
-    if options.fresh:
-        resume.remove(path)
-    if path.exists():
-        tensors, numbers = resume.load(path)
-        resume.need_same(path, numbers["plan"], wanted)
-        training.restore(tensors, numbers)
-    return training
-
-
-def fit(training: Training, out: Path, console: Console) -> bool:
-    """Train; whether to the end of the plan: Ctrl-C ends it early, and leaves the best model so far."""
-    if training.steps:
-        console.print(
-            f"going on behind step {training.steps:,}, after {training.seconds():.0f} s: {training.done():.0%}"
-        )
-    if training.lowest < math.inf:
-        training.best.save(out / MODEL)  # the file may be of a later moment, which will now come again
-    try:
-        with Display(console) as display:
-            training.run(display)
-    except KeyboardInterrupt:
-        if (out / STATE).exists():  # as it was last saved: this may be the middle of a step
-            training.restore(*resume.load(out / STATE))
-        if training.lowest == math.inf:  # none yet
-            training.best.load_state_dict(training.model.state_dict())
-        training.best.save(out / MODEL)
-        console.print(
-            f"interrupted: the best model so far is scored; the same command goes on behind step {training.steps:,}"
-        )
-        return False
-    return True
-
-
 def say(options: argparse.Namespace) -> int:
     model = load(options.checkpoint)
     letters, words = model.extra["letters"], []
     for word in options.words:
         if (form := in_case(word, letters)) is None:
-            raise data.DataError(f"{word!r} has letters that the model never saw; it knows {''.join(letters)}")
+            raise DataError(f"{word!r} has letters that the model never saw; it knows {''.join(letters)}")
         words.append(form)
     show(model, words, options.beams, Console(highlight=False, soft_wrap=True))
     return 0

@@ -11,21 +11,29 @@ from torch import nn
 
 import fastseq
 
-from .data import BOS, EOS, PAD, SPECIAL, DataError, spell
+from ..training.batches import BOS, EOS, PAD
+from ..training.files import DataError
+from .data import SPECIAL, spell
 from .stock import StockModel
 
 Model = fastseq.Seq2Seq | StockModel
 
 
-def build(letters: list[str], phonemes: list[str], hidden: int, layers: int, limit: int) -> fastseq.Seq2Seq:
-    """The model: `hidden` units of a layer and direction and of the embeddings; pronunciations end at `limit`."""
+def build(
+    letters: list[str], phonemes: list[str], hidden: int, layers: int, limit: int, dropout: float = 0.0
+) -> fastseq.Seq2Seq:
+    """The model: `hidden` units of a layer and direction and of the embeddings; pronunciations end at `limit`.
+
+    dropout: on what a layer reads of the one below, and on the decoder's result.
+    """
     source = nn.Embedding(len(letters) + SPECIAL, hidden, padding_idx=PAD)
     target = nn.Embedding(len(phonemes) + SPECIAL, hidden, padding_idx=PAD)
-    encoder = fastseq.Encoder(hidden, hidden, layers, bidirectional=True, embedding=source)
+    encoder = fastseq.Encoder(hidden, hidden, layers, bidirectional=True, embedding=source, dropout=dropout)
     decoder = fastseq.Decoder(
         hidden, hidden, layers, attention="general", memory_size=encoder.output_size,
         attend="after", query_layer=0, context_to="upper", readout=("state", "context"), combine_bias=True,
         bridge=fastseq.Bridge("backward"),  # that direction has just read the word's beginning
+        dropout=dropout, output_dropout=dropout,
     )  # fmt: skip
     vocabulary = target.num_embeddings
     model = fastseq.Seq2Seq(encoder, decoder, vocabulary, bos_id=BOS, eos_id=EOS, pad_id=PAD, embedding=target)

@@ -11,6 +11,14 @@ class Scores(NamedTuple):
     per: float  # edits to the closest pronunciation, over its phonemes
     words: int
 
+    @property
+    def cost(self) -> float:
+        return self.wer
+
+    @property
+    def brief(self) -> str:
+        return f"WER {self.wer:.1%}"
+
     def __str__(self) -> str:
         return f"word error rate {self.wer:.2%}, phoneme error rate {self.per:.2%} ({self.words:,} words)"
 

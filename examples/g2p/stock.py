@@ -5,17 +5,16 @@ of all steps is two products. The parameters have the names that they have in fa
 """
 
 import copy
-import re
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastseq
 
-from .data import BOS, EOS, PAD
+from ..training.batches import BOS, EOS, PAD
+from ..training.stock import Encoder, between, name_as_fastseq
 
 State = list[tuple[Tensor, Tensor]]  # (h, c), each [B, H], of every layer
 
@@ -35,8 +34,8 @@ class StockModel(nn.Module):
         super().__init__()
         size, layers = model.decoder.hidden_size, model.decoder.num_layers
         self.extra = model.extra
-        self.encoder = Encoder(copy.deepcopy(model.encoder.embedding), size, layers)
-        self.decoder = Decoder(size, layers)
+        self.encoder = Encoder(model.encoder)
+        self.decoder = Decoder(size, layers, model.decoder.output_dropout)
         self.embedding, self.output = copy.deepcopy(model.embedding), copy.deepcopy(model.output)
         self.load_state_dict(model.state_dict())
 
@@ -69,55 +68,27 @@ class StockModel(nn.Module):
 
     def read(self, source: Tensor, length: Tensor | None) -> tuple[Memory, State]:
         """The source as the decoder wants it, and the decoder's first state."""
-        out, mask, state = self.encoder(source, length)
-        return Memory(out, self.decoder.keys(out).transpose(1, 2), mask), state
-
-
-class Encoder(nn.Module):
-    """Bidirectional LSTM layers."""
-
-    def __init__(self, embedding: nn.Module, size: int, layers: int) -> None:
-        super().__init__()
-        self.embedding = embedding
-        self.layers = nn.ModuleList(
-            nn.LSTM(size if index == 0 else 2 * size, size, batch_first=True, bidirectional=True)
-            for index in range(layers)
-        )
-
-    def forward(
-        self,
-        source: Tensor,  # [B, S]
-        length: Tensor | None,  # [B]
-    ) -> tuple[Tensor, Tensor | None, State]:
-        """(output [B, S, 2H], mask [B, 1, S], the backward direction's last state)."""
-        out: Any = self.embedding(source)
-        if length is not None:
-            out = pack_padded_sequence(out, length, batch_first=True, enforce_sorted=False)
-        state = []
-        for layer in self.layers:
-            out, (h, c) = layer(out)
-            state.append((h[1], c[1]))
-        if length is None:
-            return out, None, state
-        out, _ = pad_packed_sequence(out, batch_first=True)
-        return out, torch.arange(source.shape[1]) < length[:, None, None], state
+        out, mask, states = self.encoder(source, length)
+        state = [(h[1], c[1]) for h, c in states]  # the backward direction's
+        return Memory(out, self.decoder.keys(out).transpose(1, 2), None if mask is None else mask[:, None]), state
 
 
 class Decoder(nn.Module):
     """LSTM layers, of which the first asks and the others read what was found."""
 
-    def __init__(self, size: int, layers: int) -> None:
+    def __init__(self, size: int, layers: int, dropout: float) -> None:
         super().__init__()
+        self.size, self.dropout = size, dropout
         self.layers = nn.ModuleList(
             nn.LSTM(size if index == 0 else 3 * size, size, batch_first=True) for index in range(layers)
         )
         self.keys = nn.Linear(2 * size, size, bias=False)
         self.readout = nn.Linear(3 * size, size)
-        self.register_state_dict_post_hook(_to_fastseq)
-        self.register_load_state_dict_pre_hook(_from_fastseq)
+        name_as_fastseq(self)
 
     def forward(self, y: Tensor, memory: Memory, state: State) -> tuple[Tensor, State]:
         """(features [B, T, H], state) of y [B, T, H]."""
+        noise = between(y, len(self.layers), self.size, self.dropout, self.training)
         out, last = self.run(0, y, state)
         states = [last]
         scores = out @ memory.keys
@@ -125,25 +96,14 @@ class Decoder(nn.Module):
             scores = scores.masked_fill(~memory.mask, -torch.inf)
         context = scores.softmax(-1) @ memory.out
         for index in range(1, len(self.layers)):
+            out = out if noise is None else out * noise[index - 1]
             out, last = self.run(index, torch.cat([out, context], -1), state)
             states.append(last)
-        return torch.tanh(self.readout(torch.cat([out, context], -1))), states
+        features = torch.tanh(self.readout(torch.cat([out, context], -1)))
+        return F.dropout(features, self.dropout, self.training), states
 
     def run(self, index: int, x: Tensor, state: State) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """A layer's output [B, T, H] and last state."""
         h, c = state[index]
         out, (h, c) = self.layers[index](x, (h[None], c[None]))
         return out, (h[0], c[0])
-
-
-def _to_fastseq(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Name the parameters as fastseq.Decoder does."""
-    for name in [name for name in state if name.startswith(prefix)]:
-        own = name[len(prefix) :].replace("keys.weight", "attention.weight_memory")
-        state[prefix + re.sub(r"^layers\.(\d+)\.(\w+)_l0$", r"\2_l\1", own)] = state.pop(name)
-
-
-def _from_fastseq(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    for name in [name for name in state if name.startswith(prefix)]:
-        own = name[len(prefix) :].replace("attention.weight_memory", "keys.weight")
-        state[prefix + re.sub(r"^(\w+)_l(\d+)$", r"layers.\2.\1_l0", own)] = state.pop(name)

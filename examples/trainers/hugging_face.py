@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import fastseq
-from examples.g2p.data import BOS, EOS, PAD, SPECIAL, Lexicon, alphabet, divide, pad, read_cmudict
+from examples.g2p.data import SPECIAL, Lexicon, alphabet, divide, read_cmudict
+from examples.training.batches import BOS, EOS, PAD, pad
 
 
 def build(letters: int, phonemes: int, hidden: int = 64) -> fastseq.Seq2Seq:

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from .data import DataError
+from .files import DataError
 
-FORMAT = "fastseq-g2p-training-1"
+FORMAT = "fastseq-training-1"
 
 Tensors = dict[str, Tensor]
 Numbers = dict[str, Any]

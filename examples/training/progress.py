@@ -6,7 +6,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from .train import Status
+from .loop import Status
 
 
 class Display:
@@ -39,7 +39,7 @@ class Display:
 
 
 def describe(status: Status) -> str:
-    dev = "" if status.dev is None else f"  dev WER {status.dev.wer:.1%}"
+    dev = "" if status.dev is None else f"  dev {status.dev.brief}"
     return (
         f"epoch {status.epoch:.1f}  loss {status.loss:.3f}{dev}  {status.speed:,.0f} words/s  "
         f"{int(status.left) // 60}:{int(status.left) % 60:02d} left"

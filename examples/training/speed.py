@@ -1,6 +1,5 @@
 """The same model from fastseq and from torch.nn, trained side by side for a few seconds."""
 
-import copy
 import time
 from statistics import median
 from typing import NamedTuple
@@ -9,9 +8,7 @@ import torch
 
 import fastseq
 
-from .data import Pairs, batches
-from .stock import StockModel
-from .train import Plan, optimizer_of, step
+from .recipe import LIBRARIES, Recipe
 
 ROUNDS, STEPS = 40, 4  # a round: STEPS updates of the one, then the same batches with the other
 
@@ -25,12 +22,16 @@ class Speed(NamedTuple):
         return f"{self.fastseq:,.0f} words/s with fastseq, {self.torch:,.0f} with torch.nn: {self.ratio:.2f} x"
 
 
-def compare(model: fastseq.Seq2Seq, pairs: Pairs, plan: Plan) -> Speed:
+def compare(model: fastseq.Seq2Seq, recipe: Recipe) -> Speed:
     """Time whole training steps from the same parameters on the same batches; they must also agree."""
-    twins = [copy.deepcopy(model).train(), StockModel(model)]
-    optimizers = [optimizer_of(twin, plan) for twin in twins]
-    supply = batches(pairs, plan.batch, torch.Generator().manual_seed(plan.seed))
-    ours, theirs = (step(*pair, supply[0], plan) for pair in zip(twins, optimizers, strict=True))  # and warms up
+    twins = [recipe.learner(model, library) for library in LIBRARIES]
+    optimizers = [recipe.optimizer(twin) for twin in twins]
+    supply = recipe.batches(torch.Generator().manual_seed(recipe.plan.seed))
+    losses = []
+    for pair in zip(twins, optimizers, strict=True):
+        torch.manual_seed(recipe.plan.seed)  # of dropout
+        losses.append(recipe.step(*pair, supply[0]))  # and warms up
+    ours, theirs = losses
     if not abs(ours - theirs) <= 1e-4 * abs(theirs):
         raise AssertionError(f"the two libraries disagree: loss {ours:.6f} from fastseq, {theirs:.6f} from torch.nn")
     rates: tuple[list[float], list[float]] = [], []
@@ -39,6 +40,6 @@ def compare(model: fastseq.Seq2Seq, pairs: Pairs, plan: Plan) -> Speed:
         for which in (0, 1) if n % 2 else (1, 0):
             start = time.perf_counter()
             for batch in chunk:
-                step(twins[which], optimizers[which], batch, plan)
-            rates[which].append(sum(len(b.source) for b in chunk) / (time.perf_counter() - start))
+                recipe.step(twins[which], optimizers[which], batch)
+            rates[which].append(sum(map(recipe.words, chunk)) / (time.perf_counter() - start))
     return Speed(*map(median, rates), median(a / b for a, b in zip(*rates, strict=True)))
