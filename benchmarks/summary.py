@@ -17,6 +17,7 @@ from .roofline import bound
 from .stats import geometric_mean
 from .tables import Table
 from .targets import MODES, TARGETS, group, promised
+from .trust import disturbed
 
 __all__ = ["group_table", "promise", "ratios_of", "summaries", "under"]
 
@@ -26,7 +27,10 @@ ABOUT = {"bahdanau": "Bahdanau", "luong": "Luong, input feeding"}
 
 
 def summaries(report: Report) -> list[Table]:
-    """All that have lines, under `auto`, with the kernels forced, frozen; once where these are the same."""
+    """All that have lines, under `auto`, with the kernels forced, frozen; once where these are the same. Of disturbed
+    rows nothing.
+    """
+    report = replace(report, rows=[row for row in report.rows if not disturbed(row)])
     found: list[Table] = []
     for make in (group_table, decoder_table, generate_table, corpus_table):
         merged: list[tuple[Table, list[str]]] = []

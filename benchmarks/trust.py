@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 
+from .ceilings import Ceiling
 from .peers import PEERS
 from .results import Ratio, Report, Row
+from .roofline import bound
 
 __all__ = ["AGAIN", "MOST_DISTURBED", "SLACK", "disturbed", "doubts", "selves"]
 
 AGAIN = ".again"  # the name of a contender that is another one, built and measured once more
 RARELY = 0.2  # of a row's rounds: fewer calm ones, and the row is disturbed
 MOST_DISTURBED = 0.2  # of the rows
+MOST_ABOVE, NEARLY = 0.02, 0.9  # of the rows, whose medians are below so much of the bound
 SLACK = 0.01  # by which an interval may miss 1: addresses differ, and with them what caches hold
 
 
@@ -26,6 +29,12 @@ def doubts(report: Report) -> list[str]:
         found.append(
             f"{noisy} of {len(timed)} rows were disturbed: other programs, or other machines on this CPU, slowed them"
         )
+    above = [row.name for row in timed if _above_bound(row, report.ceilings)]
+    if len(above) > MOST_ABOVE * len(timed):
+        found.append(
+            f"{len(above)} of {len(timed)} rows were faster than the machine's bound: something slowed it while its ceilings"
+            f" were measured; {', '.join(above[:3])}"
+        )
     wrong = [(row, ratio) for row, ratio in selves(report.rows) if not _is_one(ratio)]
     found += [
         f"{PEERS[ratio.ours].label} against itself came out as {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}],"
@@ -33,6 +42,11 @@ def doubts(report: Report) -> list[str]:
         for row, ratio in wrong
     ]
     return found
+
+
+def _above_bound(row: Row, ceilings: Sequence[Ceiling]) -> bool:
+    least = bound(row.case, row.threads, ceilings, row.measure == "cold")
+    return least is not None and any(t.median < NEARLY * least.seconds for t in row.timings.values())
 
 
 def selves(rows: Sequence[Row]) -> Iterator[tuple[Row, Ratio]]:

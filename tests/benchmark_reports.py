@@ -15,7 +15,7 @@ DECODER = DecoderCase("bahdanau", "gru", "forward", 20, 20, 1, 256)
 WHERE = {"cpu": "some CPU", "isa": "avx2", "torch": "2.13", "onnxruntime": "1.32", "date": "2026-01-02T03:04"}
 TOPS = [
     ceilings.Ceiling("float32", 1, 1e11, "the register tile"), ceilings.Ceiling("call", 1, 1e-6, "zero_"),
-    ceilings.Ceiling("load", 1, 2e11, "loads", size=32768), ceilings.Ceiling("load", 1, 2e10, "loads", size=1 << 62),
+    ceilings.Ceiling("load", 1, 2e12, "loads", size=32768), ceilings.Ceiling("load", 1, 5e11, "loads", size=1 << 62),
 ]  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def clocked(slower: float) -> Report:
         return timing.Runnable(programs.Program(lambda: work(units), dict, False, name), 1)
 
     def work(units: float) -> None:
-        now[0] += round(units * 1000 * math.exp(rng.gauss(0, 0.02)))
+        now[0] += round(units * 20_000 * math.exp(rng.gauss(0, 0.02)))
 
     def wrapped(step: Callable[[], object], units: float) -> Callable[[], object]:
         return lambda: (step(), work(units * (slower - 1)))

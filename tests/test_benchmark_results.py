@@ -76,6 +76,10 @@ def test_a_run_in_doubt_is_not_reported(tmp_path: Path, capsys: pytest.CaptureFi
     noisy = [replace(row, calm=0.1) for row in calm[:2]]
     itself, other = (a_row(SMALL, 1, ratio, "auto.again", "self") for ratio in (1.004, 1.02))
     assert trust.doubts(results.Report({}, [], {}, [*calm, itself])) == []
+    slow = ceilings.Ceiling("float32", 1, replace(SMALL, B=1).flops / 1.2, "")  # a row takes a second
+    assert "7 of 7 rows were faster" in trust.doubts(results.Report({}, [slow], {}, calm))[0]
+    fast = replace(slow, value=SMALL.flops * 8)
+    assert trust.doubts(results.Report({}, [fast], {}, calm)) == []
     file, page = tmp_path / "run.jsonl", tmp_path / "README.md"
     for rows, doubt in (([*noisy, *calm[2:]], "2 of 7 rows were disturbed"), ([*calm, other], "came out as 1.020")):
         results.Report({}, [], {}, rows).save(file)

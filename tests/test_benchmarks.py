@@ -238,6 +238,30 @@ def test_watch_knows_a_slow_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert calm.Watch().calm(1)
 
 
+def test_watch_knows_that_others_have_our_cpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By how long our threads waited for one since the last question."""
+    (tmp_path / "7").mkdir()
+    queue, now = tmp_path / "7" / "schedstat", 0
+
+    def later(ns: int, waited: int) -> bool:
+        nonlocal now
+        now += ns
+        queue.write_text(f"123 {waited} 4\n")
+        return watch.calm(1)
+
+    monkeypatch.setattr(calm, "TASKS", tmp_path)
+    monkeypatch.setattr(calm, "_loop_ns", lambda: 20_000)
+    monkeypatch.setattr(calm.time, "perf_counter_ns", lambda: now)
+    watch = calm.Watch()
+    later(1_000_000, 500_000)
+    assert later(1_000_000, 500_000)
+    assert later(1_000_000, 540_000)
+    assert not later(1_000_000, 600_000)
+    assert later(1_000_000, 610_000)
+    queue.unlink()
+    assert watch.calm(1)
+
+
 def test_time_of_a_peer_is_scaled_where_the_registry_says_so() -> None:
     case = replace(SMALL, rows="lengths")
     assert PEERS["auto.full"].scale(case) == case.tokens / (case.T * case.B)
