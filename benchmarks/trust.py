@@ -32,8 +32,8 @@ def doubts(report: Report) -> list[str]:
     above = [row.name for row in timed if _above_bound(row, report.ceilings)]
     if len(above) > MOST_ABOVE * len(timed):
         found.append(
-            f"{len(above)} of {len(timed)} rows were faster than the machine's bound: something slowed it while its ceilings"
-            f" were measured; {', '.join(above[:3])}"
+            f"{len(above)} of {len(timed)} rows were faster than the machine's bound, so that something slowed it while"
+            f" its ceilings were measured: {', '.join(above[:3])}"
         )
     wrong = [(row, ratio) for row, ratio in selves(report.rows) if not _is_one(ratio)]
     found += [
