@@ -9,14 +9,13 @@ target has one step more than tokens, the end of the sentence.
 
 import gzip
 import json
-import os
 import random
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 __all__ = ["ROWS", "SOURCES", "derive", "evenly"]
 
@@ -24,18 +23,10 @@ ROWS = 64  # sentences of a batch
 POOL, SEED = 100, 0
 SAMPLE = Path(__file__).parent / "data" / "multi30k_lengths.json"
 SAMPLED = 8  # batches, 4 KB
-VARIABLE = "FASTSEQ_MULTI30K"  # the folder with the text
 TOKEN = re.compile(r"\w+|[^\w\s]")
 
 Batch = tuple[list[int], list[int]]  # source positions, target steps
 Item = TypeVar("Item")
-
-
-class Source(NamedTuple):
-    """Where batches come from."""
-
-    batches: Callable[[], list[Batch]]
-    unavailable: Callable[[], str | None] = lambda: None
 
 
 def derive(folder: Path) -> list[Batch]:
@@ -65,23 +56,7 @@ def _sample() -> list[Batch]:
     return [(batch["source"], batch["target"]) for batch in json.loads(SAMPLE.read_text())]
 
 
-@lru_cache(maxsize=1)
-def _text() -> list[Batch]:
-    return derive(Path(os.environ[VARIABLE]))
-
-
-def _no_text() -> str | None:
-    folder = os.environ.get(VARIABLE)
-    if folder is None:
-        return f"Multi30k's text is not given; set {VARIABLE} to the folder with train.de.gz and train.en.gz"
-    missing = [end for end in ("de", "en") if not (Path(folder) / f"train.{end}.gz").exists()]
-    return f"{VARIABLE}={folder} lacks {', '.join(f'train.{end}.gz' for end in missing)}" if missing else None
-
-
-SOURCES = {
-    "multi30k": Source(_sample),
-    "multi30k_text": Source(_text, _no_text),  # any number of batches, from the text itself
-}
+SOURCES = {"multi30k": _sample}
 
 
 def _write_sample(folder: Path) -> None:

@@ -119,14 +119,11 @@ class CorpusCase(TeacherForced):
 
     @property
     def batches(self) -> list[Lengths]:
-        chosen = corpus.evenly(corpus.SOURCES[self.source].batches(), self.count)
+        chosen = corpus.evenly(corpus.SOURCES[self.source](), self.count)
         return [Lengths(tuple(source[: self.B]), tuple(target[: self.B])) for source, target in chosen]
 
     def small(self) -> "CorpusCase":
         return replace(self, count=2, B=3, H=6)
-
-    def unavailable(self) -> str | None:
-        return super().unavailable() or corpus.SOURCES[self.source].unavailable()
 
 
 @dataclass(frozen=True)

@@ -154,10 +154,9 @@ def _gain(ours: Learner, theirs: Learner) -> str:
 
 
 def _g2p() -> "training.Recipe":
+    from examples.g2p import data
     from examples.g2p.recipe import Plan
     from examples.g2p.recipe import Recipe as G2p
-
-    from examples.g2p import data
 
     return G2p(data.load(None), Plan())
 

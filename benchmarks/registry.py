@@ -135,10 +135,9 @@ def _decoder() -> tuple[Entry, ...]:
 
 def _corpus() -> tuple[Entry, ...]:
     """A training step for each of some batches of Multi30k."""
-    sources = (("multi30k", 8), ("multi30k_text", 24))
     return tuple(
-        Entry("corpus", CorpusCase(attention, "lstm", "train", source, h, count), _against("loop"))
-        for (source, count), attention, h in product(sources, WIDTHS, (256, 512))
+        Entry("corpus", CorpusCase(attention, "lstm", "train", "multi30k", h), _against("loop"))
+        for attention, h in product(WIDTHS, (256, 512))
     )
 
 

@@ -27,24 +27,23 @@ ABOUT = {"bahdanau": "Bahdanau", "luong": "Luong, input feeding"}
 
 
 def summaries(report: Report) -> list[Table]:
-    """All that have lines, under `auto`, with the kernels forced, frozen; once where these are the same. Of disturbed
+    """All that have lines: under `auto`; with the kernels forced, and frozen, the lines that are others. Of disturbed
     rows nothing.
     """
     report = replace(report, rows=[row for row in report.rows if not disturbed(row)])
     found: list[Table] = []
     for make in (group_table, decoder_table, generate_table, corpus_table):
-        merged: list[tuple[Table, list[str]]] = []
+        known: list[Sequence[str]] = []
         for ours in SHOWN:
             table = make(report, ours)
-            same = next((names for known, names in merged if known.lines == table.lines), None)
-            if same is None:
-                merged.append((table, [under(ours)]))
-            else:
-                same.append(under(ours))
-        found += [replace(t, title=f"{t.title}, {' and '.join(names)}") for t, names in merged if t.lines]
-    return found + [
-        table for table in (growth_table(report), heldout_table(report), recipe_table(report)) if table.lines
-    ]
+            lines = [line for line in table.lines if line not in known]
+            same = len(lines) < len(table.lines)
+            found.append(
+                replace(table, title=f"{table.title}, {under(ours)}{' otherwise' if same else ''}", lines=lines)
+            )
+            known += lines
+    found += [make(report) for make in (growth_table, heldout_table, recipe_table)]
+    return [table for table in found if table.lines]
 
 
 def under(ours: str) -> str:

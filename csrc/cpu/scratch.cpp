@@ -13,11 +13,17 @@ namespace fastseq {
 namespace {
 
 constexpr int64_t kKeptBytes = int64_t{64} << 20;
+constexpr size_t kHugePage = size_t{2} << 20;
 constexpr int64_t kLargeBytes = int64_t{1} << 20;  // of which fresh pages cost little beside the call
 
+// What is not kept has fresh pages in every call, which took half of one at B = 4, H = 2048: 2 MiB of them cost one fault.
 void* allocate(int64_t bytes) {
+  const bool fresh = bytes > kKeptBytes;
   void* memory = nullptr;
-  if (posix_memalign(&memory, 64, static_cast<size_t>(bytes > 0 ? bytes : 64))) throw std::bad_alloc();
+  if (posix_memalign(&memory, fresh ? kHugePage : 64, static_cast<size_t>(bytes > 0 ? bytes : 64))) throw std::bad_alloc();
+#if defined(__linux__)
+  if (fresh) madvise(memory, static_cast<size_t>(bytes) / kHugePage * kHugePage, MADV_HUGEPAGE);  // a wish
+#endif
   return memory;
 }
 
