@@ -1,6 +1,8 @@
 """`python -m benchmarks run | report | compare | list | tune`: fastseq beside its peers on this machine."""
 
 import argparse
+import math
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -10,6 +12,7 @@ from pathlib import Path
 from . import estimate, readme, tune
 from .cited import cited_tables
 from .compare import TOLERANCE, print_comparison
+from .equality import Unequal
 from .gpu.sets import GPU_SETS
 from .peers import OPT_IN, PEERS
 from .registry import SETS as CPU_SETS
@@ -20,6 +23,8 @@ from .run import IN_DOUBT, ROWLESS, run
 from .timing import Effort
 
 SETS = CPU_SETS | GPU_SETS
+CPUS = os.cpu_count() or 1
+WRONG = 3  # exit status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,10 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Unequal as error:
+        print(f"not measured, since a contender is wrong: {error}", file=sys.stderr)
+        return WRONG
 
 
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     options.set = options.set or ["readme"]  # argparse would add to a default
+    if options.resume and options.out is None:
+        raise ValueError("--resume goes on with the file that --out names; name one")
     entries = _entries(options.set, options.rows)
     _need_pairs(entries, options)
     where = ("--out", options.out, f"--out={options.out}", "--resume")
@@ -110,12 +120,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command in (runs, lists):
         command.add_argument("--set", action="append", choices=SETS, help="repeatable; default: readme")
-        command.add_argument("--threads", type=_numbers, default=(1, 2), help="as in 1,2")
+        command.add_argument("--threads", type=_numbers, default=_numbers("1,2" if CPUS > 1 else "1"), help="as in 1,2")
         command.add_argument(
             "--rows", nargs="+", default=[], help="only cases that contain one of these (wildcards: * ?)"
         )
     runs.add_argument("--peers", type=_peers, default=set(PEERS) - OPT_IN, help=f"some of {', '.join(PEERS)}")
-    runs.add_argument("--seconds", type=float, help=f"of measuring for each row; default {Effort.seconds}")
+    runs.add_argument("--seconds", type=_seconds, help=f"of measuring for each row; default {Effort.seconds}")
     runs.add_argument("--fast", action="store_true", help="a rough look: 0.3 s for each row, at least 3 rounds")
     runs.add_argument("--out", metavar="FILE.jsonl", help="write the results, each as it is made")
     runs.add_argument("--resume", action="store_true", help="go on where a run that wrote that file was cut short")
@@ -140,7 +150,15 @@ def _parser() -> argparse.ArgumentParser:
 def _numbers(text: str) -> tuple[int, ...]:
     if not all(n.isdecimal() and int(n) > 0 for n in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r}; numbers of threads, as in 1,2")
-    return tuple(int(n) for n in text.split(","))
+    if max(numbers := tuple(int(n) for n in text.split(","))) > CPUS:
+        raise argparse.ArgumentTypeError(f"{text!r}; this machine has {CPUS} CPUs")
+    return numbers
+
+
+def _seconds(text: str) -> float:
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}; seconds above 0")
+    return value
 
 
 def _peers(text: str) -> set[str]:

@@ -19,11 +19,11 @@ SomeCase = TypeVar("SomeCase", bound="Case")
 
 
 class Traffic(NamedTuple):
-    """What a forward pass must move at least, in bytes, and what must wait for what."""
+    """What a forward pass must move at least, in bytes."""
 
     once: int  # inputs, outputs and weights
-    resident: int  # of these, what each step reads again
-    steps: int  # one after the other
+    resident: int  # of these, what a step reads that was read before
+    again: int  # such steps
 
 
 class Case(ABC):
@@ -118,21 +118,22 @@ class LayerCase(Case):
 
     @property
     def forward_flops(self) -> int:
-        directions, width, flops = 2 if self.bidirectional else 1, self.I, 0
-        for _ in range(self.layers):
-            flops += 2 * self.tokens * directions * GATES[self.cell] * self.H * (width + self.H)
-            width = directions * self.H
-        return flops
+        return sum(2 * self.tokens * weights for weights in self._weights())
 
     @property
     def forward_traffic(self) -> Traffic:
-        directions, width, weights = 2 if self.bidirectional else 1, self.I, 0
-        recurrent = self.layers * directions * GATES[self.cell] * self.H**2
-        for _ in range(self.layers):
-            weights += directions * GATES[self.cell] * self.H * (width + self.H + 2)
-            width = directions * self.H
-        numbers = weights + self.tokens * (self.I + directions * self.H)
-        return Traffic(numbers * self.itemsize, recurrent * self.itemsize, self.layers * self.T)
+        """Layers are read one after the other, each for all steps; under autocast their W_hh as the bf16 it becomes."""
+        directions = 2 if self.bidirectional else 1
+        biases = 2 * self.layers * directions * GATES[self.cell] * self.H
+        numbers = sum(self._weights()) + biases + self.tokens * (self.I + directions * self.H)
+        recurrent = directions * GATES[self.cell] * self.H**2 * (2 if self.dtype == "autocast" else self.itemsize)
+        return Traffic(numbers * self.itemsize, recurrent, self.layers * (self.T - 1))
+
+    def _weights(self) -> list[int]:
+        """Numbers in the matrices of each layer; without W_hh where no step has a state to multiply."""
+        directions, hidden = 2 if self.bidirectional else 1, self.H if self.T > 1 or self.hx else 0
+        widths = [self.I, *[directions * self.H] * (self.layers - 1)]
+        return [directions * GATES[self.cell] * self.H * (width + hidden) for width in widths]
 
     def small(self) -> "LayerCase":
         return replace(self, T=min(self.T, 5), B=min(self.B, 3), I=min(self.I, 4), H=6)

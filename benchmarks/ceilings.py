@@ -2,6 +2,7 @@
 weights, or the waiting of its threads for each other. What a row is held to is roofline.py's.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ MIB = 2**20
 MEMORY = 1 << 62  # the size of the last level
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 USUAL = (32 * 2**10, MIB, 32 * MIB)  # where that does not tell
-LARGEST = 512 * MIB  # buffer of a thread, for the loads of memory
+LARGEST = 512 * MIB  # of all threads' buffers, for the loads of memory
 LOADED = 512 * MIB  # bytes for one rate of loads, so that a thread's start does not count
 COPIED = {"cpu": 128 * MIB, "cuda": 1024 * MIB}
 WAITS, CALLS = 20_000, 2_000
@@ -56,9 +57,12 @@ def unit(what: str) -> str:
 
 def caches() -> tuple[int, ...]:
     """Bytes of those for data that a core sees, smallest first."""
-    kinds = [(index / "type").read_text().strip() for index in sorted(CACHES.glob("index*"))]
-    sizes = [(index / "size").read_text().strip() for index in sorted(CACHES.glob("index*"))]
-    found = [1024 * int(size[:-1]) for kind, size in zip(kinds, sizes, strict=True) if kind != "Instruction"]
+    try:
+        kinds = [(index / "type").read_text().strip() for index in sorted(CACHES.glob("index*"))]
+        sizes = [(index / "size").read_text().strip() for index in sorted(CACHES.glob("index*"))]
+        found = [1024 * int(size[:-1]) for kind, size in zip(kinds, sizes, strict=True) if kind != "Instruction"]
+    except (OSError, ValueError):
+        return USUAL
     return tuple(sorted(found)) or USUAL
 
 
@@ -73,7 +77,7 @@ def measure(dtypes: Iterable[str], threads: int, device: str = "cpu") -> list[Ce
         found += [replace(copy, what="load", size=size) for size in (l2, MEMORY)]  # loads from L2 cost nothing then
     elif _native.C is not None:
         found += [_load(size, threads) for size in (*caches(), MEMORY)]
-        if threads > 1:
+        if 1 < threads <= (os.cpu_count() or 1):
             wait = min(_native.C.barrier_seconds(threads, WAITS) for _ in range(5))
             found.append(Ceiling("barrier", threads, wait, "the kernels' barrier"))
     return found
@@ -102,11 +106,12 @@ def best_of(ceilings: Iterable[Ceiling]) -> list[Ceiling]:
 
 
 def _load(size: int, threads: int) -> Ceiling:
-    """Of a buffer half as large: the other half is for what else there is."""
-    buffer = min(size // 2, LARGEST)
-    rate = partial(_native.C.load_rate, buffer, max(1, LOADED // buffer))  # type: ignore[union-attr]
+    """Of buffers half as large: the other half is for what else there is. All threads share the largest cache."""
+    shared = threads if size >= caches()[-1] else 1
+    buffer = min(size // 2, LARGEST) // shared
+    repeats = max(1, LOADED // buffer)
     by = f"vector loads, {threads} x {buffer:,} bytes"
-    return Ceiling("load", threads, _best(lambda: _at_once(rate, threads)), by, size=size)
+    return Ceiling("load", threads, _best(lambda: _native.C.load_rate(buffer, repeats, threads)), by, size=size)  # type: ignore[union-attr]
 
 
 def _copy(threads: int, device: str) -> Ceiling:

@@ -62,7 +62,7 @@ class TeacherForced(Case):
         squares, width = 2 * GATES[self.cell] + WIDTHS[self.attention], 2 * self.H * positions // len(self.batches)
         resident = squares * self.H**2 + width
         numbers = (squares + GATES[self.cell] + 1) * self.H**2 + self.H * (positions + 2 * self.tokens)
-        return Traffic(numbers * self.itemsize, resident * self.itemsize, steps)
+        return Traffic(numbers * self.itemsize, resident * self.itemsize, steps - len(self.batches))
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class AttentionCase(Case):
         """No step waits for another; keys and memory stay for all."""
         weights = self.H**2 if self.score == "additive" else 0
         numbers = weights + 2 * self.H * (sum(self.lengths.source) + self.tokens)
-        return Traffic(numbers * self.itemsize, 0, 1)
+        return Traffic(numbers * self.itemsize, 0, 0)
 
     def small(self) -> "AttentionCase":
         return replace(self, S=min(self.S, 4), T=min(self.T, 5), B=min(self.B, 3), H=6)

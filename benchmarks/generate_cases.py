@@ -59,7 +59,7 @@ class GenerateCase(Case):
         squares = 2 * GATES[self.cell] + WIDTHS[self.attention]
         resident = squares * self.H**2 + self.H * (self.V + 2 * self.B * self.S)
         numbers = resident + (GATES[self.cell] + 1) * self.H**2 + self.H * self.B * self.S
-        return Traffic(numbers * self.itemsize, resident * self.itemsize, self.T)
+        return Traffic(numbers * self.itemsize, resident * self.itemsize, self.T - 1)
 
     def small(self) -> "GenerateCase":
         return replace(self, S=min(self.S, 4), T=min(self.T, 5), B=min(self.B, 3), H=6, V=12)

@@ -1,7 +1,7 @@
 """The kinds of calls that the suite times. A new kind is one entry of KINDS."""
 
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from . import attention_programs, decoder_programs, generate_programs, option_programs, programs
@@ -12,6 +12,7 @@ from .generate_cases import GenerateCase
 from .generate_problem import GenerateProblem
 from .option_cases import OptionCase
 from .option_programs import OptionProblem
+from .plain_data import read
 from .problem import LayerProblem, Problem
 from .programs import Program
 
@@ -67,8 +68,9 @@ def case_from_dict(values: dict[str, Any]) -> Case:
     kind, given = values.get("kind", "layers"), {name: v for name, v in values.items() if name != "kind"}
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r} of a case; this version knows {', '.join(KINDS)}")
-    unknown = given.keys() - {f.name for f in fields(KINDS[kind].case)}
-    if unknown:
-        raise ValueError(f"unknown fields {sorted(unknown)} of a case")
-    case: Case = KINDS[kind].case(**given)
+    case: Case = read(KINDS[kind].case, given, "its fields")
+    try:
+        _ = case.tokens, case.flops, case.forward_traffic
+    except (KeyError, ZeroDivisionError) as error:
+        raise ValueError(f"no call: {given} ({type(error).__name__}: {error})") from error
     return case

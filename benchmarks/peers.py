@@ -37,6 +37,7 @@ class Peer:
     scale: Callable[[Any], float] = lambda case: 1.0  # by which its time is multiplied in a ratio
     threads: int | None = None  # None: the row's
     again: bool = False  # the program of another contender, built and measured a second time
+    ours: bool = False  # one program with others of ours that run on the same backend: measured once for all
 
     def obstacle(self, case: Case) -> str | None:
         """Why it cannot run the case."""
@@ -121,10 +122,10 @@ PEERS = {
 for _ours in (*OURS, "torch", "reference", "triton", "cuda"):
     _build = fastseq_program(_ours)
     PEERS |= {
-        _ours: Peer(_build, f"fastseq ({_ours})", tuple(KINDS)),
-        f"{_ours}.fp32": Peer(_build, "our fp32", form=_in_fp32),
-        f"{_ours}.full": Peer(_build, "our full length", form=_full_length, scale=_real_share),
-        f"{_ours}.1thread": Peer(_build, "our one thread", threads=1),
+        _ours: Peer(_build, f"fastseq ({_ours})", tuple(KINDS), ours=True),
+        f"{_ours}.fp32": Peer(_build, "our fp32", form=_in_fp32, ours=True),
+        f"{_ours}.full": Peer(_build, "our full length", form=_full_length, scale=_real_share, ours=True),
+        f"{_ours}.1thread": Peer(_build, "our one thread", threads=1, ours=True),
     }
 for _name in ("auto", "torch.nn", "loop"):  # against themselves
     PEERS[f"{_name}.again"] = replace(PEERS[_name], label=f"{PEERS[_name].label} again", again=True)

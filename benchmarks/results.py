@@ -10,7 +10,8 @@ A row that was measured again stands twice, and the later one counts. Files of s
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+import os
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -22,6 +23,7 @@ from .plain_data import read
 
 __all__ = ["SCHEMA", "Journal", "Learner", "Ratio", "Recipe", "Report", "Row", "Timing", "row_from_dict", "row_to_dict"]
 
+MEASURES = ("time", "cold", "memory")
 SCHEMA = 2  # raised whenever a field changes its meaning or goes
 
 
@@ -59,7 +61,8 @@ class Row:
     measure: str  # "time" | "cold": the caches emptied before each call | "memory"
     timings: dict[str, Timing]  # by contender
     ratios: tuple[Ratio, ...]
-    calm: float | None = None  # the share of rounds that nobody disturbed; the others count only where it was too small
+    calm: float | None = None  # the share of rounds that nobody disturbed
+    mixed: bool = False  # these were too few, and the others count as well
 
     @property
     def name(self) -> str:
@@ -108,6 +111,7 @@ class Report:
     import_s: Timing | None = None  # what fastseq adds to the import of torch
     recipes: list[Recipe] = field(default_factory=list)
     schema: int = SCHEMA
+    ended: bool = True  # not cut short
 
     def save(self, file: Path) -> None:
         with Journal(file, self.environment) as journal:
@@ -122,10 +126,13 @@ class Report:
     @classmethod
     def load(cls, file: Path) -> "Report":
         """Raises ValueError, naming file and line, for what is no result of a run or of another schema."""
-        text = file.read_text()
-        if text.startswith("{\n"):
-            return _first_schema(json.loads(text), file)
-        found = cls({}, [], {})
+        try:
+            text = file.read_text()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: no text: {error}") from error
+        if _is_first_schema(text):
+            return _first_schema(text, file)
+        found = cls({}, [], {}, ended=False)
         rows: dict[tuple[str, ...], Row] = {}
         lines = text.splitlines()
         for number, line in enumerate(lines, 1):
@@ -141,9 +148,7 @@ class Report:
                 raise ValueError(f"{file}, line {number}: {error}") from error
         if not lines:
             raise ValueError(f"{file}: empty; no run wrote it")
-        return cls(
-            found.environment, best_of(found.ceilings), found.absent, [*rows.values()], found.import_s, found.recipes
-        )
+        return replace(found, ceilings=best_of(found.ceilings), rows=[*rows.values()])
 
     def _with(self, record: Any, number: int, rows: dict[tuple[str, ...], Row]) -> "Report":
         """One line more; rows go to `rows`."""
@@ -151,7 +156,7 @@ class Report:
             raise ValueError("no record of a run")
         if number == 1:
             _need_schema(record.get("schema"))
-            return Report(read(dict[str, str], record.get("environment"), "environment"), [], {})
+            return replace(self, environment=read(dict[str, str], record.get("environment"), "environment"))
         (what, value), *rest = record.items() or [("", None)]
         if what == "row" and not rest:
             row = row_from_dict(value)
@@ -162,19 +167,26 @@ class Report:
             self.recipes.append(read(Recipe, value, what))
         elif what == "absent" and not rest:
             self.absent.update(read(dict[str, str], value, what))
+            return replace(self, ended=True)
         elif what == "import_s" and not rest:
-            return Report(self.environment, self.ceilings, self.absent, [], read(Timing, value, what), self.recipes)
+            return replace(self, import_s=read(Timing, value, what))
         else:
             raise ValueError(f"no record of a run: {sorted(record)}")
         return self
 
 
 class Journal:
-    """The file of a run that goes on: each record is on the disk before the next is measured. None: no file."""
+    """The file of a run that goes on: each record is on the disk before the next is measured. None: no file.
+
+    goes_on: behind the last whole line of what is there.
+    """
 
     def __init__(self, file: Path | None, environment: dict[str, str], goes_on: bool = False) -> None:
         self._file: IO[str] | None = None
         if file is not None:
+            if goes_on:
+                text = file.read_text()
+                file.write_text(text[: text.rfind("\n") + 1])
             self._file = file.open("a" if goes_on else "w")
             if not goes_on:
                 self._write({"schema": SCHEMA, "environment": environment})
@@ -203,6 +215,7 @@ class Journal:
     def _write(self, record: dict[str, Any]) -> None:
         if self._file is not None:
             print(json.dumps(record), file=self._file, flush=True)
+            os.fsync(self._file.fileno())
 
 
 def row_to_dict(row: Row) -> dict[str, Any]:
@@ -211,8 +224,11 @@ def row_to_dict(row: Row) -> dict[str, Any]:
 
 
 def row_from_dict(d: Any) -> Row:
-    """The inverse. Raises ValueError where a field is missing, unknown, or of another type."""
-    return read(Row, d, "row", {Case: case_from_dict})
+    """The inverse. Raises ValueError where a field is missing, unknown, of another type, or no value of it."""
+    row = read(Row, d, "row", {Case: case_from_dict})
+    if row.measure not in MEASURES:
+        raise ValueError(f"row.measure: {row.measure!r}; expected {', '.join(MEASURES)}")
+    return row
 
 
 def _need_schema(schema: Any) -> None:
@@ -220,11 +236,17 @@ def _need_schema(schema: Any) -> None:
         raise ValueError(f"schema {schema} of the results; this version reads 1 and {SCHEMA}: run them again")
 
 
-def _first_schema(d: dict[str, Any], file: Path) -> Report:
+def _is_first_schema(text: str) -> bool:
+    """One object, indented."""
+    return text.startswith("{\n")
+
+
+def _first_schema(text: str, file: Path) -> Report:
     """Of a file of schema 1: its ceilings were of products alone."""
-    if d.get("schema") != 1:
-        raise ValueError(f"{file}: schema {d.get('schema')} of the results; this version reads 1 and {SCHEMA}")
     try:
+        d = json.loads(text)
+        if d.get("schema") != 1:
+            raise ValueError(f"schema {d.get('schema')} of the results; this version reads 1 and {SCHEMA}")
         ceilings = [Ceiling(c["dtype"], c["threads"], c["gflops"] * 1e9, c["by"]) for c in d["ceilings"]]
         rows = [row_from_dict(r) for r in d["rows"]]
         import_s = None if d["import_s"] is None else read(Timing, d["import_s"], "import_s")

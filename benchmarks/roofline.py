@@ -3,16 +3,16 @@
 Three bounds, each a lower one, of which the largest counts:
 
     products  FLOPs / the best rate of matrix products
-    loads     inputs, outputs and weights once, and in each later step what it reads again, from the smallest cache
-              that holds it
-    waiting   a call of PyTorch's, and for each step a barrier where there are threads to wait for
+    loads     inputs, outputs and weights once, and in later steps what these read again: from each cache as much as it
+              holds, smallest first; what fits the first may stay in registers
+    waiting   a call of PyTorch's
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from .cases import Case
-from .ceilings import MEMORY, Ceiling
+from .ceilings import Ceiling
 
 __all__ = ["Bound", "bound", "intensity"]
 
@@ -28,37 +28,32 @@ def bound(case: Case, threads: int, ceilings: Sequence[Ceiling], cold: bool = Fa
     """None where no ceiling of products was measured for the case's dtype and threads."""
     known = [c for c in ceilings if (c.threads, c.device) == (threads, case.device)]
     dtype = "bfloat16" if case.dtype == "autocast" else case.dtype
-    rate = next((c.value for c in known if c.what == dtype), None)
-    if rate is None:
+    if not any(c.what == dtype for c in known):
         return None
-    latency = {c.what: c.value for c in known if c.what in ("call", "barrier")}
+    rate = max(c.value for c in known if c.what in (dtype, "float32"))  # a CPU without bf16 computes in fp32
+    bounds = [Bound(case.flops / rate, "products")]
+    bounds += [Bound(c.value, "waiting") for c in known if c.what == "call"]
     loads = sorted((c.size, c.value) for c in known if c.what == "load")
-    traffic = case.forward_traffic
-    waiting = latency.get("call", 0.0) + case.passes * traffic.steps * latency.get("barrier", 0.0)
-    bounds = [Bound(case.flops / rate, "products"), Bound(waiting, "waiting")]
     if loads:
-        seconds = _seconds(loads, threads)
-        first = traffic.once / loads[-1][1] if cold else seconds(traffic.once)
-        again = case.passes * traffic.steps - 1
-        bounds.append(
-            Bound(first + (case.passes - 1) * seconds(traffic.once) + again * seconds(traffic.resident), "loads")
-        )
+        traffic = case.forward_traffic
+        warm = _seconds(traffic.once, loads, threads)
+        first = traffic.once / loads[-1][1] if cold else warm
+        again = traffic.again * _seconds(traffic.resident, loads, threads)
+        bounds.append(Bound(first + again + (case.passes - 1) * (warm + again), "loads"))
     return max(bounds)
 
 
 def intensity(case: Case) -> float:
     """FLOPs for each byte that must be moved."""
     traffic = case.forward_traffic
-    again = (case.passes * traffic.steps - 1) * traffic.resident
-    return case.flops / (case.passes * traffic.once + again)
+    return case.flops / (case.passes * (traffic.once + traffic.again * traffic.resident))
 
 
-def _seconds(loads: Sequence[tuple[int, float]], threads: int) -> Callable[[int], float]:
-    """Of reading so many bytes, each thread its share. What fits the first level may stay in registers: no time."""
-
-    def seconds(amount: int) -> float:
-        share = amount / threads
-        level = next((k for k, (size, _) in enumerate(loads) if share <= size), len(loads) - 1)
-        return 0.0 if level == 0 and loads[0][0] < MEMORY else amount / loads[level][1]
-
+def _seconds(amount: float, loads: Sequence[tuple[int, float]], threads: int) -> float:
+    """Of reading so many bytes once more, each thread its share. loads: size of a level, and its rate."""
+    seconds, left = 0.0, amount
+    for level, (size, rate) in enumerate(loads):
+        part = min(left, float(size) * threads)
+        left -= part
+        seconds += part / rate if level or len(loads) == 1 else 0.0
     return seconds

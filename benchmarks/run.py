@@ -17,7 +17,7 @@ from .machine import describe
 from .progress import Progress
 from .registry import SETS, Entry
 from .report import print_report, row_line
-from .results import Journal, Recipe, Report, Row
+from .results import SCHEMA, Journal, Recipe, Report, Row
 from .runner import Runner
 from .timing import Effort
 from .trust import disturbed
@@ -28,6 +28,7 @@ IMPORT_SETS, RECIPE_SETS = ("import", "full"), ("recipes", "full")  # in which t
 ROWLESS = {*IMPORT_SETS, *RECIPE_SETS}
 SECOND_CHANCE_S = 240.0  # for all disturbed rows together
 FAST = Effort(seconds=0.3, least=3, most=15)
+SAME = ("cpu", "isa", "torch", "onnxruntime", "fastseq", "effort")  # of the environments of a run that goes on
 IN_DOUBT = 4  # exit status
 Work = tuple[Entry, int]
 
@@ -38,16 +39,19 @@ def run(options: argparse.Namespace, entries: Sequence[Entry], command: str) -> 
     if options.seconds is not None:
         effort = replace(effort, seconds=options.seconds, most=sys.maxsize)
     runner = Runner(effort, set(options.peers))
-    wanted = dict.fromkeys([*entries, *(() if options.fast else SETS["self"])])
+    wanted = dict.fromkeys([*(() if options.fast else SETS["self"]), *entries])
     work = [(entry, n) for entry in wanted for n in entry.threads or options.threads]
     threads = sorted({n for _, n in work})
     dtypes = sorted({"bfloat16" if e.case.dtype == "autocast" else e.case.dtype for e, _ in work})
     asked = set(options.set)
-    before, environment = torch.get_num_threads(), describe() | {"command": command}
-    file, earlier = _file(options), _earlier(options)
+    told = {"effort": f"{effort.seconds:g} s a row", "command": command}
+    before, environment = torch.get_num_threads(), describe() | told
+    file, earlier = _file(options), _earlier(options, environment)
     with Journal(file, environment, earlier is not None) as journal:
         tops = [] if earlier is None else earlier.ceilings
         tops += runner.ceilings(dtypes, threads)
+        for top in tops:
+            journal.ceiling(top)
         rows = _measure(runner, work, journal, earlier, 0.0 if options.fast else SECOND_CHANCE_S)
         tops = ceilings.best_of([*tops, *runner.ceilings(dtypes, threads)])  # the machine may have been busy at first
         torch.set_num_threads(before)
@@ -65,10 +69,19 @@ def _file(options: argparse.Namespace) -> Path | None:
     return None if options.out is None else Path(options.out)
 
 
-def _earlier(options: argparse.Namespace) -> Report | None:
-    """What a run that was cut short left in the file, where this one goes on."""
+def _earlier(options: argparse.Namespace, environment: dict[str, str]) -> Report | None:
+    """What a run that was cut short left in the file, where this one goes on. ValueError where that was another run."""
     file = _file(options)
-    return Report.load(file) if options.resume and file is not None and file.exists() else None
+    if not options.resume or file is None or not file.exists():
+        return None
+    found = Report.load(file)
+    if not file.read_text().startswith('{"schema"'):
+        raise ValueError(f"{file}: of an earlier schema; --resume goes on with files of schema {SCHEMA}")
+    then = found.environment
+    other = [f"{n} {then.get(n)}, now {environment[n]}" for n in SAME if then.get(n) != environment[n]]
+    if other:
+        raise ValueError(f"{file}: another run, with {'; '.join(other)}: name another file, or leave --resume out")
+    return found
 
 
 def _measure(
@@ -78,7 +91,8 @@ def _measure(
     rows = {} if earlier is None else {row.key: row for row in earlier.rows}
     begin, end = time.monotonic(), math.inf
     for again in (False, True):
-        todo = [w for w in work if _key(w) not in rows or (again and disturbed(rows[_key(w)]))]
+        todo = [w for w in work if (_key(w) in rows and disturbed(rows[_key(w)]) if again else _key(w) not in rows)]
+        todo.sort(key=lambda w: rows[_key(w)].calm or 0.0 if again else 0.0)  # the most disturbed first
         with Progress(len(todo)) as told:
             for entry, threads in todo:
                 row = runner.row(entry, threads) if time.monotonic() < end else None

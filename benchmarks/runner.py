@@ -64,7 +64,7 @@ class Runner:
         programs = {name: runnables[same].program for name, same in same_as.items()}
         timings = {name: summarize(values[name], p.backend, p.note, p.first) for name, p in programs.items()}
         ratios = _ratios(entry.case, pairs, values)
-        return Row(entry.set, entry.case, threads, entry.measure, timings, ratios, taken.calm)
+        return Row(entry.set, entry.case, threads, entry.measure, timings, ratios, taken.calm, taken.mixed)
 
     def import_time(self) -> Timing:
         """Of several fresh processes, what fastseq adds to torch."""
@@ -96,7 +96,7 @@ class Runner:
         """
         runnables: dict[str, Runnable] = {}
         same_as: dict[str, str] = {}
-        first: dict[tuple[str, Case, int, bool], str] = {}
+        first: dict[tuple[str, Case, int], str] = {}
         for name in names:
             peer, case = PEERS[name], PEERS[name].form(entry.case)
             n = peer.threads or threads
@@ -106,14 +106,15 @@ class Runner:
             except NotRunnable as reason:
                 self._note(f"{name}, from some rows", str(reason))
                 continue
-            same_as[name] = first.setdefault((program.backend, case, n, peer.again), name)
+            one = program.backend if peer.ours and not peer.again else f" {name}"
+            same_as[name] = first.setdefault((one, case, n), name)
             if same_as[name] == name:
                 try:
                     first_call = check(program, _truth(case), precision(case))
                     program = replace(program, first=program.first or first_call)
                 except Unequal as error:
                     if not self.lenient or program.backend in KERNELS:
-                        raise
+                        raise Unequal(f"{name}, {case}, {n} threads: {error}") from None
                     program = replace(program, note="; ".join(filter(None, (program.note, str(error)))))
                 runnables[name] = Runnable(program, n, case.device, entry.measure == "cold")
         return runnables, same_as

@@ -51,6 +51,7 @@ class Samples:
 
     values: dict[str, list[float]]  # seconds per call, of the calm rounds, or of all where too few were calm
     calm: float  # the share of calm rounds among all
+    mixed: bool = False  # the others are in `values`
 
 
 Clock = Callable[[], int]  # nanoseconds
@@ -77,7 +78,8 @@ def interleave(
             kept += quiet
             order.reverse()
     used = [values for quiet, values in rounds if quiet or kept < effort.least]
-    return Samples({name: [values[name] for values in used] for name in runnables}, kept / len(rounds))
+    values_of = {name: [values[name] for values in used] for name in runnables}
+    return Samples(values_of, kept / len(rounds), kept < effort.least and kept < len(rounds))
 
 
 def _more(effort: Effort, seconds: float, kept: int, done: int) -> bool:

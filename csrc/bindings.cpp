@@ -410,8 +410,11 @@ PYBIND11_MODULE(_C, m) {
       py::call_guard<py::gil_scoped_release>(),
       "FLOP/s of the register tile on operands in the first-level cache: dtype 0 fp32, 1 bf16.");
   m.def(
-      "load_rate", [](int64_t bytes, int64_t repeats) { return kernels(DType::f32).load_rate(bytes, repeats); },
-      py::call_guard<py::gil_scoped_release>(), "Bytes/s of loads from a buffer of so many bytes, read again and again.");
+      "load_rate",
+      [](int64_t bytes, int64_t repeats, int threads) {
+        return kernels(DType::f32).load_rate(bytes, repeats, usable_threads(threads));
+      },
+      py::call_guard<py::gil_scoped_release>(), "Bytes/s of loads by all threads, each from a buffer of so many bytes, read again and again.");
   m.def(
       "barrier_seconds", [](int threads, int64_t repeats) { return barrier_seconds(usable_threads(threads), repeats); },
       py::call_guard<py::gil_scoped_release>(), "Of one wait of so many threads for each other.");

@@ -59,7 +59,7 @@ def measured(file: Path = FILE) -> tuple[Rule, ...]:
             raise ValueError("it is no list of rows")
         return tuple(_numbered(k, row) for k, row in enumerate(rows))
     except ValueError as error:
-        raise ValueError(f"{file}: {error}; mend it, or write it anew: python -m benchmarks tune") from error
+        raise ValueError(f"{file}: {error}; mend it, or delete it: python -m benchmarks tune writes it anew") from error
 
 
 def from_row(row: Any) -> Rule:

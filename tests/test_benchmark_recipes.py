@@ -1,6 +1,8 @@
 """Trainings from end to end, of a recipe so small that its outcome is known."""
 
+import itertools
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,10 +85,30 @@ def test_other_losses_end_the_training() -> None:
         train(trial(Guess(second=1e-3), 0.0), 1)
 
 
-def test_a_recipe_that_lacks_its_data_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_loss_that_is_not_a_number_ends_the_training(side: int) -> None:
+    recipe = Guess()
+    step, seen = recipe.step, list[str]()
+
+    def broken(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> Tensor:
+        if str(id(model)) not in seen:
+            seen.append(str(id(model)))
+        loss = step(model, optimizer, batch)
+        return loss * torch.nan if seen.index(str(id(model))) == side and len(recipe.calls) % 2 else loss
+
+    recipe.step = broken  # type: ignore[method-assign]
+    with pytest.raises(Unequal, match="differ by nan"):
+        train(trial(recipe, 0.0), 1)
+
+
+def test_a_recipe_that_lacks_its_data_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(end_to_end.FOLDER, raising=False)
     reasons = {t.name: t.unavailable() for t in TRIALS}
     assert all("names no folder with Multi30k" in str(reasons[n]) for n in reasons if n.startswith("translate"))
+    monkeypatch.setenv(end_to_end.FOLDER, str(tmp_path))
+    assert "lacks train.de.gz" in str(TRIALS[-1].unavailable())
+    for part, end in itertools.product(("train", "val", "test_2016_flickr"), ("de", "en")):
+        (tmp_path / f"{part}.{end}.gz").touch()
     monkeypatch.setattr(end_to_end, "find_spec", lambda name: None)
     assert all("is not installed: pip install 'fastseq-rnn[demo]'" in str(t.unavailable()) for t in TRIALS)
     absent: dict[str, str] = {}

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import ceilings, readme, registry, results, roofline, runner, summary, tables, targets, timing, trust
 from benchmarks.__main__ import main
@@ -54,7 +55,12 @@ def test_files_are_validated(tmp_path: Path) -> None:
     refused(0, '"schema": 2', '"schema": 0', r"line 1: schema 0 of the results; this version reads 1 and 2")
     refused(1, '"value": 100.0', '"value": "fast"', r"run.jsonl, line 2: ceiling.value: 'fast' is no float")
     refused(2, '"threads": 1', '"threads": 1.5', r"line 3: row.threads: 1.5 is no int")
-    refused(2, '"op": "lstm"', '"op": "lstm", "size": 1', r"line 3: row.case: unknown fields \['size'\] of a case")
+    refused(
+        2, '"op": "lstm"', '"op": "lstm", "size": 1', r"line 3: row.case: its fields: unknown fields \['size'\] of a"
+    )
+    refused(2, '"T": 5', '"T": "five"', r"line 3: row.case: its fields.T: 'five' is no int")
+    refused(2, '"op": "lstm"', '"op": "lstn"', r"line 3: row.case: no call: .*KeyError: 'lstn'")
+    refused(2, '"measure": "time"', '"measure": "tim"', r"line 3: row.measure: 'tim'; expected time, cold, memory")
     refused(2, '"low"', '"lower"', r"row.ratios\[0\]: unknown fields \['lower'\] of a Ratio")
     refused(2, '"row"', '"line"', r"line 3: no record of a run: \['line'\]")
     refused(1, "{", "[", r"line 2: no JSON")
@@ -73,8 +79,11 @@ def test_a_row_that_is_measured_again_counts_once(tmp_path: Path) -> None:
 def test_a_run_in_doubt_is_not_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One that others disturbed, and one in which a contender was not as fast as itself."""
     calm = [a_row(replace(SMALL, B=b), 1, 2.0, "torch.nn") for b in range(1, 8)]
-    noisy = [replace(row, calm=0.1) for row in calm[:2]]
+    noisy = [replace(calm[0], calm=0.1), replace(calm[1], calm=0.3, mixed=True)]
     itself, other = (a_row(SMALL, 1, ratio, "auto.again", "self") for ratio in (1.004, 1.02))
+    (any_ratio,) = itself.ratios
+    wide = replace(itself, ratios=(replace(any_ratio, low=0.8, high=1.1),))
+    assert "which says little" in trust.doubts(results.Report({}, [], {}, [*calm, wide]))[0]
     assert trust.doubts(results.Report({}, [], {}, [*calm, itself])) == []
     slow = ceilings.Ceiling("float32", 1, replace(SMALL, B=1).flops / 1.2, "")  # a row takes a second
     assert "7 of 7 rows were faster" in trust.doubts(results.Report({}, [slow], {}, calm))[0]
@@ -101,15 +110,20 @@ def test_bounds_by_hand() -> None:
     tops = [ceilings.Ceiling("float32", 1, 12.0, ""), ceilings.Ceiling("call", 1, 3.0, ""), *loads]
     case = LayerCase("gru", "forward", 2, 1, 1, 1)
     weights, recurrent = 3 * (1 + 1 + 2), 3
-    assert case.forward_traffic == (4 * (weights + 2 * 2), 4 * recurrent, 2)
-    assert roofline.bound(case, 1, tops) == (64 / 4 + 12 / 4, "loads")
-    assert roofline.bound(case, 1, tops, cold=True) == (64 + 12 / 4, "loads")
+    assert case.forward_traffic == (4 * (weights + 2 * 2), 4 * recurrent, 1)
+    assert roofline.bound(case, 1, tops) == ((64 - 8) / 4 + (12 - 8) / 4, "loads")
+    assert roofline.bound(case, 1, tops, cold=True) == (64 + (12 - 8) / 4, "loads")
     assert roofline.bound(case, 1, [tops[0], replace(tops[1], value=30.0)]) == (30, "waiting")
     assert roofline.bound(case, 1, tops[:1]) == (case.flops / 12, "products")
     assert roofline.bound(case, 2, tops) is None
-    assert roofline.bound(replace(case, mode="train"), 1, tops) == (2 * 64 / 4 + 3 * 12 / 4, "loads")
-    assert roofline.bound(replace(case, H=1, T=1), 1, tops) == (4 * (weights + 2) / 4, "loads")
+    assert roofline.bound(replace(case, mode="train"), 1, tops) == (2 * (56 / 4 + 4 / 4), "loads")
+    assert roofline.bound(replace(case, T=1, hx=True), 1, tops) == ((4 * (weights + 2) - 8) / 4, "loads")
+    assert roofline.bound(replace(case, T=1), 1, tops) == ((4 * (weights - recurrent + 2) - 8) / 4, "loads")
+    stacked = replace(case, T=8, layers=3)  # 208 bytes once: 8 free, 100 from the cache, 100 from memory
+    assert roofline.bound(stacked, 1, tops) == (100 / 4 + 100 + 3 * 7 * (12 - 8) / 4, "loads")
     assert roofline.intensity(case) == case.flops / (64 + 12)
+    half = [ceilings.Ceiling("bfloat16", 1, 6.0, ""), *tops[:1]]
+    assert roofline.bound(replace(case, dtype="bfloat16"), 1, half) == (case.flops / 12, "products")
 
 
 def test_ceilings_are_measured() -> None:
@@ -130,7 +144,9 @@ def test_a_run_goes_on_where_it_was_cut_short(tmp_path: Path, capsys: pytest.Cap
     command = ["run", "--rows", "gru-forward-T50-B1-I64-H64", "--fast", "--peers", "cpu,torch.nn", "--out", str(file)]
     main([*command, "--noisy", "--threads", "1"])
     lines = file.read_text().splitlines()
-    file.write_text("\n".join(line for line in lines if "absent" not in line) + "\n")
+    whole = [line for line in lines if "absent" not in line]
+    file.write_text("\n".join([*whole, lines[-1][:9]]))  # in the middle of a line
+    assert "cut short" in trust.doubts(results.Report.load(file))[0]
     (before,) = results.Report.load(file).rows
     capsys.readouterr()
     main([*command, "--noisy", "--threads", "1,2", "--resume"])
@@ -138,6 +154,13 @@ def test_a_run_goes_on_where_it_was_cut_short(tmp_path: Path, capsys: pytest.Cap
     first, second = results.Report.load(file).rows
     assert first == before
     assert second.threads == 2
+    assert results.Report.load(file).ended
+    changed = file.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "1.0"')
+    file.write_text(changed)
+    capsys.readouterr()
+    assert main([*command, "--threads", "1", "--resume"]) == 2
+    assert f"another run, with torch 1.0, now {torch.__version__}" in capsys.readouterr().err
+    assert file.read_text() == changed
 
 
 def a_row(case: Case, threads: int, ratio: float, peer: str, of: str = "grid") -> results.Row:

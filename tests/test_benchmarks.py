@@ -216,6 +216,7 @@ def test_disturbed_rounds_do_not_count(disturbed: int) -> None:
     taken = timing.interleave({"x": runnable}, effort, lambda threads: done >= disturbed, lambda: now)
     if disturbed == 1000:  # never calm: it waits, then takes what there is
         assert taken.calm == 0
+        assert taken.mixed
         assert taken.values["x"] == pytest.approx([0.2] * 8)
     else:
         assert taken.values["x"] == pytest.approx([0.1] * len(taken.values["x"]))
@@ -239,27 +240,52 @@ def test_watch_knows_a_slow_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_watch_knows_that_others_have_our_cpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By how long our threads waited for one since the last question."""
+    """By how long our threads waited for one since the last question, and whether others ran meanwhile."""
     (tmp_path / "7").mkdir()
-    queue, now = tmp_path / "7" / "schedstat", 0
+    queue, stat, now, ours, jiffies = tmp_path / "7" / "schedstat", tmp_path / "stat", 0, 0, 0
+    tick = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
-    def later(ns: int, waited: int) -> bool:
-        nonlocal now
-        now += ns
-        queue.write_text(f"123 {waited} 4\n")
+    def later(waited: float, others: float) -> bool:
+        """A second later, of which our threads waited for a share, and others had that of a CPU, we a half."""
+        nonlocal now, ours, jiffies
+        now, ours = now + 1_000_000_000, ours + 500_000_000
+        jiffies += round((0.5 + others) * 1e9 / tick)
+        before = int(queue.read_text().split()[1]) if queue.exists() else 0
+        queue.write_text(f"123 {before + round(waited * 1e9)} 4\n")
+        stat.write_text(f"cpu  {jiffies} 0 0 99999 0 0 0 0 0 0\ncpu0 1\n")
         return watch.calm(1)
 
     monkeypatch.setattr(calm, "TASKS", tmp_path)
+    monkeypatch.setattr(calm, "STAT", stat)
     monkeypatch.setattr(calm, "_loop_ns", lambda: 20_000)
     monkeypatch.setattr(calm.time, "perf_counter_ns", lambda: now)
+    monkeypatch.setattr(calm.time, "process_time_ns", lambda: ours)
     watch = calm.Watch()
-    later(1_000_000, 500_000)
-    assert later(1_000_000, 500_000)
-    assert later(1_000_000, 540_000)
-    assert not later(1_000_000, 600_000)
-    assert later(1_000_000, 610_000)
+    later(0.5, 0.5)
+    assert later(0.0, 0.0)
+    assert later(0.5, 0.0)  # for each other
+    assert later(0.0, 0.9)  # on a CPU that we did not need
+    assert not later(0.5, 0.5)
+    assert not later(0.06, 0.06)
+    assert later(0.01, 0.5)
     queue.unlink()
+    stat.unlink()
     assert watch.calm(1)
+
+
+def test_a_watch_trusts_its_own_memory_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of this machine and Python; a file that was cut counts for nothing."""
+    monkeypatch.setattr(calm, "_loop_ns", lambda: 20_000)
+    memory = tmp_path / "calm.json"
+    watch = calm.Watch(memory)
+    assert watch.calm(1)
+    watch.save()
+    monkeypatch.setattr(calm, "_loop_ns", lambda: 40_000)
+    assert not calm.Watch(memory).calm(1)
+    monkeypatch.setattr(calm, "MACHINE", "another")
+    assert calm.Watch(memory).calm(1)
+    memory.write_text(memory.read_text()[:20])
+    assert calm.Watch(memory).calm(1)
 
 
 def test_time_of_a_peer_is_scaled_where_the_registry_says_so() -> None:

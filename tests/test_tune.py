@@ -215,10 +215,10 @@ def test_rules_name_their_measurement_and_survive_json(tmp_path: Path) -> None:
     assert rules[0].because == "1.20 to 1.20 times as fast as torch at 6 sizes, T=128; some GPU, 2026-01-02"
     file = tmp_path / "crossovers.json"
     other = rules[0]._replace(machine="another GPU")
-    tune.write_crossovers(file, "another GPU", [other])
-    tune.write_crossovers(file, "some GPU", rules)
+    tune.write_crossovers(file, GPU._replace(name="another GPU"), [other])
+    tune.write_crossovers(file, GPU, rules)
     assert crossover.measured(file) == (other, *rules)
-    tune.write_crossovers(file, "some GPU", [])
+    tune.write_crossovers(file, GPU, [])
     assert crossover.measured(file) == (other,)
     assert crossovers.measure(timer, GPU, -1.0, kinds) == []
 
@@ -241,8 +241,10 @@ def test_a_cpu_is_tuned_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("torch", "cpu", (2, 3), (1, 513), (2, MOST)),
     ]
     file = tmp_path / "crossovers.json"
-    tune.write_crossovers(file, "some CPU", always)
+    tune.write_crossovers(file, machine, always)
     assert crossover.measured(file) == tuple(always)
+    tune.write_crossovers(file, machine._replace(threads=(2,)), [])
+    assert crossover.measured(file) == tuple(always[:1])
     layer, x = fastseq.LSTM(8, 8), torch.zeros(4, 2, 8)
     for here, expected in (("some CPU", "torch"), ("another CPU", fastseq.explain(layer, x).chosen)):
         monkeypatch.setattr(dispatch, "RULES", always)
@@ -259,6 +261,7 @@ def test_tables_are_written_one_row_a_line(tmp_path: Path) -> None:
 
 
 def test_the_timer_times_what_it_has_found_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.calm.Watch.calm", lambda self, threads: True)
     timer = Timer()
     took = timer(AttentionCase("additive", "train", 4, 5, 3, 6), ("cpu", "reference"))
     assert took.keys() == {"cpu", "reference"}

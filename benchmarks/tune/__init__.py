@@ -10,14 +10,13 @@ chooses elsewhere: `python -m benchmarks run --set heldout`.
 import argparse
 import datetime
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastseq import _gpus, crossover
+from fastseq import _gpus, _native, crossover
 from fastseq._cpus import cpu_name
 
 from . import configs, crossovers
@@ -37,12 +36,20 @@ def main(arguments: Sequence[str]) -> int:
         "--device", choices=["cuda", "cpu"], default="cuda", help="default: cuda; a CPU has no tile sizes"
     )
     parser.add_argument(
-        "--threads", type=int, nargs="+", default=[1, os.cpu_count() or 1], help="on a CPU; default: 1 and all"
+        "--threads",
+        type=int,
+        nargs="+",
+        default=sorted({1, torch.get_num_threads()}),
+        help="on a CPU; default: 1, and all",
     )
     parser.add_argument("--minutes", type=float, default=20.0, help="of measuring for each file, at most")
     parser.add_argument("--dry-run", action="store_true", help="measure and print, and write nothing")
     options = parser.parse_args(arguments)
     if options.device == "cpu":
+        if options.only == "configs" or _native.C is None:
+            parser.error(
+                "a CPU has no tile sizes" if _native.C is not None else f"nothing to compare: {_native.reason}"
+            )
         _write_crossovers(
             crossovers.Machine("cpu", cpu_name(), _on_cpu(), tuple(dict.fromkeys(options.threads))), options
         )
@@ -63,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
 def _write_crossovers(machine: crossovers.Machine, options: argparse.Namespace) -> None:
     rules = crossovers.measure(Timer(), machine, options.minutes * 60)
     said = [rule.because for rule in rules]
-    _put(crossover.FILE, lambda file: write_crossovers(file, machine.name, rules), said, options.dry_run)
+    _put(crossover.FILE, lambda file: write_crossovers(file, machine, rules), said, options.dry_run)
 
 
 def _write_configs(timer: Timer, where: str, options: argparse.Namespace) -> None:
@@ -108,9 +115,10 @@ def write_configs(file: Path, rows: Rows) -> None:
     _write(file, rows)
 
 
-def write_crossovers(file: Path, machine: str, rules: Sequence[crossover.Rule]) -> None:
-    """Rules of what was measured now; those of other machines stay."""
-    kept = [rule for rule in crossover.measured(file) if rule.machine != machine]
+def write_crossovers(file: Path, machine: crossovers.Machine, rules: Sequence[crossover.Rule]) -> None:
+    """Rules of what was measured now; those of other machines, and for other numbers of threads, stay."""
+    spans = [crossover.ANY if n == 0 else (n, n + 1) for n in machine.threads]
+    kept = [r for r in crossover.measured(file) if r.machine != machine.name or r.threads not in spans]
     _write(file, [crossover.to_row(rule) for rule in (*kept, *rules)])
 
 

@@ -14,7 +14,7 @@
   void attention_forward(const AttentionForward&, int threads);                                               \
   void attention_backward(const AttentionBackward&, int threads);                                             \
   double tile_rate(DType, int64_t repeats);                                                                   \
-  double load_rate(int64_t bytes, int64_t repeats);                                                           \
+  double load_rate(int64_t bytes, int64_t repeats, int threads);                                              \
   int64_t rnn_packed_bytes(const Shape&);                                                                     \
   void rnn_pack(const Shape&, const Direction&, void*, int threads);                                          \
   void random_flags(const RandomFlags&, int threads);                                                         \

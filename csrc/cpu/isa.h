@@ -27,7 +27,7 @@ struct Kernels {
   void (*attention_forward)(const AttentionForward&, int);
   void (*attention_backward)(const AttentionBackward&, int);
   double (*tile_rate)(DType, int64_t);
-  double (*load_rate)(int64_t, int64_t);
+  double (*load_rate)(int64_t, int64_t, int);
   int64_t (*packed_bytes)(const Shape&);
   void (*pack)(const Shape&, const Direction&, void*, int);
   void (*random_flags)(const RandomFlags&, int);

@@ -4,7 +4,10 @@
 
 #include <time.h>
 
-#include <memory>
+#include <cstring>
+
+#include "scratch.h"
+#include "team.h"
 
 namespace fastseq {
 namespace FS_ISA {
@@ -46,21 +49,30 @@ double tile_rate(DType dtype, int64_t repeats) {
   return flops;
 }
 
-double load_rate(int64_t bytes, int64_t repeats) {
+double load_rate(int64_t bytes, int64_t repeats, int threads) {
   constexpr int kLoads = 8, kPiece = kLoads * W * 4;  // as many sums as hide an addition's latency
   const int64_t size = (bytes + kPiece - 1) / kPiece * kPiece;
-  std::unique_ptr<float[]> buffer(new float[size / 4 + W]());
-  const float* data = buffer.get() + (64 - reinterpret_cast<uintptr_t>(buffer.get()) % 64) % 64 / 4;
-  vf sum[kLoads] = {};
-  const double begin = now();
-  for (int64_t i = 0; i < repeats; ++i) {
-    for (int64_t k = 0; k < size / 4; k += kPiece / 4)
-      unroll<kLoads>([&](int j) FS_LAMBDA { sum[j] += load_vector<vf>(data + k + j * W); });
-    asm volatile("" : "+r"(data) : : "memory");  // it may have changed: the loads stay
-  }
-  const double seconds = now() - begin;
-  for (vf& v : sum) asm volatile("" : : "m"(v));  // and the sums are used
-  return static_cast<double>(size * repeats) / seconds;
+  Barrier barrier;
+  double total = 0;
+  parallel(threads, [&](int rank, int team_size) {
+    const Team team{rank, team_size, &barrier};
+    void* buffer = allocate_scratch(size);
+    std::memset(buffer, 0, static_cast<size_t>(size));
+    const float* data = static_cast<const float*>(buffer);
+    vf sum[kLoads] = {};
+    team.sync();
+    const double begin = now();
+    for (int64_t i = 0; i < repeats; ++i) {
+      for (int64_t k = 0; k < size / 4; k += kPiece / 4)
+        unroll<kLoads>([&](int j) FS_LAMBDA { sum[j] += load_vector<vf>(data + k + j * W); });
+      asm volatile("" : "+r"(data) : : "memory");  // it may have changed: the loads stay
+    }
+    team.sync();
+    if (rank == 0) total = static_cast<double>(size * repeats) * team_size / (now() - begin);
+    for (vf& v : sum) asm volatile("" : : "m"(v));  // and the sums are used
+    free_scratch(buffer);
+  });
+  return total;
 }
 
 }  // namespace FS_ISA
