@@ -41,19 +41,17 @@ def run(options: argparse.Namespace, entries: Sequence[Entry], command: str) -> 
     runner = Runner(effort, set(options.peers))
     wanted = dict.fromkeys([*(() if options.fast else SETS["self"]), *entries])
     work = [(entry, n) for entry in wanted for n in entry.threads or options.threads]
-    threads = sorted({n for _, n in work})
-    dtypes = sorted({"bfloat16" if e.case.dtype == "autocast" else e.case.dtype for e, _ in work})
     asked = set(options.set)
     told = {"effort": f"{effort.seconds:g} s a row", "command": command}
     before, environment = torch.get_num_threads(), describe() | told
     file, earlier = _file(options), _earlier(options, environment)
     with Journal(file, environment, earlier is not None) as journal:
         tops = [] if earlier is None else earlier.ceilings
-        tops += runner.ceilings(dtypes, threads)
+        tops += _ceilings(runner, work)
         for top in tops:
             journal.ceiling(top)
         rows = _measure(runner, work, journal, earlier, 0.0 if options.fast else SECOND_CHANCE_S)
-        tops = ceilings.best_of([*tops, *runner.ceilings(dtypes, threads)])  # the machine may have been busy at first
+        tops = ceilings.best_of([*tops, *_ceilings(runner, work)])  # the machine may have been busy at first
         torch.set_num_threads(before)
         for top in tops:
             journal.ceiling(top)
@@ -63,6 +61,17 @@ def run(options: argparse.Namespace, entries: Sequence[Entry], command: str) -> 
     runner.watch.save()
     report = Report(environment, tops, runner.absent, rows, import_s, recipes)
     return 0 if print_report(report, not options.summary, options.noisy) else IN_DOUBT
+
+
+def _ceilings(runner: Runner, work: Sequence[Work]) -> list[ceilings.Ceiling]:
+    """Of every device, dtype and number of threads that the rows have and this machine can run."""
+    able = [(entry.case, n) for entry, n in work if entry.case.unavailable() is None]
+    found = []
+    for device in sorted({case.device for case, _ in able}):
+        here = [(case, n) for case, n in able if case.device == device]
+        dtypes = sorted({"bfloat16" if case.dtype == "autocast" else case.dtype for case, _ in here})
+        found += runner.ceilings(dtypes, sorted({n for _, n in here}), device)
+    return found
 
 
 def _file(options: argparse.Namespace) -> Path | None:
