@@ -11,7 +11,7 @@ from rich.console import Console
 import fastseq
 
 from ..training import resume, speed
-from ..training.command import MODEL, STATE, add_options, count, fit, planned, start
+from ..training.command import MODEL, STATE, add_options, count, fit, planned, run, start
 from ..training.files import DataError
 from . import data
 from .model import Model, load, pronounce
@@ -24,14 +24,7 @@ NEW_WORDS = ["fastseq", "pytorch", "tokenizer", "backpropagation", "blogosphere"
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; the exit status."""
-    options = parser().parse_args(arguments)
-    try:
-        return options.run(options)
-    except (DataError, fastseq.InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run(parser().parse_args(arguments))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,10 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 
+import fastseq
+
 from . import resume
+from .files import DataError
 from .loop import Training
 from .progress import Display
 from .recipe import LIBRARIES, Plan, Recipe
@@ -18,6 +22,18 @@ from .recipe import LIBRARIES, Plan, Recipe
 MODEL, STATE, LOG = "model.safetensors", "training.safetensors", "log.json"  # what stands in a run's folder
 
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
+
+
+def run(options: argparse.Namespace) -> int:
+    """`options.run(options)`; the exit status, 2 after what the user's files or options made wrong, 130 after Ctrl-C."""
+    try:
+        status: int = options.run(options)
+    except (DataError, fastseq.InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return status
 
 
 def positive(text: str) -> float:

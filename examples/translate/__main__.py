@@ -11,8 +11,8 @@ from rich.console import Console
 import fastseq
 
 from ..training import resume
-from ..training.command import MODEL, STATE, add_options, count, fit, note, planned, positive, start
-from ..training.files import DataError, decoded
+from ..training.command import MODEL, STATE, add_options, count, fit, note, planned, positive, run, start
+from ..training.files import decoded
 from . import curve, data
 from .model import PAPERS, load, translate
 from .recipe import PLANS, Recipe
@@ -25,14 +25,7 @@ PAUSE = 60.0  # seconds: a state of 120 MB takes most of one
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; the exit status."""
-    options = parser().parse_args(arguments)
-    try:
-        return options.run(options)
-    except (DataError, fastseq.InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run(parser().parse_args(arguments))
 
 
 def parser() -> argparse.ArgumentParser:
