@@ -25,7 +25,7 @@ AnyPlan = TypeVar("AnyPlan", bound=Plan)
 
 
 def run(options: argparse.Namespace) -> int:
-    """`options.run(options)`; the exit status, 2 after what the user's files or options made wrong, 130 after Ctrl-C."""
+    """`options.run(options)`; the exit status: 2 after a fault of the user's files or options, 130 after Ctrl-C."""
     try:
         status: int = options.run(options)
     except (DataError, fastseq.InputError, OSError) as error:
