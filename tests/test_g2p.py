@@ -25,7 +25,7 @@ from examples.training.batches import BOS, EOS, PAD, batches, pad
 from examples.training.command import planned
 from examples.training.files import DataError
 from examples.training.loop import Training
-from examples.training.recipe import LIBRARIES
+from examples.training.recipe import LIBRARIES, PRECISIONS
 
 SOUNDS = {"sh": "SH", "a": "AA", "b": "B", "c": "K", "d": "D", "e": "EH", "s": "S", "h": "HH"}
 LETTERS = "abcdesh"
@@ -192,7 +192,10 @@ def test_train_then_say(folder: Path, capsys: pytest.CaptureFixture[str], monkey
         assert rates is not None
         assert float(rates[1]) < 25
         assert (out / "attention.png").read_bytes().startswith(b"\x89PNG")
-        assert {path.name for path in out.iterdir()} == {"model.safetensors", "attention.png"}
+        assert {path.name for path in out.iterdir()} == {"model.safetensors", "attention.png", "log.json"}
+        log = json.loads((out / "log.json").read_text())
+        assert 100 * log["test"]["1"]["wer"] == pytest.approx(float(rates[1]), abs=0.01)
+        assert [row["steps"] for row in log["history"]][-1] == log["plan"]["steps"] == 250
         assert command.main(["say", "BADE", "head", "--checkpoint", str(out / "model.safetensors")]) == 0
         said.append(capsys.readouterr().out)
     assert said[0].split() == ["bade", "B", "AA", "D", "EH", "head", "HH", "EH", "AA", "D"]
@@ -231,7 +234,7 @@ def test_an_interrupted_run_keeps_a_model_and_scores_it(
     assert load(folder / "out" / "model.safetensors").decoder.hidden_size == 8
     assert command.main(stopped) == 0
     assert re.search(r"going on behind step 3, after", capsys.readouterr().out)
-    assert {path.name for path in (folder / "out").iterdir()} == {"model.safetensors", "attention.png"}
+    assert {path.name for path in (folder / "out").iterdir()} == {"model.safetensors", "attention.png", "log.json"}
 
 
 def test_another_run_does_not_go_on(folder: Path, stopped: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -344,6 +347,25 @@ def test_training_ends_with_its_minutes(folder: Path) -> None:
     assert any(saved)
     assert statuses[-1].done == 1
     assert training.optimizer.param_groups[0]["lr"] < 0.1 * Plan.rate
+
+
+def test_bf16_rounds_products_and_nothing_that_is_kept(folder: Path) -> None:
+    """Its losses are those of fp32 within its rounding, and not the same; of both libraries."""
+    splits, losses = data.load(folder), {}
+    for precision in PRECISIONS:
+        recipe = Recipe(splits, Plan(batch=64, hidden=32, precision=precision))
+        for library, model in zip(LIBRARIES, recipe.models(seed=0), strict=True):
+            optimizer = recipe.optimizer(model)
+            steps = [recipe.step(model, optimizer, batch) for batch in recipe.batches(torch.Generator().manual_seed(0))]
+            losses[precision, library] = torch.stack(steps)
+            assert (
+                {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
+            )
+            assert losses[precision, library][-1] < 0.95 * losses[precision, library][0]  # no weights of the first step
+    for library in LIBRARIES:
+        torch.testing.assert_close(losses["bf16", library], losses["fp32", library], rtol=2**-8, atol=0)
+        assert not losses["bf16", library].equal(losses["fp32", library])
+    assert speed.compare(recipe.build(), recipe).ratio > 0
 
 
 def test_the_full_plan_gives_way_to_options() -> None:

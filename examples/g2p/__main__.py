@@ -11,7 +11,7 @@ from rich.console import Console
 import fastseq
 
 from ..training import resume, speed
-from ..training.command import MODEL, STATE, add_options, count, fit, planned, run, start
+from ..training.command import MODEL, STATE, add_options, count, fit, note, planned, run, start
 from ..training.files import DataError
 from . import data
 from .model import Model, load, pronounce
@@ -79,7 +79,9 @@ def train(options: argparse.Namespace) -> int:
     model = load(options.out / MODEL)
     trained = f"trained {training.steps:,} steps in {training.seconds():.0f} s"
     console.print(f"{trained}; development set: {evaluate(model, splits.dev)}")
-    console.print(f"held-out words: {evaluate(model, splits.test, options.beams)}")
+    test = evaluate(model, splits.test, options.beams)
+    console.print(f"held-out words: {test}")
+    note(training, options.out, test={options.beams: test._asdict()})
     console.print(f"training speed: {speed.compare(model, recipe)}")
     show_new(model, splits, options, console)
     console.print(f"model: {options.out / MODEL}   attention: {options.out / PICTURE}")

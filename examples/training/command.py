@@ -17,7 +17,7 @@ from . import resume
 from .files import DataError
 from .loop import Training
 from .progress import Display
-from .recipe import LIBRARIES, Plan, Recipe
+from .recipe import LIBRARIES, PRECISIONS, Plan, Recipe
 
 MODEL, STATE, LOG = "model.safetensors", "training.safetensors", "log.json"  # what stands in a run's folder
 
@@ -60,6 +60,7 @@ def add_options(parser: argparse.ArgumentParser, plan: Plan, pause: str, **more:
         "batch": {"type": count, "help": "rows a step"},
         **more,
         "library": {"choices": LIBRARIES, "help": "whose layers"},
+        "precision": {"choices": PRECISIONS, "help": "of training; bf16 pays on CPUs that multiply in it"},
         "seed": {"type": int, "help": "of parameters, batches and dropout"},
     }
     for name, options in fields.items():
@@ -77,8 +78,8 @@ def planned(options: argparse.Namespace, plan: AnyPlan) -> AnyPlan:
     return replace(plan, **{name: value for name, value in given.items() if value is not None})
 
 
-def start(recipe: Recipe, out: Path, fresh: bool, pause: float, log: bool = False) -> Training:
-    """The run at its first step, or where it was when it was cut short; kept in `out`, with a log if asked for."""
+def start(recipe: Recipe, out: Path, fresh: bool, pause: float) -> Training:
+    """The run at its first step, or where it was when it was cut short; kept in `out`, with a log."""
     torch.manual_seed(recipe.plan.seed)
     wanted, path = described(recipe), out / STATE
 
@@ -87,8 +88,7 @@ def start(recipe: Recipe, out: Path, fresh: bool, pause: float, log: bool = Fals
             training.best.save(out / MODEL)
         tensors, numbers = training.state()
         resume.save(path, tensors, numbers | {"plan": wanted})
-        if log:
-            note(training, out)
+        note(training, out)
 
     training = Training(recipe, recipe.build(), save, pause)
     if fresh:

@@ -14,6 +14,7 @@ import fastseq
 from .batches import Batch, Pairs, batches, in_order
 
 LIBRARIES = ("fastseq", "torch")
+PRECISIONS = ("fp32", "bf16")
 Model = Any  # fastseq.Seq2Seq, or a module from torch.nn with its loss, generate, extra and parameters
 
 
@@ -32,6 +33,7 @@ class Plan:
     evaluations: int = 8
     seed: int = 1
     library: str = "fastseq"
+    precision: str = "fp32"  # "bf16": products in it, by autocast; parameters, sums and scores stay in fp32
 
 
 class Scores(Protocol):
@@ -105,7 +107,8 @@ class Recipe(ABC):
 
     def step(self, model: Model, optimizer: Optimizer, batch: Batch) -> Tensor:
         """One update; the batch's loss."""
-        loss = model.loss(*batch, label_smoothing=self.plan.smoothing)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.plan.precision == "bf16"):
+            loss = model.loss(*batch, label_smoothing=self.plan.smoothing)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), self.plan.clip)

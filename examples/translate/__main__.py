@@ -67,7 +67,7 @@ def train(options: argparse.Namespace) -> int:
     out = options.out or OUT / f"{plan.paper}-{plan.library}"
     recipe = Recipe(data.load(options.data), plan)
     out.mkdir(parents=True, exist_ok=True)
-    training = start(recipe, out, options.fresh, options.save_every or PAUSE, log=True)
+    training = start(recipe, out, options.fresh, options.save_every or PAUSE)
     console.print(
         f"pairs: {len(recipe.pairs.source):,} to train on, {len(recipe.dev.source):,} development, "
         f"{len(recipe.splits.test.source):,} test; words: {' and '.join(f'{len(w):,}' for w in recipe.words_of)}; "
