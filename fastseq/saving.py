@@ -24,7 +24,15 @@ from .errors import InputError
 
 __all__ = ["load", "save"]
 
-FORMAT, VERSION = "fastseq", "1"  # an option more of any constructor is another version
+FORMAT, VERSION = "fastseq", "2"  # an option more of any constructor is another version
+SINCE: dict[str, dict[str, dict[str, Any]]] = {  # {version: {kind: options that it lacks, as it had them}}
+    "1": {
+        "Encoder": {
+            "zoneout": 0.0, "recurrent_dropout": 0.0, "recurrent_dropout_on": "state", "layer_norm": False,
+            "learn_state": False,
+        }
+    }
+}  # fmt: skip
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER = 100_000_000  # bytes; safetensors reads no larger one
 AGAIN = "get the file anew, or save the model again"
@@ -279,9 +287,10 @@ def _metadata(metadata: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any]]
             f"format={metadata.get('format')!r} in its metadata, expected {FORMAT!r}: not a file of fastseq.save; for"
             " others use safetensors.torch.load_file and load_state_dict"
         )
-    if (version := metadata.get("version")) != VERSION:
+    if (version := metadata.get("version")) not in (*SINCE, VERSION):
+        known = " and ".join(map(repr, (*SINCE, VERSION)))
         raise InputError(
-            f"version={version!r} of the format; fastseq {__version__} reads {VERSION!r}: for a newer one upgrade"
+            f"version={version!r} of the format; fastseq {__version__} reads {known}: for a newer one upgrade"
             " fastseq-rnn"
         )
     stored = {name: _parsed(name, metadata) for name in ("config", "extra", "shared")}
@@ -295,7 +304,18 @@ def _metadata(metadata: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any]]
             raise InputError(f"{field} is missing, though there is a digest of it; {AGAIN}")
     if wrong := [name for name, kept in stored["shared"].items() if not isinstance(kept, str)]:
         raise InputError(f"shared.{wrong[0]} is no name; {AGAIN}")
+    if version != VERSION:
+        _upgrade(stored["config"], SINCE[str(version)])
     return stored, digests
+
+
+def _upgrade(config: Any, lacking: dict[str, dict[str, Any]]) -> None:
+    """Give a config, in place, and all parts within it the options that its version had not."""
+    if isinstance(config, dict):
+        for part in list(config.values()):
+            _upgrade(part, lacking)
+        for name, value in lacking.get(str(config.get("kind")), {}).items():
+            config.setdefault(name, value)
 
 
 def _parsed(name: str, metadata: dict[str, str]) -> dict[str, Any]:

@@ -156,11 +156,56 @@ def test_encoder_embeds_and_drops() -> None:
     assert "dropout=0.5" in repr(encoder)
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before", "rnn_tanh"])
+def test_encoder_has_the_options_of_its_layers(cell: str) -> None:
+    """Each layer computes, draws and learns as a layer alone with the same options; in evaluation too."""
+    options: dict[str, Any] = {
+        "zoneout": (0.3, 0.2) if cell == "lstm" else 0.3,
+        "recurrent_dropout": 0.4,
+        "learn_state": True,
+    }
+    if cell != "rnn_tanh":
+        options["recurrent_dropout_on"] = "update"
+    if cell in ("lstm", "gru"):
+        options["layer_norm"] = True
+    encoder = Encoder(I, H, 2, cell=cell, bidirectional=1, **options)
+    for p in encoder.parameters():
+        nn.init.normal_(p)  # learned states and gains differ from those at the start
+    x, lengths = torch.randn(B, S, I), [S, 2, 0, 5]
+    for training in (True, False):
+        encoder.train(training)
+        torch.manual_seed(1)
+        memory = encoder(x, lengths)
+        torch.manual_seed(1)
+        out = x
+        for layer, state in zip(encoder.layers, memory.state, strict=True):
+            assert all(getattr(layer, name) == value for name, value in options.items())
+            out, hidden = layer(out, lengths=lengths)
+            h = hidden[0] if cell == "lstm" else hidden
+            assert torch.equal(state[0], torch.cat(tuple(h), 1))
+            assert state[0][2].any()  # of no length: what is learned
+        assert torch.equal(memory.out, out)
+    encoder.train()
+    encoder(x, lengths).out.sum().backward()
+    assert all(p.grad is not None for p in encoder.parameters())
+    assert "zoneout=" in repr(encoder)
+
+
 ENCODERS: dict[str, tuple[Callable[[], Any], str]] = {
     "cell": (lambda: Encoder(I, H, cell="rnn"), r"cell='rnn'; use one of 'lstm', 'gru', 'gru_reset_before'"),
     "layers": (lambda: Encoder(I, H, 0), r"num_layers=0; an encoder has at least one"),
     "bidirectional": (lambda: Encoder(I, H, 2, bidirectional=3), r"bidirectional=3 of 2 layer\(s\); use 0 to"),
     "dropout": (lambda: Encoder(I, H, dropout=1.5), r"dropout=1.5; it is a probability"),
+    "zoneout": (lambda: Encoder(I, H, zoneout=1.5), r"zoneout=1.5; it is a probability"),
+    "zoneout of c": (lambda: Encoder(I, H, cell="gru", zoneout=(0.1, 0.1)), r"zoneout=\(0.1, 0.1\) of GRU"),
+    "layer norm": (
+        lambda: Encoder(I, H, cell="gru_reset_before", layer_norm=True),
+        r"layer_norm=True .* use cell='gru'",
+    ),
+    "update": (
+        lambda: Encoder(I, H, cell="rnn_relu", recurrent_dropout=0.1, recurrent_dropout_on="update"),
+        r"recurrent_dropout_on='update' of RNN",
+    ),
     "features": (lambda: Encoder(I, H)(torch.zeros(B, S, 4)), r"x has shape \(4, 6, 4\); expected .* I=5"),
     "ids": (lambda: Encoder(I, H)(torch.zeros(B, S)), r"x has shape \(4, 6\)"),
     "embedding's size": (

@@ -88,6 +88,10 @@ def draw(pick: random.Random) -> Seq2Seq:
         size, units, layers, cell=cell, bidirectional=pick.randint(0, layers), dropout=pick.random(),
         residual=pick.random() < 0.5, embedding=nn.Embedding(9, size, pick.choice((None, 0, 4)), norm_type=1.0),
         backend=pick.choice(("auto", "reference")),
+        zoneout=pick.choice((0.0, 0.25) + ((0.5, 0.125),) * (cell == "lstm")),
+        recurrent_dropout=pick.choice((0.0, 0.25)), learn_state=pick.random() < 0.5,
+        recurrent_dropout_on=pick.choice(("state", "state" if cell.startswith("rnn") else "update")),
+        layer_norm=cell in ("lstm", "gru") and pick.random() < 0.5,
     )  # fmt: skip
     attention = pick.choice((
         partial(Attention, attn_size=3, query_bias=True, normalize=True),
@@ -362,13 +366,14 @@ def test_other_programs_read_it(saved: Path) -> None:
     assert torch.equal(other(SRC, TGT).logits, model(SRC, TGT).logits)
 
 
-FIELDS = {  # of version 1: another option anywhere makes version 2, and `load` has to read both
+FIELDS = {  # of version 2: another option anywhere makes version 3, and `load` has to read all three
     "Embedding": "num_embeddings embedding_dim padding_idx max_norm norm_type scale_grad_by_freq sparse",
     "Linear": "in_features out_features bias",
     "LocalP": "D",
     "Attention": "query_size memory_size attn_size score query_bias normalize scale window backend",
     "Bridge": "source map act bias cell layers size",
-    "Encoder": "input_size hidden_size num_layers cell bidirectional dropout residual embedding backend",
+    "Encoder": "input_size hidden_size num_layers cell bidirectional dropout residual zoneout recurrent_dropout"
+    " recurrent_dropout_on layer_norm learn_state embedding backend",
     "Decoder": "input_size hidden_size num_layers cell memory_size attention attend query query_layer context_to"
     " context_side feed readout combine combine_size combine_bias residual bridge dropout input_dropout readout_dropout"
     " output_dropout summary_size backend",
@@ -376,6 +381,6 @@ FIELDS = {  # of version 1: another option anywhere makes version 2, and `load` 
 }
 
 
-def test_the_fields_of_version_1() -> None:
+def test_the_fields_of_version_2() -> None:
     assert {kind: " ".join(config.arguments(cls)) for kind, cls in config.KINDS.items()} == FIELDS
-    assert saving.VERSION == "1"
+    assert saving.VERSION == "2"

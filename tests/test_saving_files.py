@@ -60,7 +60,7 @@ Edit = Callable[[File], Any]
 EDITS: dict[str, tuple[Edit, str]] = {  # as an accident or a hand without the digests would
     "nothing of ours": (lambda f: f.header.pop("__metadata__"), r"format=None in its metadata, expected 'fastseq'"),
     "format": (lambda f: f.metadata.update(format="pt"), r"format='pt' .*safetensors\.torch\.load_file"),
-    "newer": (lambda f: f.metadata.update(version="2"), r"version='2' of the format; fastseq \S+ reads '1': .*upgr"),
+    "newer": (lambda f: f.metadata.update(version="3"), r"version='3' of the format; fastseq \S+ reads '1' and '2': "),
     "no version": (lambda f: f.metadata.pop("version"), r"version=None of the format"),
     "no config": (lambda f: f.metadata.pop("config"), r"config is missing in its metadata"),
     "no digests": (lambda f: f.metadata.pop("digests"), r"digests is missing in its metadata"),
@@ -190,6 +190,26 @@ FOREIGN = {
     "bad header": ((2).to_bytes(8, "little") + b"{]", r"its header was edited"),
     "no tensors": ((2).to_bytes(8, "little") + b"{}", r"format=None"),
 }
+
+
+def test_version_1_is_read(saved: Path) -> None:
+    """Its encoders had no options of the recurrence; `Seq2Seq`s and encoders alone."""
+    model, encoder = Seq2Seq.load(saved), saved.with_name("encoder")
+    fastseq.save(model.encoder, encoder)
+    for path, found in ((saved, model), (encoder, model.encoder)):
+        file = File(path)
+        file.metadata["version"] = "1"
+        config = file.config.get("encoder", file.config)
+        for name in ("zoneout", "recurrent_dropout", "recurrent_dropout_on", "layer_norm", "learn_state"):
+            del config[name]
+        file.write(path, digest=True)
+        old = fastseq.load(path)
+        assert old.config() == found.config()
+        assert all(p.equal(q) for p, q in zip(old.parameters(), found.parameters(), strict=True))
+        file.metadata["version"] = "2"
+        file.write(path)
+        with pytest.raises(InputError, match=r"zoneout is missing; Encoder has input_size, "):
+            fastseq.load(path)
 
 
 @pytest.mark.parametrize("name", FOREIGN)

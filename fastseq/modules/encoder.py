@@ -27,7 +27,8 @@ class Encoder(nn.Module):
 
     bidirectional: all layers, or an int, so many from the bottom (1: GNMT). residual: from the second layer on, a
     layer's input is added to its output where both have one size (Wu et al. 2016, eq. 6). dropout: on the input of
-    every layer but the first. embedding: a module that makes x [B, S, input_size] of token ids, or whatever is given.
+    every layer but the first. zoneout, recurrent_dropout, recurrent_dropout_on, layer_norm, learn_state: of each
+    layer, as for `LSTM`. embedding: a module that makes x [B, S, input_size] of token ids, or whatever is given.
     cell, backend: as for `Decoder` and `LSTM`; "gru_reset_before" is the encoder of Cho et al. 2014 and Bahdanau et al.
     2014. `output_size`: features D of the memory.
 
@@ -47,6 +48,11 @@ class Encoder(nn.Module):
         bidirectional: bool | int = False,
         dropout: float = 0.0,
         residual: bool = False,
+        zoneout: float | tuple[float, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        recurrent_dropout_on: str = "state",
+        layer_norm: bool = False,
+        learn_state: bool = False,
         embedding: nn.Module | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -61,18 +67,26 @@ class Encoder(nn.Module):
             raise InputError(f"bidirectional={both} of {num_layers} layer(s); use 0 to num_layers, or True for all")
         if not 0 <= dropout <= 1:
             raise InputError(f"dropout={dropout}; it is a probability, 0 to 1")
+        if layer_norm and cell == "gru_reset_before":
+            raise InputError(
+                "layer_norm=True with cell='gru_reset_before', whose recurrent product comes in two; use cell='gru'"
+            )
         if embedding is not None and not isinstance(embedding, nn.Module):
             raise TypeError(f"embedding must be a torch.nn.Module, got {type(embedding).__name__}; use nn.Embedding")
         self.input_size, self.hidden_size, self.num_layers, self.cell = input_size, hidden_size, num_layers, cell
         self.bidirectional, self.dropout, self.residual = both, dropout, residual
+        zoneout = (*zoneout,) if isinstance(zoneout, list) else zoneout  # as a file has it
+        self.zoneout, self.layer_norm, self.learn_state = zoneout, layer_norm, learn_state
+        self.recurrent_dropout, self.recurrent_dropout_on = recurrent_dropout, recurrent_dropout_on
         self.register_module("embedding", embedding)
         kinds: dict[str, Any] = {"lstm": LSTM, "gru": GRU, "gru_reset_before": ResetBefore}
         kind = kinds[cell] if cell in kinds else partial(RNN, nonlinearity=cell.removeprefix("rnn_"))
         sizes = [hidden_size * (1 + (index < both)) for index in range(num_layers)]
         self.layers = nn.ModuleList(
             kind(
-                below, hidden_size, batch_first=True, bidirectional=index < both, backend=backend, device=device,
-                dtype=dtype,
+                below, hidden_size, batch_first=True, bidirectional=index < both, zoneout=zoneout,
+                recurrent_dropout=recurrent_dropout, recurrent_dropout_on=recurrent_dropout_on, layer_norm=layer_norm,
+                learn_state=learn_state, backend=backend, device=device, dtype=dtype,
             )
             for index, below in enumerate([input_size, *sizes[:-1]])
         )  # fmt: skip
@@ -85,7 +99,8 @@ class Encoder(nn.Module):
     ) -> Memory:
         """The last layer's output [B, S, output_size], 0 behind the lengths; their mask; every layer's last state.
 
-        A row of length 0 gives nothing to attend to and a state of 0. Raises InputError or TypeError.
+        A row of length 0 gives nothing to attend to, and the states before the first step: 0, or what was learned.
+        Raises InputError or TypeError.
         """
         out = x if self.embedding is None else self.embedding(x)
         shape = tuple(need_tensor("x", out).shape)
