@@ -67,11 +67,10 @@ def _extras(call: RnnCall, x: Tensor, index: int) -> Extras:
     states = call.states and index == call.num_layers - 1
     if call.noise is None:
         return STATES if states else NONE
-    drawn = call.noise.drawn(
+    return call.noise.drawn(
         x, call.batch, 2 if call.bidirectional else 1, call.hidden_size, call.proj_size or call.hidden_size,
-        call.cell == "lstm", call.training,
+        call.cell == "lstm", call.training, states,
     )  # fmt: skip
-    return drawn._replace(states=states)
 
 
 def _dropout(x: Tensor, p: float, batch_first: bool) -> Tensor:
