@@ -2,25 +2,24 @@
 
 import importlib
 import random
-from datetime import date
 from pathlib import Path
 
 import pytest
 import torch
 
 from examples.recipes import captioning, chatbot, clock, dates, sentiment, tagging
-from examples.recipes.fit import draws, fit
+from examples.recipes.fit import exact_match, fit, samples
 
 FOLDER = Path(chatbot.__file__).parent
-FLOORS = {  # below what seeds 0 to 3 came to: 0.876 to 1
-    "tagging": 0.85,
-    "sentiment": 0.98,
-    "clock": 0.88,
-    "captioning": 0.95,
-    "dates": 0.97,
-    "chatbot": 0.94,
-    "forecasting": 0.8,
-    "characters": 0.48,
+FLOORS = {  # of the score; behind it the lowest of seeds 0 to 3
+    "tagging": 0.86,  # 0.875
+    "sentiment": 0.98,  # 1
+    "clock": 0.88,  # 0.925
+    "captioning": 0.95,  # 0.994
+    "dates": 0.97,  # 1
+    "chatbot": 0.95,  # 0.985
+    "forecasting": 0.45,  # 0.499
+    "characters": 0.51,  # 0.533
 }
 
 
@@ -36,9 +35,9 @@ def test_a_recipe_is_short(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FLOORS)
 def test_a_recipe_learns(name: str) -> None:
-    """Far beyond what needs no learning; its model is ready for use."""
+    """It errs little more than half as often as what needs no learning, or less; its model is ready for use."""
     model, score, trivial = importlib.import_module(f"examples.recipes.{name}").train()
-    assert trivial <= FLOORS[name] - 0.3
+    assert 1 - FLOORS[name] <= 0.6 * (1 - trivial)
     assert FLOORS[name] <= score <= 1
     assert not model.training
 
@@ -97,12 +96,22 @@ def test_an_image_shows_its_caption() -> None:
         assert red.nonzero()[:, 1].max() < blue.nonzero()[:, 1].min()
 
 
-def test_dates_fit_the_models_alphabet() -> None:
-    for form in dates.FORMATS:
-        text = date(1993, 4, 29).strftime(form)
-        assert text.isascii()
-        assert "29" in text
-        assert "1993" in text
+def test_a_pointer_generator_makes_or_copies_a_word() -> None:
+    """As the gate says: by the softmax over its own words, or by the attention, summed over a word's positions."""
+    torch.manual_seed(0)
+    model = dates.PointerGenerator(5, hidden=8)
+    out, weights, src = (
+        torch.randn(2, 3, 8),
+        torch.rand(2, 3, 4).softmax(-1),
+        torch.tensor([[4, 5, 4, 3], [5, 3, 2, 0]]),
+    )
+    torch.nn.init.zeros_(model.gate.weight)
+    made = torch.nn.functional.pad(model.output(out).softmax(-1), (0, 1))
+    copied = torch.zeros(2, 3, 6).scatter_add(2, src[:, None].expand(2, 3, 4), weights)
+    for bias, expected in ((50.0, made), (-50.0, copied), (0.0, (made + copied) / 2)):
+        torch.nn.init.constant_(model.gate.bias, bias)
+        torch.testing.assert_close(model.mix(out, weights, src).exp(), expected + 1e-9)
+    assert copied[0, 0, 5] == weights[0, 0, 1]  # a word that the vocabulary lacks
 
 
 def test_a_tagger_reads_no_padding() -> None:
@@ -117,9 +126,27 @@ def test_fit_finds_a_line() -> None:
     x, model = torch.randn(100, 1), torch.nn.Linear(1, 1)
     y = 3 * x + 1
     y[90:] = torch.nan
-    fit(
-        model, lambda rows: (model(x[rows]) - y[rows]).square().mean(), draws(torch.arange(90), 16), steps=300, rate=0.1
-    )
+    batches = samples(torch.arange(90), 16)
+    fit(model, lambda rows: (model(x[rows]) - y[rows]).square().mean(), batches, steps=300, rate=0.1)
     assert model.weight.item() == pytest.approx(3, abs=1e-3)
     assert model.bias.item() == pytest.approx(1, abs=1e-3)
     assert not model.training
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 10, 11])
+def test_fit_takes_any_number_of_steps(steps: int) -> None:
+    model, seen = torch.nn.Linear(1, 1), []
+    fit(
+        model,
+        lambda rows: seen.append(rows) or model(rows[:, None].float()).mean(),
+        samples(torch.arange(3), 2),
+        steps=steps,
+        rate=0.1,
+    )
+    assert len(seen) == steps
+
+
+def test_an_exact_match_is_of_the_whole_row() -> None:
+    target = torch.tensor([[3, 4, 2, 0], [3, 2, 0, 0], [3, 4, 5, 2]])
+    assert exact_match(torch.tensor([[3, 4, 2], [3, 4, 2], [3, 4, 5]]), target) == pytest.approx(1 / 3)
+    assert exact_match(target, target) == 1

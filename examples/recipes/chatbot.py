@@ -10,7 +10,7 @@ import torch
 import fastseq
 
 from ..training.batches import BOS, EOS, PAD, pad
-from .fit import draws, fit
+from .fit import exact_match, fit, samples
 
 NAMES = "anna ben clara david emma felix greta hugo ida jonas kira leo mia noah olga paul".split()
 LIKED = "tea chess books rain music trains cats dogs maths films bread snow".split()
@@ -37,22 +37,24 @@ def talk() -> tuple[str, str]:
     return " | ".join([*turns, TOPICS[asked][3]]), TOPICS[asked][4].format(said[asked]) if asked in said else LACKING
 
 
-def train(steps: int = 500, hidden: int = 64) -> tuple[fastseq.Seq2Seq, float, float]:
-    """A model, the share of unseen conversations it replies to right to the word, and that of the commonest reply."""
-    random.seed(0)
-    torch.manual_seed(0)
-    talks = list(dict.fromkeys(talk() for _ in range(12000)))  # each once
+def train(steps: int = 500, seed: int = 0, hidden: int = 64) -> tuple[fastseq.Seq2Seq, float, float]:
+    """A model, the share of unseen conversations with the right reply, to the word, and that of the commonest reply."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    talks = random.sample(each := list(dict.fromkeys(talk() for _ in range(12000))), len(each))  # once, in any order
     src, lengths = pad([ids(text) for text, _ in talks])
     tgt, replies = pad([[BOS, *ids(reply), EOS] for _, reply in talks])[0], [reply for _, reply in talks]
     encoder = fastseq.Encoder(32, hidden // 2, bidirectional=True, embedding=torch.nn.Embedding(len(WORDS), 32))
     decoder = fastseq.Decoder.bahdanau(32, hidden, memory_size=hidden)
     model = fastseq.Seq2Seq(encoder, decoder, len(WORDS), bos_id=BOS, eos_id=EOS, pad_id=PAD)
     rest = torch.arange(1000, len(talks))
-    fit(model, lambda i: model.loss(src[i], tgt[i], lengths[i]), draws(rest, 64), steps=steps, rate=1e-2)
+    fit(model, lambda i: model.loss(src[i], tgt[i], lengths[i]), samples(rest, 64), steps=steps, rate=1e-2)
     found = model.generate(src[:1000], lengths[:1000], max_new_tokens=6).sequences[:, 0]
-    right = (found == tgt[:1000, 1 : 1 + found.shape[1]]).all(1).float().mean().item()
-    return model, right, max(map(replies[:1000].count, set(replies))) / 1000
+    return model, exact_match(found, tgt[:1000, 1:]), max(map(replies[:1000].count, set(replies))) / 1000
 
 
 if __name__ == "__main__":
-    print("replies right: {:.1%}; with the commonest one: {:.1%}".format(*train()[1:]))
+    model, *scores = train()
+    print("replies right: {:.1%}; with the commonest one: {:.1%}".format(*scores))
+    src = torch.tensor([ids("my name is ida | my friend is leo | who is my friend")])
+    print(*(WORDS[i] for i in model.generate(src, max_new_tokens=6).sequences[0, 0]))

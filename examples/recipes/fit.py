@@ -1,13 +1,14 @@
-"""The training loop of these recipes."""
+"""What these recipes share: the training loop, random batches, and a score of generated sequences."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TypeVar
 
 import torch
-from rich.progress import track
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR
 
 Batch = TypeVar("Batch")
 
@@ -15,23 +16,35 @@ Batch = TypeVar("Batch")
 def fit(
     model: nn.Module, loss: Callable[[Batch], Tensor], batches: Iterable[Batch], *, steps: int, rate: float
 ) -> None:
-    """Steps of Adam, each on `loss` of the next batch; `model` is in eval mode afterwards.
+    """Steps of Adam, each on the loss of the next batch; `model` is in eval mode afterwards.
 
-    The rate rises to `rate` over a tenth of the steps and then falls to 0; gradients are clipped at norm 1.
+    The learning rate rises to `rate` over a tenth of the steps, then falls to 0 by half a cosine; gradients are clipped
+    at norm 1.
     """
-    optimizer = torch.optim.Adam(model.parameters())
-    schedule = OneCycleLR(optimizer, rate, steps, pct_start=0.1, cycle_momentum=False)
+    optimizer, warmup = torch.optim.Adam(model.parameters(), rate), max(1, steps // 10)
+    schedule = LambdaLR(optimizer, lambda n: min((n + 1) / warmup, (1 + math.cos(math.pi * n / steps)) / 2))
     model.train()
-    for batch in track(islice(batches, steps), "training", total=steps, transient=True):
-        optimizer.zero_grad()
-        loss(batch).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+    columns = TextColumn("training, loss {task.fields[loss]:.3f}"), BarColumn(), TimeRemainingColumn()
+    with Progress(*columns, transient=True) as progress:
+        task = progress.add_task("", total=steps, loss=math.nan)
+        for batch in islice(batches, steps):
+            optimizer.zero_grad()
+            value = loss(batch)
+            value.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            progress.update(task, advance=1, loss=value.item())
     model.eval()
 
 
-def draws(rows: Tensor, size: int) -> Iterator[Tensor]:
-    """Batches of so many of the rows, indices [N], without end."""
+def samples(rows: Tensor, size: int) -> Iterator[Tensor]:
+    """Batches of `size` random rows, indices [N], without end."""
     while True:
         yield rows[torch.randint(len(rows), (size,))]
+
+
+def exact_match(sequences: Tensor, target: Tensor) -> float:
+    """The share of sequences [B, L], eos and padding included, that equal the targets [B, T], L <= T."""
+    padding = target.new_zeros(len(target), target.shape[1] - sequences.shape[1])
+    return (torch.cat([sequences, padding], 1) == target).all(1).float().mean().item()

@@ -33,7 +33,7 @@ class Plan:
     evaluations: int = 8
     seed: int = 1
     library: str = "fastseq"
-    precision: str = "fp32"  # "bf16": products in it, by autocast; parameters, sums and scores stay in fp32
+    precision: str = "fp32"  # "bf16": of products in training, by autocast; all that is kept is fp32
 
 
 class Scores(Protocol):
