@@ -369,8 +369,8 @@ def test_bf16_rounds_products_and_nothing_that_is_kept(folder: Path) -> None:
 
 
 def test_the_full_plan_gives_way_to_options() -> None:
-    options = command.parser().parse_args(["train", "--full", "--steps", "7", "--batch", "9"])
-    assert planned(options, FULL) == replace(FULL, steps=7, batch=9)
+    options = command.parser().parse_args(["train", "--full", "--steps", "7", "--batch", "9", "--evaluations", "3"])
+    assert planned(options, FULL) == replace(FULL, steps=7, batch=9, evaluations=3)
     assert FULL.minutes < 90
 
 

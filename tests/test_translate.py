@@ -4,6 +4,7 @@ import copy
 import gzip
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -247,6 +248,24 @@ def test_train_then_say(folder: Path, capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ein\nHu\xff\n")))
     assert command.main(["say", *checkpoint]) == 2
     assert "standard input:2: not UTF-8" in capsys.readouterr().err
+
+
+def test_what_is_said_is_by_the_newest_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "OUT", tmp_path)
+    assert command.newest() == tmp_path / "bahdanau-fastseq" / "model.safetensors"  # for the message that names it
+    for age, name in enumerate(("luong-torch", "cho-fastseq", "bahdanau-fastseq")):
+        path = tmp_path / name / "model.safetensors"
+        path.parent.mkdir()
+        path.touch()
+        os.utime(path, (1e9 - age, 1e9 - age))
+    assert command.newest() == tmp_path / "luong-torch" / "model.safetensors"
+
+
+@pytest.mark.parametrize("given", ["2", "1", "-0.1", "nan"])
+def test_a_dropout_that_is_none_is_refused_at_once(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.parser().parse_args(["train", f"--dropout={given}"])
+    assert f"{given} is not a probability from 0 to below 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -42,6 +42,12 @@ def positive(text: str) -> float:
     return value
 
 
+def probability(text: str) -> float:
+    if not 0 <= (value := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a probability from 0 to below 1")
+    return value
+
+
 def count(text: str, least: int = 1) -> int:
     if (value := int(text)) < least:
         raise argparse.ArgumentTypeError(f"{text} is below {least}")
@@ -61,6 +67,7 @@ def add_options(parser: argparse.ArgumentParser, plan: Plan, pause: str, **more:
         **more,
         "library": {"choices": LIBRARIES, "help": "whose layers"},
         "precision": {"choices": PRECISIONS, "help": "of training; bf16 pays on CPUs that multiply in it"},
+        "evaluations": {"type": count, "help": "of the development set; each takes time from training"},
         "seed": {"type": int, "help": "of parameters, batches and dropout"},
     }
     for name, options in fields.items():

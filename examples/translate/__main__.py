@@ -11,7 +11,19 @@ from rich.console import Console
 import fastseq
 
 from ..training import resume
-from ..training.command import MODEL, STATE, add_options, count, fit, note, planned, positive, run, start
+from ..training.command import (
+    MODEL,
+    STATE,
+    add_options,
+    count,
+    fit,
+    note,
+    planned,
+    positive,
+    probability,
+    run,
+    start,
+)
 from ..training.files import decoded
 from . import curve, data
 from .model import PAPERS, load, translate
@@ -41,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
         f"{PAUSE:.0f}",
         **{name: {"type": count, "help": "units"} for name in sizes},
         layers={"type": count, "help": f"of either side; of sutskever {PLANS['sutskever'].layers}"},
-        dropout={"type": float, "help": "probability"},
+        dropout={"type": probability, "help": "probability"},
         rate={"type": positive, "help": "of learning, at its peak"},
         least={"type": count, "help": "occurrences of a word in the vocabulary"},
     )
@@ -49,8 +61,7 @@ def parser() -> argparse.ArgumentParser:
     train_.set_defaults(run=train)
     say_ = commands.add_parser("say", help="translate sentences with a trained model")
     say_.add_argument("sentences", nargs="*", metavar="SENTENCE", help="default: the lines of standard input")
-    default = OUT / "bahdanau-fastseq" / MODEL
-    say_.add_argument("--checkpoint", type=Path, default=default, metavar="FILE", help="(default %(default)s)")
+    say_.add_argument("--checkpoint", type=Path, metavar="FILE", help=f"default: the newest {OUT}/*/{MODEL}")
     say_.set_defaults(run=say)
     for command in (train_, say_):
         command.add_argument("--beams", type=count, default=5, help="of the search, when done (default %(default)s)")
@@ -106,13 +117,19 @@ def show(model: fastseq.Seq2Seq, text: data.Text, beams: int, console: Console) 
 
 
 def say(options: argparse.Namespace) -> int:
-    model = load(options.checkpoint)
+    model = load(options.checkpoint or newest())
     sentences: Any = options.sentences or lines_of_input()
     tokens = [data.tokenize(sentence, data.LANGUAGES[0]) for sentence in sentences]
     found = iter(translate(model, [t for t in tokens if t], options.beams))
     for each in tokens:
         print(data.detokenize(next(found)) if each else "")
     return 0
+
+
+def newest() -> Path:
+    """The model trained last; where there is none, where one would be."""
+    found = sorted(OUT.glob(f"*/{MODEL}"), key=lambda path: path.stat().st_mtime)
+    return found[-1] if found else OUT / "bahdanau-fastseq" / MODEL
 
 
 def lines_of_input() -> list[str]:
