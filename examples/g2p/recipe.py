@@ -34,8 +34,8 @@ class Plan(recipe.Plan):
 # For 2 x 256 on two cores. A step took 815 words/s of one thread's CPU time, so an epoch of the papers' split about a
 # minute of two, and the run has some seventy. Therefore dropout, as the model is 13 times as large and sees every word
 # so often; a rate that falls with the width, from 6e-3 at 64 units to 2e-3, not quite in proportion, as the batch
-# stays; more evaluations, 2 % of the time. 85 minutes leave 5 for the test set and the speeds. Chosen, not searched: the
-# README has what it came to.
+# stays; more evaluations, 2 % of the time. 85 minutes leave 5 for the test set and the speeds. Chosen, not
+# searched: the README has what it came to.
 FULL = Plan(minutes=85.0, rate=2e-3, dropout=0.3, evaluations=20, hidden=256)
 
 
