@@ -54,7 +54,7 @@ def _frozen() -> tuple[Entry, ...]:
 def _bf16() -> tuple[Entry, ...]:
     shapes = product(OPS, MODES, ("bfloat16", "autocast"), (8, 32, 64), (256, 512))
     return tuple(
-        Entry("bf16", LayerCase(op, mode, 50, b, h, h, dtype=dtype), _own(".fp32"))
+        Entry("bf16", LayerCase(op, mode, 50, b, h, h, dtype=dtype), _own(".fp32") + _against("torch.nn"))
         for op, mode, dtype, b, h in shapes
     )  # fmt: skip
 

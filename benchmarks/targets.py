@@ -37,6 +37,8 @@ def group(row: Row, ratio: Ratio) -> str:
         return f"{option}{f' {mode}' if ratio.peer == 'cells' else ''} over {peer}"
     if row.set == "frozen" and isinstance(row.case, LayerCase):
         return f"frozen {row.case.cell.upper()}{' cell' if row.case.is_cell else ''} over {peer}"
+    if row.set == "bf16" and ratio.peer == "torch.nn" and isinstance(row.case, LayerCase):
+        return f"bf16 {row.case.cell.upper()} {mode} over {peer}"
     if row.set == "varlen":
         return f"variable length over {peer}{' x real/padded' if ratio.peer.endswith('.full') else ''}"
     if row.set == "memory":

@@ -13,9 +13,9 @@ from fastseq import _native
 from fastseq.backends.decoder_call import AttentionCall
 from fastseq.spec import AttentionParams, Keys
 from tests.decoder_oracle import AttentionCase, Problem, check, fast, plain, run
+from tests.isa import VARIANTS, choose
 from tests.oracle import Terms, allow, compare
 from tests.test_autograd import CHECKS
-from tests.test_isa import VARIANTS, choose
 from tests.test_kernels import padded, reordered, sliced
 
 if _native.C is None:

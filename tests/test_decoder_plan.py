@@ -16,10 +16,10 @@ from fastseq import _native
 from fastseq.backends.decoder_call import DecoderCall, mapped
 from fastseq.spec import DecoderOutput, DecoderSpec
 from tests.decoder_oracle import PRESETS, Case, Problem, check, check_second, fast, plain, preset, run
+from tests.isa import VARIANTS, choose
 from tests.oracle import Terms, allow, compare
 from tests.test_decoder import EVEN, assert_close, decode, decoder_call, lower
 from tests.test_decoder_reference import any_case
-from tests.test_isa import VARIANTS, choose
 
 if _native.C is None:
     pytest.skip(str(_native.reason), allow_module_level=True)

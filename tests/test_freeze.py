@@ -20,8 +20,8 @@ from fastseq.backends import fused
 from fastseq.modules.cells import gru_cell_call
 from fastseq.modules.rnn import lstm_call
 from fastseq.ops.packed import PACKED_PRODUCTS, PackedLayer
+from tests.isa import VARIANTS, choose
 from tests.oracle import Case, Problem, Results, budget, compare, nan_in_empty
-from tests.test_isa import VARIANTS, choose
 from tests.twins import flatten
 from tests.weight_changes import CHANGES, in_place, swapped, transposed
 

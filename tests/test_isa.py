@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastseq import _native
+from tests.isa import VARIANTS, choose
 from tests.oracle import Case, Problem, cell_kinds, check_layer, run
 
 if _native.C is None:
@@ -11,7 +12,6 @@ if _native.C is None:
 
 from fastseq.ops.rnn import rnn_layer
 
-VARIANTS = ("base", "avx2", "avx512", "avx512_bf16")
 CASES = [
     Case(cell, dtype, *shape, bidirectional=True, rows=rows, threads=threads, resets=resets)
     for cell, dtype in cell_kinds((torch.float32, torch.bfloat16))
@@ -25,14 +25,6 @@ CASES = [
         ((5, 1, 200, 201), "full", 1, True),
     )
 ]
-
-
-def choose(isa: str) -> None:
-    """Use this variant until the test ends (conftest puts the old one back)."""
-    if isa not in _native.C.isa_available():
-        pytest.skip(f"this CPU, or the compiler of this build, has no {isa}")
-    _native.C.choose_isa(isa)
-    assert _native.C.isa() == isa
 
 
 @pytest.mark.parametrize("isa", VARIANTS)

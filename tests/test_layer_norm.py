@@ -16,6 +16,7 @@ from fastseq import InputError, _native
 from fastseq.backends import reference
 from fastseq.ops.rnn_norm import rnn_norm_layer
 from tests.conftest import needs_native
+from tests.isa import VARIANTS, choose
 from tests.norm_oracle import CELLS, NormProblem, check_norm, check_norm_second
 from tests.oracle import Case, check_backward_changes_nothing, run
 
@@ -150,14 +151,12 @@ def test_threads_give_the_same_bits(cell: str, dtype: torch.dtype, threads: int)
 
 @needs_native
 @every_cell
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", VARIANTS)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("shape", [(5, 9, 13, 17), (3, 7, 33, 35)], ids=str)
 def test_every_isa(cell: str, isa: str, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
     """What a slower CPU would run."""
-    if isa not in _native.C.isa_available():
-        pytest.skip(f"this CPU, or the compiler of this build, has no {isa}")
-    _native.C.choose_isa(isa)
+    choose(isa)
     check_norm(rnn_norm_layer, NormProblem.draw(Case(cell, dtype, *shape, True, "lengths", resets=True)))
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastseq import _native
+from tests.isa import VARIANTS, choose
 from tests.oracle import EPS, largest, nan_in_empty
 from tests.test_autograd import CHECKS
-from tests.test_isa import VARIANTS, choose
 
 if _native.C is None:
     pytest.skip(str(_native.reason), allow_module_level=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import fastseq
 from fastseq import InputError, Seq2Seq, _native
 from fastseq.ops import decoder_search as ops
+from tests.isa import VARIANTS, choose
 from tests.seq2seq_models import BOS, EOS, PAD, PRESETS, B, in_float64, log_likelihood, model, native_searches, same
 
 if _native.C is None:
@@ -80,13 +81,11 @@ def test_vocabularies(V: int, beams: int) -> None:
     same(of.generate(ALL, **options), in_float64(of, ALL, **options))
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", VARIANTS)
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("name", ["luong", "conditional_gru"])
 def test_variants(name: str, beams: int, isa: str) -> None:
-    if isa not in _native.C.isa_available():
-        pytest.skip(f"this CPU, or the compiler of this build, has no {isa}")
-    _native.C.choose_isa(isa)
+    choose(isa)
     of = model(name, V=37)
     same(
         of.generate(ALL, max_new_tokens=9, num_beams=beams, return_weights=True),

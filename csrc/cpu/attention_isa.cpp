@@ -25,7 +25,7 @@ struct Coefficients {
 template <class T, int MR, int NV>
 FS_INLINE void sum_tile(const Coefficients& c, const T* const* rows, int64_t count, int64_t column, int n, T* const* to) {
   vf acc[MR][NV];
-  set_zero(acc);
+  set_zero(Rows<MR>{}, acc);
   for (int64_t i = 0; i < count; ++i) {
     vf row[NV];
     for (int v = 0; v < NV; ++v) row[v] = load(rows[i] + column + v * W, v + 1 < NV ? W : n);

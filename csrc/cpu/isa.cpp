@@ -2,6 +2,12 @@
 
 #include <stdexcept>
 
+#if defined(FS_HAVE_AMX) && !defined(FS_EMULATE_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #define FS_DECLARE(isa)                                                                                       \
   namespace isa {                                                                                             \
   void rnn_forward(const Shape&, const Sequence&, const ForwardPass*, int directions, int threads);           \
@@ -39,6 +45,9 @@ FS_DECLARE(avx512)
 #if defined(FS_HAVE_AVX512_BF16)
 FS_DECLARE(avx512_bf16)
 #endif
+#if defined(FS_HAVE_AMX)
+FS_DECLARE(amx_bf16)
+#endif
 #endif
 
 namespace {
@@ -53,6 +62,21 @@ bool has_avx512() {
 #if defined(FS_HAVE_AVX512_BF16)
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
+#if defined(FS_EMULATE_AMX)
+bool has_amx_bf16() { return has_avx512(); }
+#elif defined(FS_HAVE_AMX)
+// The system gives tile registers to a process that asks: they make what it saves of each thread 8 KB larger.
+bool has_amx_bf16() {
+  static const bool found = [] {
+    constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned a, b, c, d;
+    return has_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) && (d & kAmxTile) &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return found;
+}
+#endif
 #endif
 
 const Kernels kTable[] = {
@@ -63,8 +87,21 @@ const Kernels kTable[] = {
 #if defined(FS_HAVE_AVX512_BF16)
     FS_ENTRY(avx512_bf16, has_avx512_bf16),
 #endif
+#if defined(FS_HAVE_AMX)
+    FS_ENTRY(amx_bf16, has_amx_bf16),
+#endif
 #endif
 };
+
+// Intel's CPUs multiply bf16 in tile registers, or best of all as floats: vdpbf16ps takes as long there as four multiply-adds of
+// fp32, twice as many as it saves.
+bool pays(const Kernels& k) {
+#if defined(FS_HAVE_AVX512_BF16)
+  return k.supported != has_avx512_bf16 || !__builtin_cpu_is("intel");
+#else
+  return true;
+#endif
+}
 
 const Kernels *chosen = nullptr, *chosen_for[2];  // by DType
 
@@ -93,7 +130,7 @@ void choose_isa(const std::string& name) {
   for (const Kernels& k : kTable) {
     if (!k.supported()) continue;
     available += std::string(available.empty() ? "" : ", ") + k.isa;
-    if (name.empty() || name == k.isa) found = &k;
+    if (name.empty() ? pays(k) : name == k.isa) found = &k;
   }
   if (!found) throw std::invalid_argument("FASTSEQ_ISA=" + name + " is not available here; choose one of: " + available);
   chosen = found;
@@ -111,6 +148,9 @@ std::vector<std::pair<const char*, bool>> cpu_features() {
           {"avx512vl", __builtin_cpu_supports("avx512vl") != 0},
 #if defined(FS_HAVE_AVX512_BF16)
           {"avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0},
+#endif
+#if defined(FS_HAVE_AMX)
+          {"amx_bf16", has_amx_bf16()},
 #endif
           {"avx512dq", __builtin_cpu_supports("avx512dq") != 0}};
 #else

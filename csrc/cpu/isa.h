@@ -36,9 +36,9 @@ struct Kernels {
 };
 
 const char* isa();                              // the chosen variant
-const Kernels& kernels(DType dtype);            // the fastest up to it that is compiled for the dtype
+const Kernels& kernels(DType dtype);            // the last up to it that is compiled for the dtype
 std::vector<const char*> available_isas();      // slowest first
-void choose_isa(const std::string& name);       // "" chooses the fastest; throws std::invalid_argument naming the available ones
+void choose_isa(const std::string& name);       // "" chooses the best; throws std::invalid_argument naming the available ones
 std::vector<std::pair<const char*, bool>> cpu_features();
 
 }  // namespace fastseq

@@ -27,20 +27,20 @@ struct Result {
 };
 
 // The first `columns` of the tile's columns exist; `Whole`: all do.
-template <class T, bool Whole, int MR, int NV>
-FS_INLINE void finish(vf (&acc)[MR][NV], int64_t columns, const Result<T>& to) {
+template <class T, bool Whole, class Count, int MR, int NV>
+FS_INLINE void finish(Count count, vf (&acc)[MR][NV], int64_t columns, const Result<T>& to) {
   const auto each = [&](auto&& f) FS_LAMBDA {
     if constexpr (Whole) {
-      for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA { f(m, v * W, W, sum); });
+      for_each_sum(count, acc, [&](int m, int v, vf& sum) FS_LAMBDA { f(m, v * W, W, sum); });
     } else {
       for (int v = 0; v < NV && v * W < columns; ++v)
-        for (int m = 0; m < MR; ++m) f(m, v * W, lanes(columns - v * W), acc[m][v]);
+        for (int m = 0; m < count.count(); ++m) f(m, v * W, lanes(columns - v * W), acc[m][v]);
     }
   };
   if (!to.first) each([&](int m, int64_t at, int n, vf& sum) FS_LAMBDA { sum += load(to.sums + m * to.pitch + at, n); });
   if (!to.last) return each([&](int m, int64_t at, int n, vf& sum) FS_LAMBDA { store(to.sums + m * to.pitch + at, sum, n); });
   T* out[MR];
-  for (int m = 0; m < MR; ++m) out[m] = to.out[m] + to.column;
+  for (int m = 0; m < count.count(); ++m) out[m] = to.out[m] + to.column;
   if (to.bias) each([&](int, int64_t at, int n, vf& sum) FS_LAMBDA { sum += load(to.bias + to.column + at, n); });
   if (to.add) each([&](int m, int64_t at, int n, vf& sum) FS_LAMBDA { sum += load(out[m] + at, n); });
   each([&](int m, int64_t at, int n, vf& sum) FS_LAMBDA { store(out[m] + at, sum, n); });
@@ -50,18 +50,18 @@ FS_INLINE void finish(vf (&acc)[MR][NV], int64_t columns, const Result<T>& to) {
 template <class T>
 void tile(const uint32_t* const* a, int64_t stride, const uint32_t* panel, int64_t pitch, int64_t depth, int64_t rows, int64_t columns,
           const Result<T>& to) {
-  with_rows<kTileRows>(rows, [&](auto count) {
+  with_tile<kTileRows>(rows, [&](auto count) {
     constexpr int MR = decltype(count)::value;
     auto narrow_or_wide = [&](auto vectors) FS_LAMBDA {
       constexpr int NV = decltype(vectors)::value;
       vf acc[MR][NV];
-      set_zero(acc);
-      multiply<T, MR, NV>(a, stride, panel, pitch, depth, acc);
+      set_zero(count, acc);
+      multiply<T>(count, a, stride, panel, pitch, depth, acc);
       if constexpr (NV == kVectors)  // few columns: their results are few, and are compiled once
-        if (columns >= NV * W) return finish<T, true>(acc, columns, to);
+        if (columns >= NV * W) return finish<T, true>(count, acc, columns, to);
       vf part[MR][NV];  // not `acc` itself: an array that a loop walks through has no registers
-      for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA { part[m][v] = sum; });
-      finish<T, false>(part, columns, to);
+      for_each_sum(count, acc, [&](int m, int v, vf& sum) FS_LAMBDA { part[m][v] = sum; });
+      finish<T, false>(count, part, columns, to);
     };
     columns <= W ? narrow_or_wide(Rows<1>{}) : columns <= 2 * W ? narrow_or_wide(Rows<2>{}) : narrow_or_wide(Rows<kVectors>{});
   });
@@ -173,10 +173,11 @@ class RowMultiplier {
 template <class T>
 class TokenSummer {
   static constexpr int kPer = Dot<T>::kPerUnit;
+  static constexpr int64_t kUnits = kTokenBlock / kPer, kOwn = kUnits * kUnitBlock;
 
  public:
   TokenSummer(const TokenSums<T>& sums, const TokenSumsBuffers<T>& buffers, Team team)
-      : of_(sums), buf_(buffers), team_(team), own_(buffers.own + team.rank * units<T>(kTokenBlock) * kUnitBlock) {
+      : of_(sums), buf_(buffers), team_(team), own_(buffers.own + team.rank * kOwn), turned_(buffers.turned + team.rank * kOwn) {
     for (int f = 0; f < of_.factor_count; ++f) {
       const Factor<T>& factor = of_.factors[f];
       if constexpr (kPer == 1) {
@@ -238,6 +239,7 @@ class TokenSummer {
     of_.dy.find(of_.dy.context, begin, depth, rows);
     for_blocks(own, [&](const Group& group, int64_t u, int64_t count, int64_t row) {
       pack_rows<T>([&](int64_t k) { return rows[k] + group.from + u; }, depth, count, own_, kUnitBlock);
+      turn(count, units<T>(depth));
       add_bias(begin == 0, row, count, units<T>(depth));
       for (int f = 0; f < of_.factor_count; ++f)
         if (of_.factors[f].d_w && group.to[f] >= 0)
@@ -253,12 +255,20 @@ class TokenSummer {
         const int64_t r = tiles.begin(t), rows = tiles.begin(t + 1) - r;
         const uint32_t* a[kTileRows];
         T* out[kTileRows];
-        for (int m = 0; m < kTileRows; ++m) a[m] = own_ + r + m;
+        for (int m = 0; m < kTileRows; ++m) a[m] = kTileRegisters ? turned_ + (r + m) * kUnits : own_ + r + m;
         for (int64_t m = 0; m < rows; ++m) out[m] = factor.d_w + (row + r + m) * factor.pitch;
-        tile<T>(a, kUnitBlock, panel(f, p), kPanel, depth, rows, factor.columns - p * kPanel,
+        tile<T>(a, kTileRegisters ? 1 : kUnitBlock, panel(f, p), kPanel, depth, rows, factor.columns - p * kPanel,
                 {to_[f] + (row + r) * pitch_[f] + p * kPanel, pitch_[f], first, last, out, p * kPanel, nullptr, false});
       }
     }
+  }
+
+  // Tile registers take rows of units, where splats take them from anywhere.
+  void turn(int64_t count, int64_t depth) const {
+    if constexpr (kTileRegisters)
+      for (int64_t r = 0; r < count; r += W)
+        for (int64_t k = 0; k < depth; k += W)
+          transpose(reinterpret_cast<const T*>(own_ + k * kUnitBlock + r), kUnitBlock * kPer, turned_ + r * kUnits + k, kUnits);
   }
 
   // In two levels: one chain of sums over a block of tokens would err by up to 12 ulp.
@@ -299,7 +309,7 @@ class TokenSummer {
   const TokenSums<T>& of_;
   const TokenSumsBuffers<T>& buf_;
   Team team_;
-  uint32_t* own_;
+  uint32_t *own_, *turned_;
   float* to_[2];
   int64_t pitch_[2];
 };

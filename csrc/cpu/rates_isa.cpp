@@ -21,16 +21,20 @@ double now() {
 
 template <class T>
 double rate(int64_t repeats) {
-  constexpr int kNV = 4, kMR = kAccumulators / kNV, kDepth = 128;
+  constexpr int kNV = 4, kMR = tile_rows(kNV), kDepth = 128;
   alignas(64) static thread_local uint32_t panel[kDepth * kNV * W], rows[kMR][kDepth];
   const uint32_t* a[kMR];
   for (int m = 0; m < kMR; ++m) a[m] = rows[m];
   vf acc[kMR][kNV] = {};
+  const TileRegisters registers;
   const double begin = now();
-  for (int64_t i = 0; i < repeats; ++i) {
-    multiply<T, kMR, kNV>(a, 1, panel, kNV * W, kDepth, acc);
-    asm volatile("" ::: "memory");
-  }
+  with_tile<kMR>(kMR, [&](auto count) {
+    if constexpr (decltype(count)::value == kMR)
+      for (int64_t i = 0; i < repeats; ++i) {
+        multiply<T>(count, a, 1, panel, kNV * W, kDepth, acc);
+        asm volatile("" ::: "memory");
+      }
+  });
   const double seconds = now() - begin;
   float sum = 0;
   for (auto& row : acc)

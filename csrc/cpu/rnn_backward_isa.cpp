@@ -85,7 +85,7 @@ class Backward {
       const int64_t p = s & 1 ? panels_.begin + panels_.end - 1 - i : i;
       own_.for_blocks(before > active ? before : active, kTileRows, [&](int64_t begin, int64_t end) {
         vf arrived[kTileRows][kVectors];
-        with_rows<kTileRows>(end - begin, [&](auto count) { arriving<decltype(count)::value>(from, before, p, begin, arrived); });
+        with_tile<kTileRows>(end - begin, [&](auto count) { arriving(count, from, before, p, begin, arrived); });
         for (int64_t i = begin; i < end; ++i) {
           const int64_t r = own_.row(i);
           const bool anew = r < active && seq_.starts_anew(t, r, pass_.dir.reverse);
@@ -99,23 +99,23 @@ class Backward {
     }
   }
 
-  template <int MR>
-  FS_INLINE void arriving(int64_t from, int64_t before, int64_t p, int64_t begin, vf (&arrived)[kTileRows][kVectors]) const {
-    const uint32_t* gates[MR];
-    const float* pending[MR];  // of rows that start here, else null
-    for (int m = 0; m < MR; ++m) {
+  template <class Count>
+  FS_INLINE void arriving(Count count, int64_t from, int64_t before, int64_t p, int64_t begin, vf (&arrived)[kTileRows][kVectors]) const {
+    const uint32_t* gates[Count::value];
+    const float* pending[Count::value];  // of rows that start here, else null
+    for (int m = 0; m < count.count(); ++m) {
       const int64_t r = own_.row(begin + m);
       const bool starts = r >= before;
       gates[m] = starts || seq_.starts_anew(from, r, pass_.dir.reverse) ? buf_.zeros : buf_.gate_row(seq_.offsets[from] + r);
       pending[m] = starts ? buf_.pending + r * buf_.width + p * kPanel : nullptr;
     }
-    vf acc[MR][kVectors];
-    for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA { sum = pending[m] ? load_vector<vf>(pending[m] + v * W) : vf{}; });
+    vf acc[Count::value][kVectors];
+    for_each_sum(count, acc, [&](int m, int v, vf& sum) FS_LAMBDA { sum = pending[m] ? load_vector<vf>(pending[m] + v * W) : vf{}; });
     if (own_.row(begin) < before) {
       const uint32_t* panel = in_place(p) ? static_cast<const uint32_t*>(pass_.dir.w_hh) + p * kPanel : buf_.w_hh + p * buf_.depth() * kPanel;
-      multiply<T, MR, kVectors>(gates, 1, panel, in_place(p) ? H_ : kPanel, buf_.depth(), acc);
+      multiply<T>(count, gates, 1, panel, in_place(p) ? H_ : kPanel, buf_.depth(), acc);
     }
-    for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA { arrived[m][v] = sum; });
+    for_each_sum(count, acc, [&](int m, int v, vf& sum) FS_LAMBDA { arrived[m][v] = sum; });
   }
 
   FS_INLINE vf recurrent_mask(int64_t r, int64_t u) const {
@@ -225,7 +225,7 @@ void run(const Shape& shape, const Sequence& seq, const BackwardPass* passes, in
   const Blocks blocks(seq.rows, kTileRows);
   const int64_t tile_rows = blocks.count ? (seq.rows + blocks.count - 1) / blocks.count : 0;
   auto plan = [&](int size) {
-    return Partition::choose(size, blocks.count, first.panels, tile_rows * (first.depth() * kVectors / 2 + 400),
+    return Partition::choose(size, blocks.count, first.panels, tile_cycles(tile_rows, kVectors, first.depth()) + 400 * tile_rows,
                              first.depth() * kPanel * 4);
   };
   run_directions(directions, plan, threads, [&](int d, Team team, Partition split, Barrier* steps) {

@@ -15,7 +15,7 @@ constexpr int64_t kChunkRows = 64;
 constexpr bool kReadsInPlace = W >= 16;  // with narrower vectors dot products take 2 to 13 % longer than packing and tiles
 
 template <class Cell>
-constexpr int kTileRows = kAccumulators / (Cell::kGates > 1 ? Cell::kGates : 2);  // a dozen sums keep the multipliers busy
+constexpr int kTileRows = tile_rows(Cell::kGates > 1 ? Cell::kGates : 2);  // a dozen sums keep the multipliers busy
 
 // Packed weights of one direction, [W-unit panel][unit of depth][gate][W]: those of W_ih, behind them those of W_hh.
 template <class Cell, class T>
@@ -209,15 +209,14 @@ class Forward {
   }
 
   FS_INLINE void project_tile(int64_t p, int64_t begin, int64_t end) const {
-    with_rows<kMR>(end - begin, [&](auto count) {
-      constexpr int kRows = decltype(count)::value;
-      vf acc[kRows][kG];
+    with_tile<kMR>(end - begin, [&](auto count) {
+      vf acc[decltype(count)::value][kG];
       for (int g = 0; g < kG; ++g) {
         const vf bias = load_vector<vf>(buf_.bias + (p * Cell::kColumns + Cell::kInput[g]) * W);
-        for (int m = 0; m < kRows; ++m) acc[m][g] = bias;
+        for (int m = 0; m < count.count(); ++m) acc[m][g] = bias;
       }
-      multiply<T, kRows, kG>(x_rows_ + begin, 1, w_ih_ + input_at(p), kG * W, buf_.depth_x, acc);
-      for (int m = 0; m < kRows; ++m)
+      multiply<T>(count, x_rows_ + begin, 1, w_ih_ + input_at(p), kG * W, buf_.depth_x, acc);
+      for (int m = 0; m < count.count(); ++m)
         for (int g = 0; g < kG; ++g) store(slot_of(begin + m, p) + g * W, acc[m][g], W);
     });
   }
@@ -257,17 +256,17 @@ class Forward {
       const int64_t p = s & 1 ? panels_.begin + panels_.end - 1 - i : i;
       if (packs_late_ && !steps_in_place_ && s == 0) pack_hidden(p);
       own_.for_blocks(seq_.active(t), kMR, [&](int64_t begin, int64_t end) {
-        with_rows<kMR>(end - begin, [&](auto count) { step_tile<decltype(count)::value>(s, t, p, begin, first + begin); });
+        with_tile<kMR>(end - begin, [&](auto count) { step_tile(count, s, t, p, begin, first + begin); });
       });
     }
     return first + own_.count(seq_.active(t));
   }
 
-  template <int MR>
-  FS_INLINE void step_tile(int64_t s, int64_t t, int64_t p, int64_t begin, int64_t slot) const {
-    const uint32_t* h[MR];
-    vf acc[MR][kG];
-    for (int m = 0; m < MR; ++m) {
+  template <class Count>
+  FS_INLINE void step_tile(Count count, int64_t s, int64_t t, int64_t p, int64_t begin, int64_t slot) const {
+    const uint32_t* h[Count::value];
+    vf acc[Count::value][kG];
+    for (int m = 0; m < count.count(); ++m) {
       h[m] = buf_.operand[s & 1] + own_.row(begin + m) * buf_.depth_h;
       for (int g = 0; g < kG; ++g) {
         const bool joined = input_gate<Cell>(Cell::kHidden[g]) >= 0;
@@ -278,9 +277,9 @@ class Forward {
     if (steps_in_place_) {
       add_hidden_dots(h[0], p, acc[0]);
     } else {
-      multiply<T, MR, kG>(h, 1, w_hh_ + hidden_at(p), kG * W, buf_.depth_h, acc);
+      multiply<T>(count, h, 1, w_hh_ + hidden_at(p), kG * W, buf_.depth_h, acc);
     }
-    for (int m = 0; m < MR; ++m)
+    for (int m = 0; m < count.count(); ++m)
       finish_row(s, t, p, own_.row(begin + m), acc[m], slot_of(slot + m, p));
   }
 
@@ -376,7 +375,7 @@ void run(const Shape& shape, const Sequence& seq, const ForwardPass* passes, int
   const int64_t depth = buffers[0]->depth_h;
   const int64_t tile_rows = blocks.count ? (seq.rows + blocks.count - 1) / blocks.count : 0;
   auto plan = [&](int size) {
-    return Partition::choose(size, blocks.count, buffers[0]->panels, depth * tile_rows * Cell::kGates / 2 + 100 * tile_rows,
+    return Partition::choose(size, blocks.count, buffers[0]->panels, tile_cycles(tile_rows, Cell::kGates, depth) + 100 * tile_rows,
                              depth * Cell::kGates * W * 4);
   };
   run_directions(directions, plan, threads, [&](int d, Team team, Partition split, Barrier* steps) {

@@ -13,7 +13,7 @@ namespace fastseq {
 namespace FS_ISA {
 
 constexpr int kStepVectors = 4, kStepPanel = kStepVectors * W;
-constexpr int kStepRows = kAccumulators / kStepVectors;
+constexpr int kStepRows = tile_rows(kStepVectors);
 constexpr int kMaxParts = 4;
 
 constexpr int kWidePanels = W >= 16 ? 4 : 2;  // of one row's tile over rows of w
@@ -89,14 +89,14 @@ class StepProduct {
     int64_t wide = 0;
     if constexpr (Dot<T>::kPerUnit == 1) {
       if (rows == 1 && in_place_) wide = outputs_ / (kWidePanels * kStepPanel) * kWidePanels;
-      for (int64_t p = 0; p < wide; p += kWidePanels) tile<1, kWidePanels>(p, 0, operands, stride, start, out, pitch);
+      for (int64_t p = 0; p < wide; p += kWidePanels) tile<kWidePanels>(Rows<1>{}, p, 0, operands, stride, start, out, pitch);
     }
     const Blocks blocks(rows, kStepRows);
     for (int64_t i = wide; i < panels_; ++i) {
       const int64_t p = backwards ? panels_ - 1 - i + wide : i;
       for (int64_t b = 0; b < blocks.count; ++b)
-        with_rows<kStepRows>(blocks.begin(b + 1) - blocks.begin(b), [&](auto count) {
-          tile<decltype(count)::value, 1>(p, blocks.begin(b), operands, stride, start, out, pitch);
+        with_tile<kStepRows>(blocks.begin(b + 1) - blocks.begin(b), [&](auto count) {
+          tile<1>(count, p, blocks.begin(b), operands, stride, start, out, pitch);
         });
     }
   }
@@ -167,32 +167,32 @@ class StepProduct {
     pack_rows<T>([&](int64_t k) { return w_[i] + k * pitch_[i] + p * kStepPanel; }, depth_[i], outputs_ - p * kStepPanel, panel, kStepPanel);
   }
 
-  // MR rows from `begin` on, kPanels panels from p on; several stand in place, side by side.
-  template <int MR, int kPanels>
-  __attribute__((noinline)) void tile(int64_t p, int64_t begin, const uint32_t* const* operands, int64_t stride, Start<T> start, float* out,
+  // `count` rows from `begin` on, kPanels panels from p on; several stand in place, side by side.
+  template <int kPanels, class Count>
+  __attribute__((noinline)) void tile(Count count, int64_t p, int64_t begin, const uint32_t* const* operands, int64_t stride, Start<T> start, float* out,
                                       int64_t pitch) const {
     constexpr int NV = kPanels * kStepVectors;
-    vf acc[MR][NV];
-    set_first(p * kStepPanel, begin, start, out, pitch, acc);
+    vf acc[Count::value][NV];
+    set_first(count, p * kStepPanel, begin, start, out, pitch, acc);
     for (int i = 0; i < parts_; ++i) {
       const bool in_place = stands(p);
       const uint32_t* panel = in_place ? reinterpret_cast<const uint32_t*>(w_[i] + p * kStepPanel) : packed_ + (p * units_ + at_[i]) * kStepPanel;
-      multiply<T, MR, NV>(operands + i * stride + begin, 1, panel, in_place ? pitch_[i] : kStepPanel, units<T>(depth_[i]), acc);
+      multiply<T>(count, operands + i * stride + begin, 1, panel, in_place ? pitch_[i] : kStepPanel, units<T>(depth_[i]), acc);
     }
-    for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA { store(out + (begin + m) * pitch + p * kStepPanel + v * W, sum, W); });
+    for_each_sum(count, acc, [&](int m, int v, vf& sum) FS_LAMBDA { store(out + (begin + m) * pitch + p * kStepPanel + v * W, sum, W); });
   }
 
-  // What rows [begin, begin + MR) start from at NV vectors of outputs from `o` on.
-  template <int MR, int NV>
-  FS_INLINE void set_first(int64_t o, int64_t begin, Start<T> start, const float* out, int64_t pitch, vf (&acc)[MR][NV]) const {
+  // What `count` rows from `begin` on start from at NV vectors of outputs from `o` on.
+  template <class Count, int MR, int NV>
+  FS_INLINE void set_first(Count count, int64_t o, int64_t begin, Start<T> start, const float* out, int64_t pitch, vf (&acc)[MR][NV]) const {
     const float* sums = start.add ? out + begin * pitch : bias_;
     const int64_t step = start.add ? pitch : 0;
-    for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA { sum = load_vector<vf>(sums + m * step + o + v * W); });
+    for_each_sum(count, acc, [&](int m, int v, vf& sum) FS_LAMBDA { sum = load_vector<vf>(sums + m * step + o + v * W); });
     if (!start.rows || start.add) return;
     if (o + NV * W <= outputs_) {
-      for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA { sum += load(start.rows[begin + m] + o + v * W, W); });
+      for_each_sum(count, acc, [&](int m, int v, vf& sum) FS_LAMBDA { sum += load(start.rows[begin + m] + o + v * W, W); });
     } else {
-      for_each_sum(acc, [&](int m, int v, vf& sum) FS_LAMBDA {
+      for_each_sum(count, acc, [&](int m, int v, vf& sum) FS_LAMBDA {
         const int64_t left = outputs_ - o - v * W;
         if (left > 0) sum += load(start.rows[begin + m] + o + v * W, left < W ? static_cast<int>(left) : W);
       });

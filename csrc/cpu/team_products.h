@@ -10,7 +10,7 @@ namespace fastseq {
 namespace FS_ISA {
 
 constexpr int kVectors = 4, kPanel = kVectors * W;  // columns of a tile
-constexpr int kTileRows = kAccumulators / kVectors;
+constexpr int kTileRows = tile_rows(kVectors);
 constexpr int64_t kTokenBlock = 256;                // tokens summed between two visits of dW: panels stay in a core's cache
 constexpr int64_t kBiasUnits = 16;                  // of a token block, summed at a time for db
 constexpr int64_t kUnitBlock = 8 * kTileRows;       // rows of dW for which the gradients are packed
@@ -115,6 +115,7 @@ struct TokenSumsBuffers {
   float* sums[2];       // per factor: [rows][columns], between token blocks, where the result is not fp32 itself
   float* bias;          // [rows of all groups]
   uint32_t* own;        // per thread: [kTokenBlock units][kUnitBlock]
+  uint32_t* turned;     // with tile registers, per thread: [kUnitBlock][kTokenBlock units]
 
   TokenSumsBuffers(Carver& carve, const TokenSums<T>& of, int threads) {
     for (int f = 0; f < of.factor_count; ++f) {
@@ -125,6 +126,7 @@ struct TokenSumsBuffers {
     }
     bias = carve.take<float>(of.rows());
     own = carve.take<uint32_t>(threads * units<T>(kTokenBlock) * kUnitBlock);
+    turned = carve.take<uint32_t>(kTileRegisters ? threads * units<T>(kTokenBlock) * kUnitBlock : 0);
   }
 };
 

@@ -1,9 +1,11 @@
-// The one product of the CPU backend: a register tile of MR rows by NV vectors, accumulated over packed panels.
+// The one product of the CPU backend: a tile of MR rows by NV vectors, accumulated over packed panels in vector registers, or
+// where the variant has them in tile registers.
 //
 // Operands are counted in *units* of 32 bits: one fp32, or two bf16 neighbours along the summed dimension, so that the same
-// loops serve both types and a bf16 unit feeds vdpbf16ps directly.
+// loops serve both types and a bf16 unit feeds vdpbf16ps, and a panel tdpbf16ps, directly.
 #pragma once
 
+#include "amx.h"
 #include "simd.h"
 
 namespace fastseq {
@@ -22,7 +24,7 @@ template <>
 struct Dot<bf16> {
   static constexpr int kPerUnit = 2;
   static FS_INLINE vf fma(vu a, vu b, vf acc) {
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(FS_AMX)  // CPUs with tile registers take four multiply-adds' time for it
     return _mm512_dpbf16_ps(acc, bits_of<__m512bh>(a), bits_of<__m512bh>(b));
 #else
     const vu high = vu{} + 0xffff0000u;
@@ -49,27 +51,53 @@ FS_INLINE vu splat_unit(const uint32_t* p) {
 #endif
 }
 
-// f(m, v, acc[m][v]) for each vector of a tile.
-template <int MR, int NV, class F>
-FS_INLINE void for_each_sum(vf (&acc)[MR][NV], F&& f) {
-  unroll<MR * NV>([&](int i) FS_LAMBDA { f(i / NV, i % NV, acc[i / NV][i % NV]); });
+// The rows of a tile: `value` of them in vector registers ...
+template <int N>
+struct Rows {
+  static constexpr int value = N;
+  static constexpr int count() { return N; }
+};
+
+// ... or the first `rows` of as many as a tile register has; its sums are in memory before and after.
+struct RegisterRows {
+  static constexpr int value = kRegisterRows;
+  int rows;
+  FS_INLINE int count() const { return rows; }
+};
+
+constexpr int tile_rows(int vectors) { return kTileRegisters ? kRegisterRows : kAccumulators / vectors; }
+
+// About how long a tile takes, in cycles.
+FS_INLINE int64_t tile_cycles(int64_t rows, int64_t vectors, int64_t depth) {
+  return kTileRegisters ? vectors * depth : rows * vectors * depth / 2;
 }
 
-template <int MR, int NV>
-FS_INLINE void set_zero(vf (&acc)[MR][NV]) {
-  for_each_sum(acc, [](int, int, vf& sum) FS_LAMBDA { sum = vf{}; });
+// f(m, v, acc[m][v]) for each vector of a tile.
+template <int N, int NV, class F>
+FS_INLINE void for_each_sum(Rows<N>, vf (&acc)[N][NV], F&& f) {
+  unroll<N * NV>([&](int i) FS_LAMBDA { f(i / NV, i % NV, acc[i / NV][i % NV]); });
+}
+
+template <int NV, class F>
+FS_INLINE void for_each_sum(RegisterRows rows, vf (&acc)[kRegisterRows][NV], F&& f) {
+  for (int m = 0; m < rows.count(); ++m) unroll<NV>([&](int v) FS_LAMBDA { f(m, v, acc[m][v]); });
+}
+
+template <class Count, int MR, int NV>
+FS_INLINE void set_zero(Count rows, vf (&acc)[MR][NV]) {
+  for_each_sum(rows, acc, [](int, int, vf& sum) FS_LAMBDA { sum = vf{}; });
 }
 
 // acc[m][v] += sum over k of a[m][k * stride] * panel[k * pitch + v * W ...], in units.
 template <class T, int MR, int NV>
-FS_INLINE void multiply(const uint32_t* const* a, int64_t stride, const uint32_t* panel, int64_t pitch, int64_t k,
+FS_INLINE void multiply(Rows<MR>, const uint32_t* const* a, int64_t stride, const uint32_t* panel, int64_t pitch, int64_t k,
                         vf (&acc)[MR][NV]) {
   const uint32_t* rows[MR];
   for (int m = 0; m < MR; ++m) rows[m] = a[m];
   // Few rows: a second set of sums, or the latency of one chain of additions is the limit.
   constexpr int kSets = MR * NV <= 6 ? 2 : 1;
   vf extra[kSets == 2 ? MR : 1][NV];
-  if constexpr (kSets == 2) set_zero(extra);
+  if constexpr (kSets == 2) set_zero(Rows<MR>{}, extra);
   int64_t i = 0;
   if constexpr (kSets == 2) {
     for (; i + 2 <= k; i += 2) {
@@ -97,18 +125,34 @@ FS_INLINE void multiply(const uint32_t* const* a, int64_t stride, const uint32_t
   }
 }
 
-// Calls f(std::integral_constant-like tag) with the compile-time row count equal to `rows` in 1..MR.
-template <int N>
-struct Rows {
-  static constexpr int value = N;
-};
+#if defined(FS_AMX)
+template <class T, int NV>
+FS_INLINE void multiply(RegisterRows rows, const uint32_t* const* a, int64_t stride, const uint32_t* panel, int64_t pitch, int64_t k,
+                        vf (&acc)[kRegisterRows][NV]) {
+  static_assert(Dot<T>::kPerUnit == 2, "tile registers multiply bf16");
+  static_cast<void>(stride);  // 1: rows as they stand
+  multiply_registers<NV>(rows.count(), a, panel, pitch, k, acc);
+}
+#endif
 
+// f(Rows<rows>{}), `rows` in 1..MR.
 template <int MR, class F>
 FS_INLINE void with_rows(int64_t rows, F&& f) {
   if constexpr (MR > 1) {
     if (rows < MR) return with_rows<MR - 1>(rows, f);
   }
   f(Rows<MR>{});
+}
+
+// The same for the tile of a product, MR = tile_rows(vectors). One row fills no more than vector registers.
+template <int MR, class F>
+FS_INLINE void with_tile(int64_t rows, F&& f) {
+  if constexpr (kTileRegisters) {
+    if (rows == 1) return f(Rows<1>{});
+    f(RegisterRows{static_cast<int>(rows)});
+  } else {
+    with_rows<MR>(rows, f);
+  }
 }
 
 // Splits `rows` into the fewest blocks of at most MR, as even as possible: even tiles run at the same rate, a narrow rest would not.
