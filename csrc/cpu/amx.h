@@ -14,13 +14,26 @@
 namespace fastseq {
 namespace FS_ISA {
 
-constexpr int kRegisterRows = 16;
+constexpr int kRegisterRows = 16, kRegisterTileRows = 2 * kRegisterRows;
+
+// What the sums of a tile start from: row m's vector v is at from[v] + m * pitch[v].
+template <int NV>
+struct FirstSums {
+  const float* from[NV];
+  int64_t pitch[NV];
+};
 #if defined(FS_AMX)
 constexpr bool kTileRegisters = true;
 
 template <int... I, class F>
-FS_INLINE void unroll_constants(std::integer_sequence<int, I...>, F&& f) {
+FS_INLINE void each(std::integer_sequence<int, I...>, F&& f) {
   (f(std::integral_constant<int, I>{}), ...);
+}
+
+// f(0) ... f(N - 1), each a constant.
+template <int N, class F>
+FS_INLINE void each(F&& f) {
+  each(std::make_integer_sequence<int, N>{}, f);
 }
 
 #if defined(FS_EMULATE_AMX)
@@ -95,50 +108,98 @@ FS_INLINE void configure_tiles() {
 FS_INLINE void release_tiles() { asm volatile("tilerelease"); }
 #endif
 
-// acc[m][v] += sum over units of a[m][k] * panel[k * pitch + v * W ...] for m < rows; what the rest holds is anyone's guess.
+// Sums of R x NV registers, of R of rows and of one, two or three of columns: at most eight. With two of either, a panel is read from
+// the second-level cache half as often as with one of rows.
+template <int R, int NV>
+struct RegisterTile {
+  static constexpr int kA = R * NV, kB = kA + R, kColumns = NV < 8 - kB ? NV : 8 - kB, kBytes = 64;
+  static_assert(kColumns > 0);
+
+  int rows;
+  const uint32_t* const* a;
+  bool even[R];  // rows that lie evenly are loaded as they lie, others copied
+  int64_t apart[R];
+  alignas(64) uint32_t copies[2][R][kRegisterRows][W];
+
+  RegisterTile(int count, const uint32_t* const* of) : rows(count), a(of) {
+    for (int r = 0; r < R; ++r) {
+      const auto bytes_to = [&](int m) FS_LAMBDA {
+        return reinterpret_cast<intptr_t>(a[r * kRegisterRows + m]) - reinterpret_cast<intptr_t>(a[r * kRegisterRows + m - 1]);
+      };
+      even[r] = (r + 1) * kRegisterRows <= rows;
+      apart[r] = even[r] ? bytes_to(1) : 0;  // perhaps half units
+      for (int m = 2; even[r] && m < kRegisterRows; ++m) even[r] = bytes_to(m) == apart[r];
+    }
+  }
+
+  // Units [i, i + units) of the rows.
+  template <int Register>
+  FS_INLINE void load_rows(int64_t i, int units) {
+    if (even[Register] && units == W) return load_tile<kA + Register>(a[Register * kRegisterRows] + i, apart[Register]);
+    auto& to = copies[i / W % 2][Register];
+    for (int m = 0; m < kRegisterRows; ++m) {
+      const int row = Register * kRegisterRows + m;
+      const vu found = row >= rows     ? vu{}
+                       : units == W ? load_vector<vu>(a[row] + i)
+                                    : bits_of<vu>(load_lanes(reinterpret_cast<const float*>(a[row] + i), units));
+      std::memcpy(to[m], &found, kBytes);
+    }
+    load_tile<kA + Register>(to, kBytes);
+  }
+
+  FS_INLINE void add(int64_t i, int units, const uint32_t* b, int64_t pitch) {
+    each<R>([&](auto r) FS_LAMBDA { load_rows<r>(i, units); });
+    each<NV>([&](auto v) FS_LAMBDA {
+      constexpr int kColumn = kB + v % kColumns;
+      load_tile<kColumn>(b + v * W, 4 * pitch);
+      each<R>([&](auto r) FS_LAMBDA { multiply_tiles<r * NV + v, kA + r, kColumn>(); });
+    });
+  }
+
+  // Columns [v, v + NV) of the N.
+  template <int N>
+  FS_INLINE void run(const uint32_t* panel, int64_t pitch, int64_t k, const FirstSums<N>& first, int v, vf (*acc)[N]) {
+    panel += v * W;
+    each<R * NV>([&](auto i) FS_LAMBDA {
+      const int64_t step = first.pitch[v + i % NV];
+      load_tile<i>(first.from[v + i % NV] + i / NV * kRegisterRows * step, 4 * step);
+    });
+    int64_t i = 0;
+    for (; i + W <= k; i += W) add(i, W, panel + i * pitch, pitch);
+    if (const int units = static_cast<int>(k - i)) {
+      alignas(64) uint32_t rest[W][NV * W] = {};  // no unit past the last is read: it might be a NaN, or nowhere
+      for (int u = 0; u < units; ++u) std::memcpy(rest[u], panel + (i + u) * pitch, NV * kBytes);
+      add(i, units, rest[0], NV * W);
+    }
+    each<R * NV>([&](auto i) FS_LAMBDA { store_tile<i>(&acc[i / NV * kRegisterRows][v + i % NV], N * kBytes); });
+  }
+};
+
+constexpr int64_t kNearUnits = 128;  // of a panel that the first-level cache holds while all rows are multiplied by it
+
+// acc[m][v] = first sums + sum over units of a[m][k] * panel[k * pitch + v * W ...] for m < rows; what the rest holds is anyone's guess.
 template <int NV>
 __attribute__((noinline)) void multiply_registers(int rows, const uint32_t* const* a, const uint32_t* panel, int64_t pitch, int64_t k,
-                                                  vf (&acc)[kRegisterRows][NV]) {
-  static_assert(NV <= 4, "sums, one A and three B take the eight registers");
-  constexpr int kA = NV, kB = NV + 1, kCopies = 2, kRow = 64;
-  const auto each = [](auto&& f) FS_LAMBDA { unroll_constants(std::make_integer_sequence<int, NV>{}, f); };
-  const auto bytes_to = [&](int m) FS_LAMBDA { return reinterpret_cast<intptr_t>(a[m]) - reinterpret_cast<intptr_t>(a[m - 1]); };
-  bool even = rows == kRegisterRows;
-  const int64_t apart = even ? bytes_to(1) : 0;  // perhaps half units
-  for (int m = 2; even && m < kRegisterRows; ++m) even = bytes_to(m) == apart;
-  alignas(64) uint32_t copies[kCopies][kRegisterRows][W];  // of rows that do not lie evenly
-  const auto copy = [&](int64_t i, int64_t units) FS_LAMBDA {
-    auto& to = copies[i / W % kCopies];
-    for (int m = 0; m < kRegisterRows; ++m) {
-      const vu row = m >= rows ? vu{} : units >= W ? load_vector<vu>(a[m] + i) : bits_of<vu>(load_lanes(reinterpret_cast<const float*>(a[m] + i), static_cast<int>(units)));
-      std::memcpy(to[m], &row, kRow);
+                                                  FirstSums<NV> first, vf (&acc)[kRegisterTileRows][NV]) {
+  if (rows % kRegisterRows) {  // those past the last row are nowhere
+    for (int v = 0; v < NV; ++v) {
+      for (int m = 0; m < rows; ++m) acc[m][v] = load_vector<vf>(first.from[v] + m * first.pitch[v]);
+      first.from[v] = reinterpret_cast<const float*>(&acc[0][v]), first.pitch[v] = NV * W;
     }
-    load_tile<kA>(to, kRow);
-  };
-  const auto block = [&](const uint32_t* b, int64_t b_pitch) FS_LAMBDA {
-    each([&](auto v) FS_LAMBDA {
-      constexpr int kOf = kB + v % 3;
-      load_tile<kOf>(b + v * W, 4 * b_pitch);
-      multiply_tiles<v, kA, kOf>();
-    });
-  };
-  each([&](auto v) FS_LAMBDA { load_tile<v>(&acc[0][v], NV * kRow); });
-  int64_t i = 0;
-  for (; i + W <= k; i += W) {
-    if (even) {
-      load_tile<kA>(a[0] + i, apart);
-    } else {
-      copy(i, W);
+  }
+  if (k <= kNearUnits) {
+    for (int r = 0; r < rows; r += kRegisterRows) {
+      RegisterTile<1, NV>(rows - r, a + r).run(panel, pitch, k, first, 0, acc + r);
+      for (int v = 0; v < NV; ++v) first.from[v] += kRegisterRows * first.pitch[v];
     }
-    block(panel + i * pitch, pitch);
+    return;
   }
-  if (const int units = static_cast<int>(k - i)) {
-    alignas(64) uint32_t rest[W][NV * W] = {};  // no unit past the last is read: it might be a NaN, or nowhere
-    for (int u = 0; u < units; ++u) std::memcpy(rest[u], panel + (i + u) * pitch, NV * kRow);
-    copy(i, units);
-    block(rest[0], NV * W);
+  if (rows <= kRegisterRows) return RegisterTile<1, NV>(rows, a).run(panel, pitch, k, first, 0, acc);
+  if constexpr (NV > 1) {
+    RegisterTile<2, 2> two(rows, a);
+    for (int v = 0; v + 2 <= NV; v += 2) two.run(panel, pitch, k, first, v, acc);
   }
-  each([&](auto v) FS_LAMBDA { store_tile<v>(&acc[0][v], NV * kRow); });
+  if constexpr (NV % 2) RegisterTile<2, 1>(rows, a).run(panel, pitch, k, first, NV - 1, acc);
 }
 
 // While it lives, its thread may multiply by tile registers.

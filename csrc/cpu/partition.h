@@ -24,7 +24,7 @@ struct OwnRows {
   // f(first, last) for tiles of at most `most` own rows among the first `rows`.
   template <class F>
   FS_INLINE void for_blocks(int64_t rows, int64_t most, F&& f) const {
-    const Blocks blocks(count(rows), most);
+    const Blocks blocks(count(rows), most, kTileRegisters);
     for (int64_t b = 0; b < blocks.count; ++b) f(blocks.begin(b), blocks.begin(b + 1));
   }
 };

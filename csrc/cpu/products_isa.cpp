@@ -55,8 +55,10 @@ void tile(const uint32_t* const* a, int64_t stride, const uint32_t* panel, int64
     auto narrow_or_wide = [&](auto vectors) FS_LAMBDA {
       constexpr int NV = decltype(vectors)::value;
       vf acc[MR][NV];
-      set_zero(count, acc);
-      multiply<T>(count, a, stride, panel, pitch, depth, acc);
+      static constexpr float kZeros[W] = {};
+      FirstSums<NV> zeros;
+      for (int v = 0; v < NV; ++v) zeros.from[v] = kZeros, zeros.pitch[v] = 0;
+      multiply<T>(count, a, stride, panel, pitch, depth, zeros, acc);
       if constexpr (NV == kVectors)  // few columns: their results are few, and are compiled once
         if (columns >= NV * W) return finish<T, true>(count, acc, columns, to);
       vf part[MR][NV];  // not `acc` itself: an array that a loop walks through has no registers
@@ -152,7 +154,7 @@ class RowMultiplier {
   template <class A>
   FS_INLINE void rows_of_tiles(int64_t count, int64_t p, const uint32_t* panel, int64_t pitch, int64_t depth, bool first, bool last,
                                T* const* out, A&& row) const {
-    const Blocks tiles(count, kTileRows);
+    const Blocks tiles(count, kTileRows, kTileRegisters);
     const int64_t column = p * kPanel;
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t r = tiles.begin(t), rows = tiles.begin(t + 1) - r;
@@ -249,7 +251,7 @@ class TokenSummer {
 
   void add_tiles(bool first, bool last, int f, int64_t row, int64_t count, int64_t depth) const {
     const Factor<T>& factor = of_.factors[f];
-    const Blocks tiles(count, kTileRows);
+    const Blocks tiles(count, kTileRows, kTileRegisters);
     for (int64_t p = 0; p < factor.panels(); ++p) {
       for (int64_t t = 0; t < tiles.count; ++t) {
         const int64_t r = tiles.begin(t), rows = tiles.begin(t + 1) - r;

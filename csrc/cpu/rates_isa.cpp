@@ -26,7 +26,7 @@ double rate(int64_t repeats) {
   const uint32_t* a[kMR];
   for (int m = 0; m < kMR; ++m) a[m] = rows[m];
   vf acc[kMR][kNV] = {};
-  const TileRegisters registers;
+  [[maybe_unused]] const TileRegisters registers;
   const double begin = now();
   with_tile<kMR>(kMR, [&](auto count) {
     if constexpr (decltype(count)::value == kMR)

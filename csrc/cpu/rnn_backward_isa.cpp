@@ -222,7 +222,7 @@ void run(const Shape& shape, const Sequence& seq, const BackwardPass* passes, in
   const P* products[2] = {&forwards, &backwards};
   const typename P::Buffers shared(carve, forwards, threads);
 
-  const Blocks blocks(seq.rows, kTileRows);
+  const Blocks blocks(seq.rows, kTileRows, kTileRegisters);
   const int64_t tile_rows = blocks.count ? (seq.rows + blocks.count - 1) / blocks.count : 0;
   auto plan = [&](int size) {
     return Partition::choose(size, blocks.count, first.panels, tile_cycles(tile_rows, kVectors, first.depth()) + 400 * tile_rows,

@@ -1,6 +1,6 @@
 // Fused LSTM/GRU forward over a whole sequence. State stays in fp32; outputs keep the input dtype.
 //
-// Time is cut into chunks of about kChunkRows tokens. In each, one product projects the chunk's inputs into a small scratch
+// Time is cut into chunks of about chunk_rows tokens. In each, one product projects the chunk's inputs into a small scratch
 // (never the whole sequence), then the steps follow: a register tile of the recurrent product holds all gates of W units of
 // several rows, so that the cell's element math runs on the accumulators and no pre-activation goes through memory.
 #include "dot.h"
@@ -11,7 +11,13 @@ namespace fastseq {
 namespace FS_ISA {
 namespace {
 
-constexpr int64_t kChunkRows = 64;
+constexpr int64_t kWeightBytes = 3 << 19;  // beyond, W_ih comes from the shared cache for each chunk, which tile registers wait for
+
+template <class Cell, class T>
+FS_INLINE int64_t chunk_rows(const Shape& shape) {
+  const int64_t bytes = Cell::kGates * shape.hidden * (units<T>(shape.input) + units<T>(shape.hidden)) * 4;
+  return kTileRegisters && bytes > kWeightBytes ? 256 : 64;
+}
 constexpr bool kReadsInPlace = W >= 16;  // with narrower vectors dot products take 2 to 13 % longer than packing and tiles
 
 template <class Cell>
@@ -51,17 +57,17 @@ struct Buffers {
   float *h, *c;        // [B][panels * W]
   const uint32_t** x_rows;  // [threads][slots] the inputs of a chunk
   uint32_t* x_copy;    // [threads][slots][depth_x], where x's rows end within a unit
-  int64_t slots;       // of those two, a thread
+  int64_t chunk, slots;  // tokens of a chunk; slots of those two, a thread
 
   Buffers(Carver& carve, const Shape& shape, const Sequence& seq, bool packs, int threads) {
     constexpr int kG = Cell::kGates;
     panels = (shape.hidden + W - 1) / W;
     depth_x = units<T>(shape.input), depth_h = units<T>(shape.hidden);
-    slots = kChunkRows + seq.rows;
+    chunk = chunk_rows<Cell, T>(shape), slots = chunk + seq.rows;
     w_ih = carve.take<uint32_t>(packs ? (panels > threads ? panels : threads) * depth_x * kG * W : 0);
     w_hh = carve.take<uint32_t>(packs ? panels * depth_h * kG * W : 0);
     bias = carve.take<float>(panels * Cell::kColumns * W);
-    projected = carve.take<float>((threads * (kChunkRows + 1) + seq.rows) * panels * kG * W);
+    projected = carve.take<float>((threads * (chunk + 1) + seq.rows) * panels * kG * W);
     for (auto& buffer : operand) buffer = carve.take<uint32_t>(seq.rows * depth_h);
     h = carve.take<float>(seq.rows * panels * W);
     c = Cell::kCellState ? carve.take<float>(seq.rows * panels * W) : nullptr;
@@ -83,7 +89,7 @@ class Forward {
     w_ih_ = packed ? packed : buf_.w_ih, w_hh_ = packed ? packed + at_.count * at_.size_x() : buf_.w_hh;
     idle_ = team.rank >= split.size();
     own_ = {idle_ ? 0 : team.rank / split.unit_groups, split.row_groups};
-    const int64_t group_slots = kChunkRows + (seq.rows + own_.groups - 1) / own_.groups;
+    const int64_t group_slots = buf_.chunk + (seq.rows + own_.groups - 1) / own_.groups;
     projected_ = buf_.projected + own_.group * group_slots * buf_.panels * kG * W;
     x_rows_ = buf_.x_rows + team.rank * buf_.slots;
     x_copy_ = buf_.x_copy ? buf_.x_copy + team.rank * buf_.slots * buf_.depth_x : nullptr;
@@ -91,7 +97,7 @@ class Forward {
     step_team_ = {team.rank % split.unit_groups, split.unit_groups, step_barriers + own_.group};
     packs_early_ = !packed && own_.groups > 1, packs_late_ = !packed && own_.groups == 1;
     const bool one_chunk = packs_late_ && seq.steps && chunk_end(0) == seq.steps;
-    projects_in_place_ = kReadsInPlace && one_chunk && seq.tokens() <= kChunkRows && shape.input >= kDotDepth;
+    projects_in_place_ = kReadsInPlace && one_chunk && seq.tokens() <= buf_.chunk && shape.input >= kDotDepth;
     steps_in_place_ = kReadsInPlace && packs_late_ && seq.rows == 1 && seq.steps <= kDotSteps && H_ >= kDotDepth;
     passing_ = one_chunk && !projects_in_place_;
   }
@@ -121,7 +127,7 @@ class Forward {
     int64_t rows = own_.count(seq_.active(time(s)));
     for (++s; s < seq_.steps; ++s) {
       rows += own_.count(seq_.active(time(s)));
-      if (rows > kChunkRows) break;
+      if (rows > buf_.chunk) break;
     }
     return s;
   }
@@ -188,7 +194,7 @@ class Forward {
       const int64_t rows = own_.count(seq_.active(t));
       for (int64_t i = 0; i < rows; ++i, ++slots) x_rows_[slots] = operand_of_x(t, own_.row(i), slots);
     }
-    const Blocks tiles(slots, kMR);
+    const Blocks tiles(slots, kMR, kTileRegisters);
     for (int64_t p = panels_.begin; p < panels_.end; ++p) {
       if (projects_in_place_) {
         project_dots(p, slots);
@@ -211,11 +217,9 @@ class Forward {
   FS_INLINE void project_tile(int64_t p, int64_t begin, int64_t end) const {
     with_tile<kMR>(end - begin, [&](auto count) {
       vf acc[decltype(count)::value][kG];
-      for (int g = 0; g < kG; ++g) {
-        const vf bias = load_vector<vf>(buf_.bias + (p * Cell::kColumns + Cell::kInput[g]) * W);
-        for (int m = 0; m < count.count(); ++m) acc[m][g] = bias;
-      }
-      multiply<T>(count, x_rows_ + begin, 1, w_ih_ + input_at(p), kG * W, buf_.depth_x, acc);
+      FirstSums<kG> bias;
+      for (int g = 0; g < kG; ++g) bias.from[g] = buf_.bias + (p * Cell::kColumns + Cell::kInput[g]) * W, bias.pitch[g] = 0;
+      multiply<T>(count, x_rows_ + begin, 1, w_ih_ + input_at(p), kG * W, buf_.depth_x, bias, acc);
       for (int m = 0; m < count.count(); ++m)
         for (int g = 0; g < kG; ++g) store(slot_of(begin + m, p) + g * W, acc[m][g], W);
     });
@@ -266,30 +270,29 @@ class Forward {
   FS_INLINE void step_tile(Count count, int64_t s, int64_t t, int64_t p, int64_t begin, int64_t slot) const {
     const uint32_t* h[Count::value];
     vf acc[Count::value][kG];
-    for (int m = 0; m < count.count(); ++m) {
-      h[m] = buf_.operand[s & 1] + own_.row(begin + m) * buf_.depth_h;
-      for (int g = 0; g < kG; ++g) {
-        const bool joined = input_gate<Cell>(Cell::kHidden[g]) >= 0;
-        acc[m][g] = load_vector<vf>(joined ? slot_of(slot + m, p) + g * W
-                                           : buf_.bias + (p * Cell::kColumns + Cell::kHidden[g]) * W);
-      }
+    for (int m = 0; m < count.count(); ++m) h[m] = buf_.operand[s & 1] + own_.row(begin + m) * buf_.depth_h;
+    FirstSums<kG> first;
+    for (int g = 0; g < kG; ++g) {
+      const bool joined = input_gate<Cell>(Cell::kHidden[g]) >= 0;
+      first.from[g] = joined ? slot_of(slot, p) + g * W : buf_.bias + (p * Cell::kColumns + Cell::kHidden[g]) * W;
+      first.pitch[g] = joined ? buf_.panels * kG * W : 0;
     }
     if (steps_in_place_) {
-      add_hidden_dots(h[0], p, acc[0]);
+      add_hidden_dots(h[0], p, first, acc[0]);
     } else {
-      multiply<T>(count, h, 1, w_hh_ + hidden_at(p), kG * W, buf_.depth_h, acc);
+      multiply<T>(count, h, 1, w_hh_ + hidden_at(p), kG * W, buf_.depth_h, first, acc);
     }
     for (int m = 0; m < count.count(); ++m)
       finish_row(s, t, p, own_.row(begin + m), acc[m], slot_of(slot + m, p));
   }
 
   // One row takes W_hh from memory as fast as a packed copy, which it saves.
-  void add_hidden_dots(const uint32_t* h, int64_t p, vf (&acc)[kG]) const {
+  void add_hidden_dots(const uint32_t* h, int64_t p, const FirstSums<kG>& first, vf (&acc)[kG]) const {
     const T* source[1] = {reinterpret_cast<const T*>(h)};
     for (int g = 0; g < kG; ++g) {
       vf sums[1];
       dot_rows<T>(source, row_of(pass_.dir.w_hh, H_, g, p), lanes(p), H_, sums);
-      acc[g] += sums[0];
+      acc[g] = load_vector<vf>(first.from[g]) + sums[0];
     }
   }
 
@@ -371,7 +374,7 @@ void run(const Shape& shape, const Sequence& seq, const ForwardPass* passes, int
   const B first(carve, shape, seq, packs, threads), second = directions == 2 ? B(carve, shape, seq, packs, threads) : first;
   const B* buffers[2] = {&first, &second};
 
-  const Blocks blocks(seq.rows, kTileRows<Cell>);
+  const Blocks blocks(seq.rows, kTileRows<Cell>, kTileRegisters);
   const int64_t depth = buffers[0]->depth_h;
   const int64_t tile_rows = blocks.count ? (seq.rows + blocks.count - 1) / blocks.count : 0;
   auto plan = [&](int size) {

@@ -91,7 +91,7 @@ class StepProduct {
       if (rows == 1 && in_place_) wide = outputs_ / (kWidePanels * kStepPanel) * kWidePanels;
       for (int64_t p = 0; p < wide; p += kWidePanels) tile<kWidePanels>(Rows<1>{}, p, 0, operands, stride, start, out, pitch);
     }
-    const Blocks blocks(rows, kStepRows);
+    const Blocks blocks(rows, kStepRows, kTileRegisters);
     for (int64_t i = wide; i < panels_; ++i) {
       const int64_t p = backwards ? panels_ - 1 - i + wide : i;
       for (int64_t b = 0; b < blocks.count; ++b)

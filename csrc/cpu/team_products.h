@@ -13,9 +13,9 @@ constexpr int kVectors = 4, kPanel = kVectors * W;  // columns of a tile
 constexpr int kTileRows = tile_rows(kVectors);
 constexpr int64_t kTokenBlock = 256;                // tokens summed between two visits of dW: panels stay in a core's cache
 constexpr int64_t kBiasUnits = 16;                  // of a token block, summed at a time for db
-constexpr int64_t kUnitBlock = 8 * kTileRows;       // rows of dW for which the gradients are packed
+constexpr int64_t kUnitBlock = (kTileRegisters ? 4 : 8) * kTileRows;       // rows of dW for which the gradients are packed
 constexpr int64_t kDepthBlock = 512;                // units summed between two visits of a tile
-constexpr int64_t kRowBlock = 16 * kTileRows;       // rows for which a panel stays in the cache
+constexpr int64_t kRowBlock = (kTileRegisters ? 8 : 16) * kTileRows;       // rows for which a panel stays in the cache
 
 // Whether these columns of a row-major matrix are a panel as they stand, but for its pitch.
 template <class T>

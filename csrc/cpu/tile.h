@@ -58,18 +58,18 @@ struct Rows {
   static constexpr int count() { return N; }
 };
 
-// ... or the first `rows` of as many as a tile register has; its sums are in memory before and after.
+// ... or the first `rows` of as many as two tile registers have; its sums are in memory before and after.
 struct RegisterRows {
-  static constexpr int value = kRegisterRows;
+  static constexpr int value = kRegisterTileRows;
   int rows;
   FS_INLINE int count() const { return rows; }
 };
 
-constexpr int tile_rows(int vectors) { return kTileRegisters ? kRegisterRows : kAccumulators / vectors; }
+constexpr int tile_rows(int vectors) { return kTileRegisters ? kRegisterTileRows : kAccumulators / vectors; }
 
 // About how long a tile takes, in cycles.
 FS_INLINE int64_t tile_cycles(int64_t rows, int64_t vectors, int64_t depth) {
-  return kTileRegisters ? vectors * depth : rows * vectors * depth / 2;
+  return kTileRegisters ? (rows + kRegisterRows - 1) / kRegisterRows * vectors * depth : rows * vectors * depth / 2;
 }
 
 // f(m, v, acc[m][v]) for each vector of a tile.
@@ -79,7 +79,7 @@ FS_INLINE void for_each_sum(Rows<N>, vf (&acc)[N][NV], F&& f) {
 }
 
 template <int NV, class F>
-FS_INLINE void for_each_sum(RegisterRows rows, vf (&acc)[kRegisterRows][NV], F&& f) {
+FS_INLINE void for_each_sum(RegisterRows rows, vf (&acc)[kRegisterTileRows][NV], F&& f) {
   for (int m = 0; m < rows.count(); ++m) unroll<NV>([&](int v) FS_LAMBDA { f(m, v, acc[m][v]); });
 }
 
@@ -125,13 +125,29 @@ FS_INLINE void multiply(Rows<MR>, const uint32_t* const* a, int64_t stride, cons
   }
 }
 
+// The same, but the sums are others before.
+template <class T, int MR, int NV>
+FS_INLINE void multiply(Rows<MR> rows, const uint32_t* const* a, int64_t stride, const uint32_t* panel, int64_t pitch, int64_t k,
+                        const FirstSums<NV>& first, vf (&acc)[MR][NV]) {
+  for_each_sum(rows, acc, [&](int m, int v, vf& sum) FS_LAMBDA { sum = load_vector<vf>(first.from[v] + m * first.pitch[v]); });
+  multiply<T>(rows, a, stride, panel, pitch, k, acc);
+}
+
 #if defined(FS_AMX)
 template <class T, int NV>
 FS_INLINE void multiply(RegisterRows rows, const uint32_t* const* a, int64_t stride, const uint32_t* panel, int64_t pitch, int64_t k,
-                        vf (&acc)[kRegisterRows][NV]) {
+                        const FirstSums<NV>& first, vf (&acc)[kRegisterTileRows][NV]) {
   static_assert(Dot<T>::kPerUnit == 2, "tile registers multiply bf16");
   static_cast<void>(stride);  // 1: rows as they stand
-  multiply_registers<NV>(rows.count(), a, panel, pitch, k, acc);
+  multiply_registers<NV>(rows.count(), a, panel, pitch, k, first, acc);
+}
+
+template <class T, int NV>
+FS_INLINE void multiply(RegisterRows rows, const uint32_t* const* a, int64_t stride, const uint32_t* panel, int64_t pitch, int64_t k,
+                        vf (&acc)[kRegisterTileRows][NV]) {
+  FirstSums<NV> first;
+  for (int v = 0; v < NV; ++v) first.from[v] = reinterpret_cast<const float*>(&acc[0][v]), first.pitch[v] = NV * W;
+  multiply<T>(rows, a, stride, panel, pitch, k, first, acc);
 }
 #endif
 
@@ -155,14 +171,22 @@ FS_INLINE void with_tile(int64_t rows, F&& f) {
   }
 }
 
-// Splits `rows` into the fewest blocks of at most MR, as even as possible: even tiles run at the same rate, a narrow rest would not.
+// Splits `rows` into the fewest blocks of at most `most`, as even as possible: even tiles run at the same rate, a narrow rest would not.
+// `whole`: all but the last have `most` rows, as tile registers do that are full or not.
 struct Blocks {
-  int64_t count, size, longer;  // the first `longer` blocks have size + 1 rows
+  int64_t count, size, longer, rows;  // the first `longer` blocks have size + 1 rows
 
-  FS_INLINE Blocks(int64_t rows, int64_t most) : count((rows + most - 1) / most), size(0), longer(0) {
-    if (count) size = rows / count, longer = rows - size * count;
+  FS_INLINE Blocks(int64_t all, int64_t most, bool whole = false) : count((all + most - 1) / most), size(0), longer(0), rows(all) {
+    if (whole) {
+      size = most;
+    } else if (count) {
+      size = rows / count, longer = rows - size * count;
+    }
   }
-  FS_INLINE int64_t begin(int64_t block) const { return block * size + (block < longer ? block : longer); }
+  FS_INLINE int64_t begin(int64_t block) const {
+    const int64_t at = block * size + (block < longer ? block : longer);
+    return at < rows ? at : rows;
+  }
 };
 
 }  // namespace FS_ISA

@@ -27,7 +27,7 @@ def draw(folders: list[Path], path: Path) -> None:
             STYLES[plan["library"]],
             color=f"C{PAPERS.index(plan['paper'])}",
             marker=".",
-            label=f"{plan['paper']}, {plan['library']}, {log['threads']} threads",
+            label=f"{plan['paper']}, {plan['library']}, {log['threads']} thread{'s' * (log['threads'] > 1)}",
         )
     axes.set(
         xlabel="minutes of training, without evaluations",
