@@ -10,7 +10,7 @@ namespace FS_ISA {
 namespace {
 
 constexpr double kSmallProducts = 2e6;  // FLOPs below which a second thread costs more than it brings
-constexpr int64_t kDotTokens = W >= 16 ? 48 : 32;  // tokens up to which unpacked dot products beat packing the weights
+constexpr int64_t kDotTokens = kTileRegisters ? 12 : W >= 16 ? 48 : 32;  // tokens up to which unpacked dot products beat packing the weights
 
 int lanes(int64_t left) { return left < W ? static_cast<int>(left) : W; }
 

@@ -109,13 +109,19 @@ class Backward {
       gates[m] = starts || seq_.starts_anew(from, r, pass_.dir.reverse) ? buf_.zeros : buf_.gate_row(seq_.offsets[from] + r);
       pending[m] = starts ? buf_.pending + r * buf_.width + p * kPanel : nullptr;
     }
-    vf acc[Count::value][kVectors];
-    for_each_sum(count, acc, [&](int m, int v, vf& sum) FS_LAMBDA { sum = pending[m] ? load_vector<vf>(pending[m] + v * W) : vf{}; });
-    if (own_.row(begin) < before) {
+    const auto add_up = [&](vf (&acc)[Count::value][kVectors]) FS_LAMBDA {
+      for_each_sum(count, acc, [&](int m, int v, vf& sum) FS_LAMBDA { sum = pending[m] ? load_vector<vf>(pending[m] + v * W) : vf{}; });
+      if (own_.row(begin) >= before) return;
       const uint32_t* panel = in_place(p) ? static_cast<const uint32_t*>(pass_.dir.w_hh) + p * kPanel : buf_.w_hh + p * buf_.depth() * kPanel;
       multiply<T>(count, gates, 1, panel, in_place(p) ? H_ : kPanel, buf_.depth(), acc);
+    };
+    if constexpr (Count::value == kTileRows && kTileRegisters) {
+      add_up(arrived);
+    } else {
+      vf acc[Count::value][kVectors];  // in registers
+      add_up(acc);
+      for_each_sum(count, acc, [&](int m, int v, vf& sum) FS_LAMBDA { arrived[m][v] = sum; });
     }
-    for_each_sum(count, acc, [&](int m, int v, vf& sum) FS_LAMBDA { arrived[m][v] = sum; });
   }
 
   FS_INLINE vf recurrent_mask(int64_t r, int64_t u) const {
@@ -222,7 +228,7 @@ void run(const Shape& shape, const Sequence& seq, const BackwardPass* passes, in
   const P* products[2] = {&forwards, &backwards};
   const typename P::Buffers shared(carve, forwards, threads);
 
-  const Blocks blocks(seq.rows, kTileRows, kTileRegisters);
+  const Blocks blocks(seq.rows, kTileRegisters ? kRegisterRows : kTileRows, kTileRegisters);
   const int64_t tile_rows = blocks.count ? (seq.rows + blocks.count - 1) / blocks.count : 0;
   auto plan = [&](int size) {
     return Partition::choose(size, blocks.count, first.panels, tile_cycles(tile_rows, kVectors, first.depth()) + 400 * tile_rows,

@@ -12,13 +12,14 @@ namespace FS_ISA {
 namespace {
 
 constexpr int64_t kWeightBytes = 3 << 19;  // beyond, W_ih comes from the shared cache for each chunk, which tile registers wait for
+constexpr int64_t kProjectedInPlace = kTileRegisters ? 12 : 64;  // tokens up to which W_ih is read as it lies
+constexpr bool kReadsInPlace = W >= 16;  // with narrower vectors dot products take 2 to 13 % longer than packing and tiles
 
 template <class Cell, class T>
 FS_INLINE int64_t chunk_rows(const Shape& shape) {
   const int64_t bytes = Cell::kGates * shape.hidden * (units<T>(shape.input) + units<T>(shape.hidden)) * 4;
   return kTileRegisters && bytes > kWeightBytes ? 256 : 64;
 }
-constexpr bool kReadsInPlace = W >= 16;  // with narrower vectors dot products take 2 to 13 % longer than packing and tiles
 
 template <class Cell>
 constexpr int kTileRows = tile_rows(Cell::kGates > 1 ? Cell::kGates : 2);  // a dozen sums keep the multipliers busy
@@ -97,7 +98,7 @@ class Forward {
     step_team_ = {team.rank % split.unit_groups, split.unit_groups, step_barriers + own_.group};
     packs_early_ = !packed && own_.groups > 1, packs_late_ = !packed && own_.groups == 1;
     const bool one_chunk = packs_late_ && seq.steps && chunk_end(0) == seq.steps;
-    projects_in_place_ = kReadsInPlace && one_chunk && seq.tokens() <= buf_.chunk && shape.input >= kDotDepth;
+    projects_in_place_ = kReadsInPlace && one_chunk && seq.tokens() <= kProjectedInPlace && shape.input >= kDotDepth;
     steps_in_place_ = kReadsInPlace && packs_late_ && seq.rows == 1 && seq.steps <= kDotSteps && H_ >= kDotDepth;
     passing_ = one_chunk && !projects_in_place_;
   }
@@ -374,7 +375,7 @@ void run(const Shape& shape, const Sequence& seq, const ForwardPass* passes, int
   const B first(carve, shape, seq, packs, threads), second = directions == 2 ? B(carve, shape, seq, packs, threads) : first;
   const B* buffers[2] = {&first, &second};
 
-  const Blocks blocks(seq.rows, kTileRows<Cell>, kTileRegisters);
+  const Blocks blocks(seq.rows, kTileRegisters ? kRegisterRows : kTileRows<Cell>, kTileRegisters);
   const int64_t depth = buffers[0]->depth_h;
   const int64_t tile_rows = blocks.count ? (seq.rows + blocks.count - 1) / blocks.count : 0;
   auto plan = [&](int size) {

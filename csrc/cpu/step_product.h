@@ -25,7 +25,7 @@ struct Use {
   // Whether packing weights would cost more than it brings. `streams`: one row reads them as fast where they stand.
   // Measured at H = 256, where packing 1 MB takes 45 us (Zen 4).
   FS_INLINE bool reads_in_place(bool streams) const {
-    return (rows <= 1 && steps <= (streams ? kDotSteps : 12)) || (rows <= 2 && steps <= 8) || (rows <= 16 && steps <= 2);
+    return (rows <= 1 && steps <= (streams ? kDotSteps : 12)) || (rows <= 2 && steps <= 8) || (rows <= (kTileRegisters ? 6 : 16) && steps <= 2);
   }
 };
 
