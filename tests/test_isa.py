@@ -23,6 +23,7 @@ CASES = [
         ((5, 3, 201, 20), "lengths", 1, False),
         ((5, 9, 13, 35), "lengths", 2, True),
         ((5, 1, 200, 201), "full", 1, True),
+        ((5, 56, 13, 516), "full", 1, False),  # tile registers by pairs, more than one large chunk
     )
 ]
 

@@ -24,6 +24,7 @@ struct FirstSums {
 };
 #if defined(FS_AMX)
 constexpr bool kTileRegisters = true;
+static_assert(W == 16, "a row of a tile register is a vector");
 
 template <int... I, class F>
 FS_INLINE void each(std::integer_sequence<int, I...>, F&& f) {
@@ -108,8 +109,8 @@ FS_INLINE void configure_tiles() {
 FS_INLINE void release_tiles() { asm volatile("tilerelease"); }
 #endif
 
-// Sums of R x NV registers, of R of rows and of one, two or three of columns: at most eight. With two of either, a panel is read from
-// the second-level cache half as often as with one of rows.
+// A tile of R by NV registers of sums, beside R registers of rows and up to three of columns, eight in all. Two by two read a panel half
+// as often from the second-level cache as one by four.
 template <int R, int NV>
 struct RegisterTile {
   static constexpr int kA = R * NV, kB = kA + R, kColumns = NV < 8 - kB ? NV : 8 - kB, kBytes = 64;
@@ -118,7 +119,7 @@ struct RegisterTile {
   int rows;
   const uint32_t* const* a;
   bool even[R];  // rows that lie evenly are loaded as they lie, others copied
-  int64_t apart[R];
+  int64_t apart[R];  // in bytes
   alignas(64) uint32_t copies[2][R][kRegisterRows][W];
 
   RegisterTile(int count, const uint32_t* const* of) : rows(count), a(of) {
@@ -127,7 +128,7 @@ struct RegisterTile {
         return reinterpret_cast<intptr_t>(a[r * kRegisterRows + m]) - reinterpret_cast<intptr_t>(a[r * kRegisterRows + m - 1]);
       };
       even[r] = (r + 1) * kRegisterRows <= rows;
-      apart[r] = even[r] ? bytes_to(1) : 0;  // perhaps half units
+      apart[r] = even[r] ? bytes_to(1) : 0;  // perhaps not whole units
       for (int m = 2; even[r] && m < kRegisterRows; ++m) even[r] = bytes_to(m) == apart[r];
     }
   }
@@ -150,9 +151,9 @@ struct RegisterTile {
   FS_INLINE void add(int64_t i, int units, const uint32_t* b, int64_t pitch) {
     each<R>([&](auto r) FS_LAMBDA { load_rows<r>(i, units); });
     each<NV>([&](auto v) FS_LAMBDA {
-      constexpr int kColumn = kB + v % kColumns;
-      load_tile<kColumn>(b + v * W, 4 * pitch);
-      each<R>([&](auto r) FS_LAMBDA { multiply_tiles<r * NV + v, kA + r, kColumn>(); });
+      constexpr int kV = decltype(v)::value, kColumn = kB + kV % kColumns;
+      load_tile<kColumn>(b + kV * W, 4 * pitch);
+      each<R>([&](auto r) FS_LAMBDA { multiply_tiles<decltype(r)::value * NV + kV, kA + decltype(r)::value, kColumn>(); });
     });
   }
 
@@ -202,7 +203,7 @@ __attribute__((noinline)) void multiply_registers(int rows, const uint32_t* cons
   if constexpr (NV % 2) RegisterTile<2, 1>(rows, a).run(panel, pitch, k, first, NV - 1, acc);
 }
 
-// While it lives, its thread may multiply by tile registers.
+// While it lives, its thread may multiply by tile registers; one at a time.
 struct TileRegisters {
   TileRegisters() { configure_tiles(); }
   TileRegisters(const TileRegisters&) = delete;

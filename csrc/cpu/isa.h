@@ -37,7 +37,7 @@ struct Kernels {
 
 const char* isa();                              // the chosen variant
 const Kernels& kernels(DType dtype);            // the last up to it that is compiled for the dtype
-std::vector<const char*> available_isas();      // slowest first
+std::vector<const char*> available_isas();      // in the order of their making
 void choose_isa(const std::string& name);       // "" chooses the best; throws std::invalid_argument naming the available ones
 std::vector<std::pair<const char*, bool>> cpu_features();
 

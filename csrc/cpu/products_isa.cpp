@@ -83,11 +83,12 @@ class RowMultiplier {
     const Range packs = share(panels, team_.rank, team_.size);
     for (int64_t p = packs.begin; p < packs.end; ++p) pack(p);
     team_.sync();
-    const int64_t tiles = (product_.tokens + kTileRows - 1) / kTileRows;
+    constexpr int64_t kStep = kTileRegisters ? kRegisterRows : kTileRows;
+    const int64_t tiles = (product_.tokens + kStep - 1) / kStep;
     if (tiles >= 4 * team_.size) {
       const Range own = share(tiles, team_.rank, team_.size);
-      const int64_t end = own.end * kTileRows;
-      run({own.begin * kTileRows, end < product_.tokens ? end : product_.tokens}, {0, panels});
+      const int64_t end = own.end * kStep;
+      run({own.begin * kStep, end < product_.tokens ? end : product_.tokens}, {0, panels});
     } else {
       run({0, product_.tokens}, packs);
     }
@@ -176,6 +177,7 @@ template <class T>
 class TokenSummer {
   static constexpr int kPer = Dot<T>::kPerUnit;
   static constexpr int64_t kUnits = kTokenBlock / kPer, kOwn = kUnits * kUnitBlock;
+  static_assert(!kTileRegisters || (kUnits % W == 0 && kUnitBlock % W == 0), "whole blocks are turned");
 
  public:
   TokenSummer(const TokenSums<T>& sums, const TokenSumsBuffers<T>& buffers, Team team)

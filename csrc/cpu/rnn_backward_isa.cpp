@@ -229,9 +229,9 @@ void run(const Shape& shape, const Sequence& seq, const BackwardPass* passes, in
   const typename P::Buffers shared(carve, forwards, threads);
 
   const Blocks blocks(seq.rows, kTileRegisters ? kRegisterRows : kTileRows, kTileRegisters);
-  const int64_t tile_rows = blocks.count ? (seq.rows + blocks.count - 1) / blocks.count : 0;
+  const int64_t rows = blocks.count ? (seq.rows + blocks.count - 1) / blocks.count : 0;
   auto plan = [&](int size) {
-    return Partition::choose(size, blocks.count, first.panels, tile_cycles(tile_rows, kVectors, first.depth()) + 400 * tile_rows,
+    return Partition::choose(size, blocks.count, first.panels, tile_cycles(rows, kVectors, first.depth()) + 400 * rows,
                              first.depth() * kPanel * 4);
   };
   run_directions(directions, plan, threads, [&](int d, Team team, Partition split, Barrier* steps) {

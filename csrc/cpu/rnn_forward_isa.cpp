@@ -24,6 +24,10 @@ FS_INLINE int64_t chunk_rows(const Shape& shape) {
 template <class Cell>
 constexpr int kTileRows = tile_rows(Cell::kGates > 1 ? Cell::kGates : 2);  // a dozen sums keep the multipliers busy
 
+// The least that a row group of the team takes.
+template <class Cell>
+constexpr int kPlannedRows = kTileRegisters ? kRegisterRows : kTileRows<Cell>;
+
 // Packed weights of one direction, [W-unit panel][unit of depth][gate][W]: those of W_ih, behind them those of W_hh.
 template <class Cell, class T>
 struct Panels {
@@ -62,13 +66,14 @@ struct Buffers {
 
   Buffers(Carver& carve, const Shape& shape, const Sequence& seq, bool packs, int threads) {
     constexpr int kG = Cell::kGates;
+    const int64_t blocks = (seq.rows + kPlannedRows<Cell> - 1) / kPlannedRows<Cell>, groups = blocks < threads ? blocks : threads;
     panels = (shape.hidden + W - 1) / W;
     depth_x = units<T>(shape.input), depth_h = units<T>(shape.hidden);
-    chunk = chunk_rows<Cell, T>(shape), slots = chunk + seq.rows;
+    chunk = chunk_rows<Cell, T>(shape), chunk = chunk < seq.tokens() ? chunk : seq.tokens(), slots = chunk + seq.rows;
     w_ih = carve.take<uint32_t>(packs ? (panels > threads ? panels : threads) * depth_x * kG * W : 0);
     w_hh = carve.take<uint32_t>(packs ? panels * depth_h * kG * W : 0);
     bias = carve.take<float>(panels * Cell::kColumns * W);
-    projected = carve.take<float>((threads * (chunk + 1) + seq.rows) * panels * kG * W);
+    projected = carve.take<float>((groups * (chunk + 1) + seq.rows) * panels * kG * W);
     for (auto& buffer : operand) buffer = carve.take<uint32_t>(seq.rows * depth_h);
     h = carve.take<float>(seq.rows * panels * W);
     c = Cell::kCellState ? carve.take<float>(seq.rows * panels * W) : nullptr;
@@ -375,11 +380,11 @@ void run(const Shape& shape, const Sequence& seq, const ForwardPass* passes, int
   const B first(carve, shape, seq, packs, threads), second = directions == 2 ? B(carve, shape, seq, packs, threads) : first;
   const B* buffers[2] = {&first, &second};
 
-  const Blocks blocks(seq.rows, kTileRegisters ? kRegisterRows : kTileRows<Cell>, kTileRegisters);
+  const Blocks blocks(seq.rows, kPlannedRows<Cell>, kTileRegisters);
   const int64_t depth = buffers[0]->depth_h;
-  const int64_t tile_rows = blocks.count ? (seq.rows + blocks.count - 1) / blocks.count : 0;
+  const int64_t rows = blocks.count ? (seq.rows + blocks.count - 1) / blocks.count : 0;
   auto plan = [&](int size) {
-    return Partition::choose(size, blocks.count, buffers[0]->panels, tile_cycles(tile_rows, Cell::kGates, depth) + 100 * tile_rows,
+    return Partition::choose(size, blocks.count, buffers[0]->panels, tile_cycles(rows, Cell::kGates, depth) + 100 * rows,
                              depth * Cell::kGates * W * 4);
   };
   run_directions(directions, plan, threads, [&](int d, Team team, Partition split, Barrier* steps) {

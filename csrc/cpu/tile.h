@@ -160,12 +160,11 @@ FS_INLINE void with_rows(int64_t rows, F&& f) {
   f(Rows<MR>{});
 }
 
-// The same for the tile of a product, MR = tile_rows(vectors). One row fills no more than vector registers.
+// The same for the tile of a product, MR = tile_rows(vectors).
 template <int MR, class F>
 FS_INLINE void with_tile(int64_t rows, F&& f) {
   if constexpr (kTileRegisters) {
-    if (rows == 1) return f(Rows<1>{});
-    f(RegisterRows{static_cast<int>(rows)});
+    f(RegisterRows{static_cast<int>(rows)});  // one row, too: it adds up as it does among others
   } else {
     with_rows<MR>(rows, f);
   }

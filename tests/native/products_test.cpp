@@ -142,10 +142,11 @@ class Check {
 }  // namespace
 
 void check_products() {
-  // The fourth is more tokens than are read in place, the fifth more than are summed at a time; the last are deeper than a block, and
-  // one row more than eight.
+  // The fourth is more tokens than are read in place, the fifth more than are summed at a time; the next are deeper than a block, and
+  // one row more than eight blocks of dW; the last fills pairs of tile registers, whole and in part, with a panel that the first cache does not hold.
   const Sizes all[] = {{1, 1, 1, 1}, {2, 3, 5, 18}, {1, 13, 33, 67}, {5, 8, 34, 70}, {3, 90, 9, 21},
-                       {0, 3, 4, 5}, {2, 3, 0, 5},  {2, 3, 4, 0},    {1, 3, 1031, 3}, {1, 40, 3, 1025}};
+                       {0, 3, 4, 5}, {2, 3, 0, 5},  {2, 3, 4, 0},    {1, 3, 1031, 3}, {1, 40, 3, 1025},
+                       {2, 28, 533, 67}};
   unsigned seed = 0;
   for (const Sizes& sizes : all) {
     for (const DType dtype : {DType::f32, DType::bf16}) {
