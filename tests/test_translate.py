@@ -1,5 +1,6 @@
 """examples/translate: its data, its scores, its models in both libraries, and the whole of it on a made-up language."""
 
+import collections
 import copy
 import gzip
 import io
@@ -158,19 +159,31 @@ def loss_and_gradients(model: Any, batch: batches.Batch, seed: int) -> dict[str,
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("paper", PAPERS)
 def test_both_libraries_train_the_same_model(folder: Path, paper: str, ragged: bool) -> None:
-    """Dropout drawn alike; the error from float64 is at most twice that of torch.nn, and eight roundings."""
+    """Dropout drawn alike; the error from float64 is at most twice that of torch.nn, and eight roundings.
+
+    Root mean squares over six draws: of one draw the ratio is luck, 0.5 to 5 where gradients cancel.
+    """
     recipe = Recipe(data.load(folder), small(paper, dropout=0.3))
     ours, theirs = recipe.models(0)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     supply = recipe.batches(torch.Generator().manual_seed(0))
     batch = next(b for b in supply if (b.length is not None) == ragged)
-    exact = loss_and_gradients(copy.deepcopy(theirs).double(), batch, seed=3)
-    found, stock = (loss_and_gradients(model, batch, seed=3) for model in (ours, theirs))
-    assert found.keys() == stock.keys() == exact.keys()
-    for name, value in exact.items():
-        budget = 2 * (stock[name] - value).abs().max() + 8 * EPS * value.abs().max()
-        assert (found[name] - value).abs().max() <= budget, name
-        assert value.any(), name
+    values, errors, stock_errors = (collections.defaultdict(list) for _ in range(3))
+    for seed in range(6):
+        exact = loss_and_gradients(copy.deepcopy(theirs).double(), batch, seed)
+        found, stock = (loss_and_gradients(model, batch, seed) for model in (ours, theirs))
+        assert found.keys() == stock.keys() == exact.keys()
+        for name, value in exact.items():
+            values[name].append(value)
+            errors[name].append(found[name] - value)
+            stock_errors[name].append(stock[name] - value)
+
+    def size(draws: list[torch.Tensor]) -> float:
+        return torch.stack(draws).square().mean().sqrt().item()
+
+    for name in values:
+        assert size(errors[name]) <= 2 * size(stock_errors[name]) + 8 * EPS * size(values[name]), name
+        assert size(values[name]) > 0, name
 
 
 @pytest.mark.parametrize("paper", PAPERS)
