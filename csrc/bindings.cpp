@@ -302,17 +302,22 @@ void weight_gradient(int dtype, int64_t count, int64_t rows, int64_t columns, co
   kernels(of.dtype).weight_gradient(of, threads);
 }
 
+Shape norm_shape(const Named& size) {
+  return shape_of(static_cast<int>(size.number("cell")), static_cast<int>(size.number("dtype")), size.number("state_is_f32") != 0, 0,
+                  size.number("hidden"));
+}
+
 // What both passes of a layer-normalised direction have; sizes, tensors and views by name, as fastseq/ops/rnn_norm.py writes them.
-NormPass norm_pass(const Named& size, const Named& tensor, const py::dict& views) {
+NormPass norm_pass(const Named& size, const Named& tensor, const py::dict& views, const py::tuple& noise) {
   return {size.number("reverse") != 0, tensor.address("w_hh"), tensor.address("gain"), tensor.address("bias"), tensor.address("gain_x"),
-          tensor.address("bias_x"), tensor.address("cell_gain"), tensor.address("cell_bias"), tensor.address("h0"), tensor.address("c0"), view(views["inputs"]), view(views["out"])};
+          tensor.address("bias_x"), tensor.address("cell_gain"), tensor.address("cell_bias"), tensor.address("h0"), tensor.address("c0"), view(views["inputs"]), view(views["out"]),
+          noise_of(noise, norm_shape(size), size.number("rows"), 0)};
 }
 
 template <class Pass>
 void run_norm(void (*Kernels::*function)(const Shape&, const Sequence&, const Pass&, int), const Named& size, const Named& tensor,
               const View& resets, const Pass& pass) {
-  const Shape shape = shape_of(static_cast<int>(size.number("cell")), static_cast<int>(size.number("dtype")),
-                               size.number("state_is_f32") != 0, 0, size.number("hidden"));
+  const Shape shape = norm_shape(size);
   const int64_t steps = size.number("steps"), rows = size.number("rows");
   const auto lengths = reinterpret_cast<Address>(tensor.address("lengths")), sizes = reinterpret_cast<Address>(tensor.address("batch_sizes"));
   const int threads = static_cast<int>(size.number("threads"));
@@ -321,19 +326,20 @@ void run_norm(void (*Kernels::*function)(const Shape&, const Sequence&, const Pa
   (kernels(shape.dtype).*function)(shape, with_resets(order, resets), pass, threads);
 }
 
-void norm_forward(const py::dict& sizes, const py::dict& tensors, const py::dict& views) {
+void norm_forward(const py::dict& sizes, const py::dict& tensors, const py::dict& views, const py::tuple& noise) {
   const Named size{sizes}, tensor{tensors};
-  const NormForwardPass pass{norm_pass(size, tensor, views), tensor.address("h_n"), tensor.address("c_n"), tensor.address("gates"),
-                             tensor.address("hats"), tensor.address<float>("cells"), tensor.address<float>("stats")};
+  const NormForwardPass pass{norm_pass(size, tensor, views, noise), tensor.address("h_n"), tensor.address("c_n"), tensor.address("gates"),
+                             tensor.address("hats"), tensor.address<float>("cells"), tensor.address<float>("stats"),
+                             view(views["c_out"])};
   run_norm(&Kernels::norm_forward, size, tensor, view(views["resets"]), pass);
 }
 
-void norm_backward(const py::dict& sizes, const py::dict& tensors, const py::dict& views) {
+void norm_backward(const py::dict& sizes, const py::dict& tensors, const py::dict& views, const py::tuple& noise) {
   const Named size{sizes}, tensor{tensors};
-  const NormBackwardPass pass{norm_pass(size, tensor, views), tensor.address("gates"), tensor.address("hats"), tensor.address<float>("cells"),
+  const NormBackwardPass pass{norm_pass(size, tensor, views, noise), tensor.address("gates"), tensor.address("hats"), tensor.address<float>("cells"),
                               tensor.address<float>("stats"), view(views["d_out"]), tensor.address("d_h_n"), tensor.address("d_c_n"),
                               view(views["d_inputs"]), tensor.address("d_products"), tensor.address("before"), tensor.address("d_h0"),
-                              tensor.address("d_c0"), tensor.address<float>("d_sums")};
+                              tensor.address("d_c0"), tensor.address<float>("d_sums"), view(views["d_c_out"])};
   run_norm(&Kernels::norm_backward, size, tensor, view(views["resets"]), pass);
 }
 

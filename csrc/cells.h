@@ -78,13 +78,17 @@ struct NormLstm {
   static constexpr bool kCellState = true;
 
   // saved: i, f, g, o
-  static FS_HD void write(const V (&pre)[kColumns], V& c, V (&saved)[kColumns]) {
+  template <class Update = Whole>
+  static FS_HD void write(const V (&pre)[kColumns], V& c, V (&saved)[kColumns], Update update = {}) {
     saved[0] = M::sigmoid(pre[0]);
     saved[1] = M::sigmoid(pre[1]);
     saved[2] = M::tanh(pre[2]);
     saved[3] = M::sigmoid(pre[3]);
-    c = Lstm<M>::next_c(saved, c);
+    c = next_c(saved, c, update);
   }
+
+  template <class Update = Whole>
+  static FS_HD V next_c(const V (&saved)[kColumns], V c, Update update = {}) { return Lstm<M>::next_c(saved, c, update); }
 
   static FS_HD V output(V o, V read) { return o * M::tanh(read); }
 
@@ -96,11 +100,12 @@ struct NormLstm {
   }
 
   // before: c. dc: dL/dc', through `read` too. carry: dL/dc. dpre: columns 0 to 2.
-  static FS_HD void write_backward(const V (&saved)[kColumns], V before, V dc, V& carry, V (&dpre)[kColumns]) {
+  template <class Update = Whole>
+  static FS_HD void write_backward(const V (&saved)[kColumns], V before, V dc, V& carry, V (&dpre)[kColumns], Update update = {}) {
     const V i = saved[0], f = saved[1], g = saved[2];
-    dpre[0] = dc * g * i * (1.f - i);
+    dpre[0] = dc * update(g) * i * (1.f - i);
     dpre[1] = dc * before * f * (1.f - f);
-    dpre[2] = dc * i * (1.f - g * g);
+    dpre[2] = update(dc * i) * (1.f - g * g);
     carry = dc * f;
   }
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseq.ops.rnn_gpu import Batch, aligned, without_autocast
-from fastseq.ops.rnn_norm import STATS, Given, norm_gradients, norm_outputs, spread_sums
+from fastseq.ops.rnn_norm import GIVEN, STATS, Given, norm_gradients, norm_outputs, spread_sums
 
 from . import devices
 from .blocks import dot, tanh
@@ -379,16 +379,16 @@ def without_room(hidden: int, dtype: torch.dtype, index: int | None) -> str | No
 
 def forward(cell: str, *args: Any) -> list[Tensor | None]:
     """Results of rnn_norm_forward, None for those that this call has not."""
-    *options, save = args
+    *options, states, save = args
     given = _aligned(Given(*options))
     x, w_ih = given.x, given.weights[0]
     batch = Batch.of(x, given.lengths, given.resets, given.batch_sizes, given.batch_first)
-    results = norm_outputs(cell, given, save, batch.ragged, batch.B)
+    results = norm_outputs(cell, given, states, save, batch.ragged, batch.B)
     if batch.ragged and save:  # what is summed over all tokens
-        for saved in results[4:]:
+        for saved in results[4:8]:
             if saved is not None:
                 saved.zero_()
-    out, h_n, c_n, _, hats, gates, cells, stats = results
+    out, h_n, c_n, _, hats, gates, cells, stats, _ = results
     inputs = torch.mm(x.reshape(batch.tokens, x.shape[-1]), w_ih.t())
     results[3] = inputs.view(*x.shape[:-1], w_ih.shape[0]) if save else None
     if batch.B:
@@ -398,10 +398,12 @@ def forward(cell: str, *args: Any) -> list[Tensor | None]:
     return results
 
 
-def backward(cell: str, d_out: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None, *args: Any) -> list[Tensor]:
+def backward(
+    cell: str, d_out: Tensor | None, d_h_n: Tensor | None, d_c_n: Tensor | None, d_c_out: Tensor | None, *args: Any
+) -> list[Tensor]:  # fmt: skip
     """Results of rnn_norm_backward."""
-    given = _aligned(Given(*args[:10]))
-    out, hats_x, hats, gates, cells, stats, needs = args[10:]
+    given = _aligned(Given(*args[:GIVEN]))
+    out, hats_x, hats, gates, cells, stats, needs = args[GIVEN:]
     kind, x, hidden = CELLS[cell], given.x, given.hidden
     batch = Batch.of(x, given.lengths, given.resets, given.batch_sizes, given.batch_first)
     results = norm_gradients(given, needs)

@@ -70,9 +70,11 @@ def launches(shape: Shape, device: Device, B: int = 8, T: int = 3, features: int
             norms,
             False,
             shape.rows == "lengths",
+            [],
+            (1.0, 0.0, 0.0),
         )
-        out, h_n, c_n, *saved = rnn_norm.forward(shape.cell, *given, True)
-        rnn_norm.backward(shape.cell, out, h_n, c_n, *given, out, *saved, [True] * 4)
+        out, h_n, c_n, *saved, c_out = rnn_norm.forward(shape.cell, *given, False, True)
+        rnn_norm.backward(shape.cell, out, h_n, c_n, c_out, *given, out, *saved, [True] * 4)
     return started
 
 

@@ -22,14 +22,16 @@ struct NormPass {
   const void *h0, *c0;                // [B, H] or null
   View inputs;                        // [G * H] each: forward W_ih x, which becomes N(W_ih x) if it saves; backward finds that
   View out;
+  Noise noise{};
 };
 
 struct NormForwardPass : NormPass {
   void *h_n, *c_n;  // [B, H]
   void *gates;      // [N, kColumns, H], as Cell saves them; null, and so the rest: no backward will come
   void *hats;       // [N, G * H]: N(W_hh h)
-  float *cells;     // [N, H] c'; LSTM only
+  float *cells;     // [N, H] c after the step, zoneout's share of the old one in it; LSTM only
   float *stats;     // [N, kNormStats]
+  View c_out{};     // every cell state, laid out as out; or null; LSTM only
 };
 
 struct NormBackwardPass : NormPass {
@@ -42,6 +44,7 @@ struct NormBackwardPass : NormPass {
   void *before;               // [N, H]: the h of those products
   void *d_h0, *d_c0;          // [B, H] or null
   float *d_sums;              // of gain, bias, gain_x, bias_x [G * H each], cell_gain, cell_bias [H each]
+  View d_c_out{};             // data null: no gradient
 };
 
 void rnn_norm_forward(const Shape& shape, const Sequence& seq, const NormForwardPass& pass, int threads);

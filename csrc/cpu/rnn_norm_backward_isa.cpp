@@ -15,7 +15,7 @@ struct NormBackwardBuffers {
   StepProduct<T> product;
   NormGains gains;
   int64_t units_g, width, sums_size;
-  float *dh, *carry;  // [B][pitch()], [B][width] gradients of the state, as Cell has them
+  float *dh, *carry, *kept;  // [B][pitch()], [B][width] gradients of the state, as masked_backward has them
   uint32_t* operand;  // [B][units_g] gradients of W_hh h in T
   const uint32_t** operands;
   float *d_hats;           // of a thread: [2][G * H] and [H]
@@ -28,6 +28,7 @@ struct NormBackwardBuffers {
     product.place(carve);
     dh = carve.take<float>(seq.rows * pitch());
     carry = carve.take<float>(seq.rows * width);
+    kept = carve.take<float>(pass.noise.any ? seq.rows * width : 0);
     operand = carve.take<uint32_t>(seq.rows * units_g);
     operands = carve.take<const uint32_t*>(seq.rows);
     d_hats = carve.take<float>(threads * scratch_size(shape.hidden));
@@ -70,6 +71,7 @@ class NormBackward {
  private:
   float* dh_of(int64_t i) const { return buf_.dh + (rows_.first + i) * buf_.pitch(); }
   float* carry_of(int64_t i) const { return buf_.carry + (rows_.first + i) * buf_.width; }
+  float* kept_of(int64_t i) const { return buf_.kept + (rows_.first + i) * buf_.width; }
   uint32_t* operand_of(int64_t i) const { return buf_.operand + (rows_.first + i) * buf_.units_g; }
 
   void start_row(int64_t i) const {
@@ -79,6 +81,7 @@ class NormBackward {
     for_vectors(H_, [&](int64_t u, int n) FS_LAMBDA {
       store(dh_of(i) + u, load_state<T>(shape_, pass_.d_h_n, from + u, n), W);
       store(carry_of(i) + u, load_state<T>(shape_, Cell::kCellState ? pass_.d_c_n : nullptr, from + u, n), W);
+      if (pass_.noise.any) store(kept_of(i) + u, vf{}, W);
     });
   }
 
@@ -87,35 +90,54 @@ class NormBackward {
     const int64_t active = rows_.own.count(seq_.active(t));
     for (int64_t i = 0; i < active; ++i) through_row(t, i);
     const bool last = s + 1 == seq_.steps && !pass_.d_h0;
-    if (active && !last) buf_.product.run(active, buf_.operands + rows_.first, 0, {}, dh_of(0), buf_.pitch(), s & 1);
+    if (!active || last) return;
+    buf_.product.run(active, buf_.operands + rows_.first, 0, {}, dh_of(0), buf_.pitch(), s & 1);
+    if (!pass_.noise.recurrent) return;
+    for (int64_t i = 0; i < active; ++i)
+      for_vectors(H_, [&](int64_t u, int n) FS_LAMBDA { store(dh_of(i) + u, multiplied(load(dh_of(i) + u, n), rows_.own.row(i), u, n), n); });
+  }
+
+  // h as W_hh met it, and the gradient of that on its way back.
+  FS_INLINE vf multiplied(vf h, int64_t r, int64_t u, int n) const {
+    const T* mask = static_cast<const T*>(pass_.noise.recurrent);
+    return mask ? h * load(mask + seq_.order[r] * H_ + u, n) : h;
   }
 
   // What one token reads and writes.
   struct Token {
-    const T *gates, *hats, *hats_x, *d_out;
+    int64_t t, r;  // step, position
+    const T *gates, *hats, *hats_x, *d_out, *out_before;
     const float *cells, *cells_before, *stats, *dh;
     T *d_inputs, *d_products, *before;
-    float* carry;
+    float *carry, *kept;
     int64_t state;  // where the initial state is that is before it; -1: none
   };
 
   Token token_of(int64_t t, int64_t i, bool anew) const {
     const int64_t r = rows_.own.row(i), at = seq_.offsets[t] + r, e = pass_.reverse ? t + 1 : t - 1;
     const bool earlier = e >= 0 && e < seq_.steps && r < seq_.active(e);
-    Token token{static_cast<const T*>(pass_.gates) + at * kColumns * H_, static_cast<const T*>(pass_.hats) + at * kG * H_,
-                pass_.inputs.template at<T>(seq_, t, r), pass_.d_out.data ? pass_.d_out.template at<T>(seq_, t, r) : nullptr, nullptr, nullptr, pass_.stats + at * kNormStats,
-                dh_of(i), pass_.d_inputs.template at<T>(seq_, t, r), static_cast<T*>(pass_.d_products) + at * kG * H_,
-                static_cast<T*>(pass_.before) + at * H_, carry_of(i), earlier || anew ? -1 : seq_.order[r] * H_};
+    Token token{t, r, static_cast<const T*>(pass_.gates) + at * kColumns * H_, static_cast<const T*>(pass_.hats) + at * kG * H_,
+                pass_.inputs.template at<T>(seq_, t, r), pass_.d_out.data ? pass_.d_out.template at<T>(seq_, t, r) : nullptr,
+                earlier && !anew ? pass_.out.template at<T>(seq_, e, r) : nullptr, nullptr, nullptr, pass_.stats + at * kNormStats, dh_of(i),
+                pass_.d_inputs.template at<T>(seq_, t, r), static_cast<T*>(pass_.d_products) + at * kG * H_,
+                static_cast<T*>(pass_.before) + at * H_, carry_of(i), kept_of(i), earlier || anew ? -1 : seq_.order[r] * H_};
     if constexpr (Cell::kCellState) {
       token.cells = pass_.cells + at * H_;
       if (earlier && !anew) token.cells_before = pass_.cells + (seq_.offsets[e] + r) * H_;
     }
-    const T* h = earlier && !anew ? pass_.out.template at<T>(seq_, e, r) : nullptr;
-    for_vectors(H_, [&](int64_t u, int n) FS_LAMBDA {
-      store(token.before + u, h ? load(h + u, n) : token.state < 0 ? vf{} : load_state<T>(shape_, pass_.h0, token.state + u, n), n);
-    });
+    for_vectors(H_, [&](int64_t u, int n) FS_LAMBDA { store(token.before + u, multiplied(h_before(token, u, n), r, u, n), n); });
     return token;
   }
+
+  FS_INLINE vf h_before(const Token& token, int64_t u, int n) const {
+    if (token.out_before) return load(token.out_before + u, n);
+    return token.state < 0 ? vf{} : load_state<T>(shape_, pass_.h0, token.state + u, n);
+  }
+  FS_INLINE vf c_before(const Token& token, int64_t u, int n) const {
+    if (token.cells_before) return load(token.cells_before + u, n);
+    return token.state < 0 ? vf{} : load_state<T>(shape_, pass_.c0, token.state + u, n);
+  }
+  FS_INLINE Masks<vf> masks(const Token& token, int64_t u, int n) const { return load_masks(pass_.noise, seq_, token.t, token.r, u, n); }
 
   void through_row(int64_t t, int64_t i) const {
     const bool anew = seq_.starts_anew(t, rows_.own.row(i), pass_.reverse);
@@ -135,6 +157,7 @@ class NormBackward {
     if (!anew) return;
     std::memset(operand, 0, sizeof(uint32_t) * buf_.units_g);
     std::memset(token.carry, 0, sizeof(float) * buf_.width);
+    if (pass_.noise.any) std::memset(token.kept, 0, sizeof(float) * buf_.width);
   }
 
   // Sums of a block's d_hat and d_hat hat.
@@ -172,34 +195,58 @@ class NormBackward {
     for_vectors(H_, [&](int64_t u, int n) FS_LAMBDA {
       vf saved[kColumns], dpre[kColumns], carry = load_vector<vf>(token.carry + u);
       unroll<kColumns>([&](int j) FS_LAMBDA { saved[j] = load(token.gates + j * H_ + u, n); });
-      Cell::backward(saved, load(token.before + u, n), vf{}, arrived(token, u, n), carry, dpre);
+      if (pass_.noise.any) {
+        vf kept = load_vector<vf>(token.kept + u);
+        masked_backward<Cell>(saved, h_before(token, u, n), arrived(token, u, n), carry, kept, dpre, masks(token, u, n));
+        store(token.kept + u, kept, W);
+      } else {
+        Cell::backward(saved, h_before(token, u, n), vf{}, arrived(token, u, n), carry, dpre);
+      }
       store(token.carry + u, carry, W);
       through_gains(token, dpre, of_h, of_x, u, n);
     });
   }
 
+  // Under masks what came out of the step is not the c' that h was made of: that is taken again, and waits in d_hats_.
   void lstm(const Token& token, BlockSums* of_h, BlockSums* of_x) const {
     const Moments m{token.stats[1], token.stats[2]};
-    const auto hat_of_c = [&](int64_t u, int n) FS_LAMBDA { return (load(token.cells + u, n) - m.mean) * m.scale; };
+    const float* const own = pass_.noise.any ? d_hats_ : token.cells;
+    const auto hat_of_c = [&](int64_t u, int n) FS_LAMBDA { return (load(own + u, n) - m.mean) * m.scale; };
     BlockSums of_c;
     for_vectors(H_, [&](int64_t u, int n) FS_LAMBDA {
+      vf dh = arrived(token, u, n);
+      if (pass_.noise.any) {
+        vf saved[kColumns] = {};
+        unroll<3>([&](int j) FS_LAMBDA { saved[j] = load(token.gates + j * H_ + u, n); });
+        const Masks<vf> mask = masks(token, u, n);
+        store(d_hats_ + u, Cell::next_c(saved, c_before(token, u, n), mask.update), n);
+        dh += load_vector<vf>(token.kept + u);
+        const vf kept = dh * mask.keep_h;
+        store(token.kept + u, kept, W);
+        dh -= kept;
+      }
       const vf hat = hat_of_c(u, n), gain = load(buf_.gains.cell_gain + u, n);
       vf dpre_o;
-      const vf d = Cell::output_backward(load(token.gates + 3 * H_ + u, n), hat * gain + load(buf_.gains.cell_bias + u, n),
-                                         arrived(token, u, n), dpre_o);
+      const vf d = Cell::output_backward(load(token.gates + 3 * H_ + u, n), hat * gain + load(buf_.gains.cell_bias + u, n), dh, dpre_o);
       add(d_cell_gain_ + u, d * hat, n), add(d_cell_bias_ + u, d, n);
       store(d_read_ + u, d * gain, W), store(d_hats_ + 3 * H_ + u, dpre_o, n);
       of_c.plain += d * gain, of_c.by_hat += d * gain * hat;
     });
     const Moments means = of_c.means(H_);
     for_vectors(H_, [&](int64_t u, int n) FS_LAMBDA {
-      vf saved[kColumns], dpre[kColumns], carry = load_vector<vf>(token.carry + u), before = {};
+      vf saved[kColumns], dpre[kColumns], carry = load_vector<vf>(token.carry + u);
       unroll<kColumns>([&](int j) FS_LAMBDA { saved[j] = load(token.gates + j * H_ + u, n); });
-      if (token.cells_before) before = load(token.cells_before + u, n);
-      else if (token.state >= 0) before = load_state<T>(shape_, pass_.c0, token.state + u, n);
-      const vf dc = carry + (load_vector<vf>(d_read_ + u) - means.mean - hat_of_c(u, n) * means.scale) * m.scale;
+      if (pass_.d_c_out.data) carry += load(pass_.d_c_out.template at<T>(seq_, token.t, token.r) + u, n);
+      const vf through = (load_vector<vf>(d_read_ + u) - means.mean - hat_of_c(u, n) * means.scale) * m.scale;
       dpre[3] = load(d_hats_ + 3 * H_ + u, n);
-      Cell::write_backward(saved, before, dc, carry, dpre);
+      if (pass_.noise.any) {
+        const Masks<vf> mask = masks(token, u, n);
+        const vf held = carry * mask.keep_c;
+        Cell::write_backward(saved, c_before(token, u, n), carry - held + through, carry, dpre, mask.update);
+        carry += held;
+      } else {
+        Cell::write_backward(saved, c_before(token, u, n), carry + through, carry, dpre);
+      }
       store(token.carry + u, carry, W);
       through_gains(token, dpre, of_h, of_x, u, n);
     });
@@ -219,7 +266,9 @@ class NormBackward {
     const int64_t to = seq_.order[rows_.own.row(i)] * H_;
     for_vectors(H_, [&](int64_t u, int n) FS_LAMBDA {
       const vf carry = load_vector<vf>(carry_of(i) + u);
-      if (pass_.d_h0) store_state<T>(shape_, pass_.d_h0, to + u, load_vector<vf>(dh_of(i) + u) + Cell::direct(carry), n);
+      vf dh = load_vector<vf>(dh_of(i) + u) + Cell::direct(carry);
+      if (pass_.noise.any) dh += load_vector<vf>(kept_of(i) + u);
+      if (pass_.d_h0) store_state<T>(shape_, pass_.d_h0, to + u, dh, n);
       if constexpr (Cell::kCellState)
         if (pass_.d_c0) store_state<T>(shape_, pass_.d_c0, to + u, carry, n);
     });

@@ -68,7 +68,7 @@ class NormForward {
     for_vectors(H_, [&](int64_t u, int n) FS_LAMBDA {
       const vf h = load_state<T>(shape_, pass_.h0, from + u, n);
       store(h_of(i) + u, h, W);
-      store(reinterpret_cast<T*>(operand) + u, h, n);
+      store(reinterpret_cast<T*>(operand) + u, multiplied(h, rows_.own.row(i), u, n), n);
       if constexpr (Cell::kCellState) store(c_of(i) + u, load_state<T>(shape_, pass_.c0, from + u, n), W);
     });
   }
@@ -90,15 +90,22 @@ class NormForward {
     for (int64_t i = 0; i < active; ++i) through_cell(t, i, sums + i * buf_.pitch());
   }
 
+  // h as W_hh meets it.
+  FS_INLINE vf multiplied(vf h, int64_t r, int64_t u, int n) const {
+    const T* mask = static_cast<const T*>(pass_.noise.recurrent);
+    return mask ? h * load(mask + seq_.order[r] * H_ + u, n) : h;
+  }
+
   // What one token reads and writes.
   struct Token {
+    int64_t t, r;  // step, position
     T *inputs, *out, *gates, *hats, *operand;
     float *cells, *stats, *h, *c;
   };
 
   Token token_of(int64_t t, int64_t i) const {
     const int64_t r = rows_.own.row(i), at = seq_.offsets[t] + r;
-    Token token{pass_.inputs.template at<T>(seq_, t, r), pass_.out.template at<T>(seq_, t, r), nullptr, nullptr,
+    Token token{t, r, pass_.inputs.template at<T>(seq_, t, r), pass_.out.template at<T>(seq_, t, r), nullptr, nullptr,
                 reinterpret_cast<T*>(operand_of(i)), nullptr, nullptr, h_of(i), Cell::kCellState ? c_of(i) : nullptr};
     if (!pass_.gates) return token;
     token.gates = static_cast<T*>(pass_.gates) + at * kColumns * H_, token.hats = static_cast<T*>(pass_.hats) + at * kG * H_;
@@ -141,35 +148,60 @@ class NormForward {
     });
   }
 
+  FS_INLINE Masks<vf> masks(const Token& token, int64_t u, int n) const { return load_masks(pass_.noise, seq_, token.t, token.r, u, n); }
+
+  FS_INLINE void publish(const Token& token, vf h, int64_t u, int n) const {
+    store(token.h + u, h, W), store(token.operand + u, multiplied(h, token.r, u, n), n), store(token.out + u, h, n);
+  }
+
   void gru(const Token& token, const Moments* of_h, const Moments* of_x, const float* sums) const {
     for_vectors(H_, [&](int64_t u, int n) FS_LAMBDA {
       vf pre[kColumns], saved[kColumns], h = load_vector<vf>(token.h + u), none = {};
       pre_activations(token, of_h, of_x, sums, u, n, pre);
-      Cell::forward(pre, h, none, saved);
-      store(token.h + u, h, W), store(token.operand + u, h, n), store(token.out + u, h, n);
+      if (pass_.noise.any) {
+        masked_forward<Cell>(pre, h, none, saved, masks(token, u, n));
+      } else {
+        Cell::forward(pre, h, none, saved);
+      }
+      publish(token, h, u, n);
       if (token.gates) unroll<kColumns>([&](int j) FS_LAMBDA { store(token.gates + j * H_ + u, saved[j], n); });
     });
   }
 
-  // Leaves o where its sums were, for the second phase.
+  // Leaves o where its sums were, for the second phase; under masks c', of which h is made, where those of g were.
   void lstm(const Token& token, const Moments* of_h, const Moments* of_x, float* sums) const {
     vf total = {};
+    float* const own = pass_.noise.any ? sums + 2 * H_ : token.c;
     for_vectors(H_, [&](int64_t u, int n) FS_LAMBDA {
       vf pre[kColumns], saved[kColumns], c = load_vector<vf>(token.c + u);
       pre_activations(token, of_h, of_x, sums, u, n, pre);
-      Cell::write(pre, c, saved);
+      if (pass_.noise.any) {
+        const Masks<vf> m = masks(token, u, n);
+        const vf old = c;
+        Cell::write(pre, c, saved, m.update);
+        store(own + u, c, n);
+        total += first_of(c, n);
+        c = m.keep_c * old + (1.f - m.keep_c) * c;
+      } else {
+        Cell::write(pre, c, saved);
+        total += first_of(c, n);
+      }
       store(token.c + u, c, W), store(sums + 3 * H_ + u, saved[3], n);
-      total += first_of(c, n);
+      if (pass_.c_out.data) store(pass_.c_out.template at<T>(seq_, token.t, token.r) + u, c, n);
       if (!token.gates) return;
       unroll<kColumns>([&](int j) FS_LAMBDA { store(token.gates + j * H_ + u, saved[j], n); });
       store(token.cells + u, c, n);
     });
-    const Moments m = moments(token.c, H_, total);
+    const Moments m = moments(own, H_, total);
     if (token.stats) token.stats[1] = m.mean, token.stats[2] = m.scale;
     for_vectors(H_, [&](int64_t u, int n) FS_LAMBDA {
-      const vf hat = (load_vector<vf>(token.c + u) - m.mean) * m.scale;
-      const vf h = Cell::output(load(sums + 3 * H_ + u, n), hat * load(buf_.gains.cell_gain + u, n) + load(buf_.gains.cell_bias + u, n));
-      store(token.h + u, h, W), store(token.operand + u, h, n), store(token.out + u, h, n);
+      const vf hat = (load(own + u, n) - m.mean) * m.scale;
+      vf h = Cell::output(load(sums + 3 * H_ + u, n), hat * load(buf_.gains.cell_gain + u, n) + load(buf_.gains.cell_bias + u, n));
+      if (pass_.noise.any) {
+        const vf keep = masks(token, u, n).keep_h;
+        h = keep * load_vector<vf>(token.h + u) + (1.f - keep) * h;
+      }
+      publish(token, h, u, n);
     });
   }
 

@@ -24,8 +24,6 @@ def not_fused(call: RnnCall) -> str | None:
         return f"proj_size={call.proj_size} is not fused"
     if call.cell == "gru_reset_before":
         return "gru_reset_before has no fused sequence kernel"
-    if call.norms is not None and (call.noise is not None or call.states):
-        return "layer normalisation with zoneout, dropout within the recurrence or every cell state is not fused"
     return None
 
 

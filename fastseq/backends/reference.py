@@ -86,10 +86,11 @@ def layer(
 def norm_direction(
     cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], norms: Sequence[Tensor],
     lengths: Tensor | None, resets: Tensor | None, batch_sizes: Tensor | None, batch_first: bool, reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """out, h_n and c_n of one direction of a layer-normalised layer, forward or in reverse."""
+    extras: Extras,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """One direction of a layer-normalised layer, forward or in reverse; extras are its own."""
     parts = Weights.split(weights, 1, norms)
-    return _layer(cell, x, h0, c0, parts, lengths, resets, batch_sizes, batch_first, (reverse,), NONE)[:3]
+    return _layer(cell, x, h0, c0, parts, lengths, resets, batch_sizes, batch_first, (reverse,), extras)
 
 
 def _layer(

@@ -28,6 +28,8 @@ def rnn(call: RnnCall) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 
 def _too_large(call: RnnCall) -> str | None:
+    if call.norms is not None and (call.noise is not None or call.states):
+        return "layer normalisation with zoneout, recurrent dropout or every cell state is not in these kernels"
     return None if call.norms is None else _without_room(call.hidden_size, call.dtype, call.device.index)
 
 

@@ -39,6 +39,14 @@ class Extras(NamedTuple):
         still = self.update is self.hold_h is self.hold_c is self.recurrent is None  # `tensor == None` takes 15 us
         return still and self.rates == (1.0, 0.0, 0.0)
 
+    def direction(self, d: int, hidden: int) -> "Extras":
+        """Direction d's share, of views; hidden: units of h and c."""
+        if self.silent:
+            return self
+        update, hold_h, hold_c = (None if m is None else m[..., d * hidden : (d + 1) * hidden] for m in self[:3])
+        recurrent = None if self.recurrent is None else self.recurrent[d : d + 1]
+        return Extras(update, hold_h, hold_c, recurrent, self.rates, self.states)
+
     @classmethod
     def of(cls, masks: Sequence[Tensor | None], rates: Sequence[float], states: bool) -> "Extras":
         """From the arguments of a schema."""

@@ -26,7 +26,7 @@ from .common import (
 from .extras import NONE, Extras
 from .packed import PackedLayer
 
-__all__ = ["rnn_layer"]
+__all__ = ["noise_arguments", "rnn_layer"]
 
 # x [T, B, I], [B, T, I] if batch_first, or packed [N, I]. h0, c0 [D, B, H], in x's dtype or fp32. weights: D times
 # w_ih, w_hh (, b_ih, b_hh). resets [T, B] bool, [B, T] if batch_first: rows start there from zeros, in the reverse
@@ -121,12 +121,12 @@ def _forward(
         (out.data_ptr(), out_step, out_row), tuple([w.data_ptr() for w in weights]), 2 if bidirectional else 1,
         address(h0), address(c0), h_n.data_ptr(), address(c_n), address(gates), address(cells), torch.get_num_threads(),
         _view(resets, None, batch_first, rows), tuple([p.data_ptr() for p in packed]),
-        _view(c_out, batch_sizes, batch_first, rows), _noise(extras, batch_sizes, batch_first, rows),
+        _view(c_out, batch_sizes, batch_first, rows), noise_arguments(extras, batch_sizes, batch_first, rows),
     )  # fmt: skip
     return results
 
 
-def _noise(extras: Extras, batch_sizes: Tensor | None, batch_first: bool, rows: int) -> tuple[Any, ...]:
+def noise_arguments(extras: Extras, batch_sizes: Tensor | None, batch_first: bool, rows: int) -> tuple[Any, ...]:
     """As the native module takes it; () without."""
     if extras.silent:
         return ()
@@ -184,7 +184,7 @@ def _backward(
         tuple([w.data_ptr() for w in weights]), 2 if bidirectional else 1, address(h0), address(c0), address(d_h_n),
         address(d_c_n), gates.data_ptr(), address(cells), d_h0.data_ptr(), d_c0.data_ptr(),
         tuple([w.data_ptr() for w in d_weights]), torch.get_num_threads(), view(resets),
-        view(d_c_out), _noise(extras, batch_sizes, batch_first, rows),
+        view(d_c_out), noise_arguments(extras, batch_sizes, batch_first, rows),
     )  # fmt: skip
     return results
 
