@@ -355,8 +355,8 @@ def rnn_norm_layer(
         share = extras.direction(d, weights[1].shape[1])
         both.append(_direction(on, cell, x, h, c, own, gain, rows, batch_first, d == 1, share))
     out, h_n = torch.cat([out for out, _, _, _ in both], -1), torch.cat([h for _, h, _, _ in both])
-    finals, steps = ([t for t in of if t is not None] for of in list(zip(*both, strict=True))[2:])
-    return out, h_n, torch.cat(finals) if finals else None, torch.cat(steps, -1) if steps else None
+    c_n, c_out = ([t for t in of if t is not None] for of in list(zip(*both, strict=True))[2:])
+    return out, h_n, torch.cat(c_n) if c_n else None, torch.cat(c_out, -1) if c_out else None
 
 
 def _direction(
