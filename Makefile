@@ -41,12 +41,10 @@ docs: $(SITE)/.stamp
 
 test: lint sanitize pytest
 
-# Side by side, for two cores: what Triton interprets and PyTorch's modes, as they go; then what all the rest said meanwhile.
+# A process on every core, each with whole files: what is built for a file's tests is built once.
 pytest: $(STAMPS)/dev strict | lint sanitize
-	@$(BIN)/python -m pytest --ignore=tests/modes $(ARGS) >build/suite.log 2>&1 & suite=$$!; trap 'kill $$suite' INT TERM; \
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted $(ARGS); interpreted=$$?; \
-	$(BIN)/python -m pytest tests/modes $(ARGS); modes=$$?; \
-	tail -n +1 -f --pid=$$suite build/suite.log; wait $$suite && exit $$((interpreted + modes))
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --dist loadfile tests/interpreted $(ARGS); interpreted=$$?; \
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS) && exit $$interpreted
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .

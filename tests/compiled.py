@@ -6,11 +6,14 @@ Arguments are specialized by Triton's own code, as its JIT does on a machine wit
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
+from fastseq.kernels.configs import TABLE, find
 from fastseq.kernels.devices import Device
 from fastseq.kernels.launch import Launch
 from torch import Tensor
@@ -18,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import MockTensor, compute_cache_key, create_function_from_signature
 
-__all__ = ["Resources", "check", "compile_key", "compile_launch", "faults"]
+__all__ = ["Resources", "check", "compile_key", "compile_launch", "faults", "unmet_rows"]
 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -72,6 +75,20 @@ def check(launch: Launch, device: Device) -> None:
     found = compile_launch(launch, device)
     wrong = faults(found, device)
     assert not wrong, f"{launch.kernel.__name__} on {device.name}: {'; '.join(wrong)}; {launch.constants}"
+
+
+def unmet_rows(prefix: str, sizes: Iterable[tuple[torch.dtype, int]], device: Device) -> list[str]:
+    """Rows of configs.json, of kernels named so, that `device` takes for these dtypes, but at none of these sizes."""
+    rows = [row for row in TABLE if row.kernel.startswith(prefix)]
+    bounds = {bound for row in rows for bound in row.hidden if bound is not None}
+    kernels, sizes = {row.kernel for row in rows}, list(sizes)
+    others = [(dtype, bound) for dtype in {dtype for dtype, _ in sizes} for bound in bounds]
+
+    def taken(of: list[tuple[torch.dtype, int]]) -> set[int]:
+        return {id(find(kernel, dtype, hidden, device)) for kernel in kernels for dtype, hidden in of}
+
+    wanted = taken(others) - taken(sizes)
+    return [f"{row.kernel} {row.bits} {row.hidden}" for row in rows if id(row.config) in wanted]
 
 
 _compiled: dict[tuple[Any, str], Resources] = {}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastseq.ops.decoder_types import KEPT, LoopSpec, LoopTensors
 from fastseq.spec import DecoderSpec
-from tests.compiled import check, compile_key, hot_spills
+from tests.compiled import check, compile_key, hot_spills, unmet_rows
 
 triton = pytest.importorskip("triton")
 from fastseq.kernels import decoder, launch  # noqa: E402
@@ -84,6 +84,7 @@ def launches(
 )
 def test_resources(device: Device, name: str, dtype: torch.dtype) -> None:
     """Shared memory, registers and spills of forward and backward, with one cooperative launch each on NVIDIA."""
+    assert unmet_rows("decoder_", [(dtype, 512)], device) == []
     started = launches(device, loop_of(name), dtype)
     phases = 1 if device.cooperative else 64
     assert {one.kernel.__name__ for one in started} == {"decoder_forward", "decoder_backward"}

@@ -1,7 +1,7 @@
 """The recurrent kernels as GPUs would be given them: compiled ahead of time for each known device, without one.
 
-Each shape class of the table is compiled for some of the devices, with cells and options taking turns; all of them
-crossed, in half an hour, by `python -m tests.test_triton_compiled_rnn [device]`.
+Every row of the table is compiled for every device that it is for, with cells and options taking turns; these crossed
+too, in half an hour, by `python -m tests.test_triton_compiled_rnn [device]`.
 """
 
 import itertools
@@ -25,7 +25,7 @@ from fastseq.ops import rnn_gpu
 from fastseq.ops.extras import NONE, Extras
 from fastseq.ops.rnn_gpu import Batch
 from fastseq.ops.step import StepShape
-from tests.compiled import check, compile_key, compile_launch, faults
+from tests.compiled import check, compile_key, compile_launch, faults, unmet_rows
 
 GATES = {"lstm": 4, "gru": 3}
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -138,18 +138,19 @@ def extras_of(shape: Shape, new: Callable[..., Tensor], lead: tuple[int, ...], B
 
 
 def turns() -> list[tuple[Device, list[Shape]]]:
-    """For each device one shape of every third class, so that each class meets two devices at least."""
-    found = []
-    for index, device in enumerate(DEVICES):
-        own = [[s for s in shapes() if (s.dtype, s.hidden, s.tf32, s.one_step) == kind] for kind in CLASSES]
-        mine = [(k, of_class) for k, of_class in enumerate(own) if (index + k) % 3 == 0]
-        found.append((device, [of_class[(index * 5 + k) % len(of_class)] for k, of_class in mine]))
-    return found
+    """For each device one shape of every class."""
+    own = [[s for s in shapes() if (s.dtype, s.hidden, s.tf32, s.one_step) == kind] for kind in CLASSES]
+    return [
+        (device, [of_class[(index * 5 + k) % len(of_class)] for k, of_class in enumerate(own)])
+        for index, device in enumerate(DEVICES)
+    ]
 
 
 @pytest.mark.parametrize(("device", "own"), turns(), ids=lambda value: value.name if isinstance(value, Device) else "")
 def test_classes_fit_their_devices(device: Device, own: list[Shape]) -> None:
     """Shared memory within the device's, no register spilled, at most as many as it has."""
+    assert unmet_rows("rnn_s", ((s.dtype, s.hidden) for s in own if not s.one_step), device) == []
+    assert unmet_rows("rnn_cell", ((s.dtype, s.hidden) for s in own if s.one_step), device) == []
     for shape in own:
         for started in launches(shape, device):
             check(started, device)

@@ -50,4 +50,27 @@ class Buffer {
   std::vector<unsigned char> bytes_;
 };
 
+// Masks of a direction's steps, every one a heap block of exactly its size: rows [steps, rows, hidden], or of tokens if packed.
+class Masked {
+ public:
+  Masked(DType dtype, int64_t tokens, int64_t rows, int64_t hidden, Random& random)
+      : step_(rows * hidden), row_(hidden), recurrent_(dtype, rows * hidden) {
+    for (std::vector<unsigned char>& mask : masks_) {
+      mask.resize(tokens * hidden);
+      for (unsigned char& flag : mask) flag = random() % 3 != 0;
+    }
+    recurrent_.fill(random, 2);
+  }
+
+  Noise noise(bool packed, bool cell_state) {
+    const auto view = [&](int i) { return View{masks_[i].data(), packed ? 0 : step_, row_}; };
+    return {true, view(0), view(1), cell_state ? view(2) : View{}, 1.5f, 0.f, 0.f, recurrent_.data()};
+  }
+
+ private:
+  int64_t step_, row_;
+  std::vector<unsigned char> masks_[3];
+  Buffer recurrent_;
+};
+
 }  // namespace fastseq

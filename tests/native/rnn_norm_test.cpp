@@ -17,7 +17,7 @@ struct Problem {
   Shape shape;
   int64_t steps, rows;
   std::vector<int64_t> lengths;
-  bool bias, reverse, resets;
+  bool bias, reverse, resets, noise;
   unsigned seed;
 
   explicit Problem(unsigned seed) : seed(seed) {
@@ -28,18 +28,18 @@ struct Problem {
     steps = pick({1, 2, 9, 40}), rows = pick({0, 1, 2, 5, 13, 40});
     if (rows <= 2 && random() % 2) shape.hidden = 130;
     for (int64_t r = 0; r < rows; ++r) lengths.push_back(random() % (steps + 1));
-    bias = random() % 2, reverse = random() % 2, resets = random() % 2;
+    bias = random() % 2, reverse = random() % 2, resets = random() % 2, noise = random() % 2;
   }
 
   std::string name() const {
     return "normalised problem " + std::to_string(seed) + (shape.cell == CellKind::lstm ? " lstm" : " gru") + " T=" + std::to_string(steps) +
-           " B=" + std::to_string(rows) + " H=" + std::to_string(shape.hidden);
+           " B=" + std::to_string(rows) + " H=" + std::to_string(shape.hidden) + (noise ? " noise" : "");
   }
 };
 
 using Results = std::vector<std::vector<float>>;
 
-// What one pair of calls leaves: out, h_n, d_products, d_inputs, d_h0, d_sums. Rows end early, so unwritten tokens stay NaN.
+// What one pair of calls leaves: out, h_n, d_products, d_inputs, d_h0, d_sums, every cell state. Rows end early, so unwritten tokens stay NaN.
 Results run(const Problem& p, int threads) {
   Random random(p.seed);
   const SequencePlan plan = SequencePlan::padded(p.steps, p.rows, p.lengths.data());
@@ -58,19 +58,23 @@ Results run(const Problem& p, int threads) {
   Buffer out(type, all * H), h_n(state, p.rows * H), c_n(h_n), d_h0(h_n), d_c0(h_n), gates(type, N * 4 * H), hats(type, N * G);
   Buffer cells(DType::f32, N * H), stats(DType::f32, N * kNormStats), d_inputs(type, all * G), d_products(type, N * G), before(type, N * H);
   Buffer d_sums(DType::f32, 4 * G + 2 * H);
+  Buffer c_out(type, all * H), d_c_out = drawn(type, all * H, 1);
+  Masked masked(type, all, p.rows, H, random);
   const auto f32 = [](Buffer& b) { return static_cast<float*>(b.data()); };
   const auto view = [&](Buffer& b, int64_t features) { return View{b.data(), p.rows * features, features}; };
   const NormPass pass{p.reverse, w.data(), gain.data(), p.bias ? bias.data() : nullptr, gain_x.data(), p.bias ? bias_x.data() : nullptr,
                       lstm ? cell_gain.data() : nullptr, lstm ? cell_bias.data() : nullptr, h0.data(), lstm ? c0.data() : nullptr,
-                      view(inputs, G), view(out, H)};
-  const NormForwardPass forward{pass, h_n.data(), lstm ? c_n.data() : nullptr, gates.data(), hats.data(), lstm ? f32(cells) : nullptr, f32(stats)};
+                      view(inputs, G), view(out, H), p.noise ? masked.noise(false, lstm) : Noise{}};
+  const bool states = p.noise && lstm;
+  const NormForwardPass forward{pass, h_n.data(), lstm ? c_n.data() : nullptr, gates.data(), hats.data(), lstm ? f32(cells) : nullptr, f32(stats),
+                                states ? view(c_out, H) : View{}};
   kernels(type).norm_forward(p.shape, seq, forward, threads);
   const NormBackwardPass backward{pass, gates.data(), hats.data(), lstm ? f32(cells) : nullptr, f32(stats), view(d_out, H), d_h_n.data(),
                                   nullptr, view(d_inputs, G), d_products.data(), before.data(), d_h0.data(), lstm ? d_c0.data() : nullptr,
-                                  f32(d_sums)};
+                                  f32(d_sums), states ? view(d_c_out, H) : View{}};
   kernels(type).norm_backward(p.shape, seq, backward, threads);
   Results results;
-  for (Buffer* b : {&out, &h_n, &d_products, &before, &d_inputs, &d_h0, &d_sums}) {
+  for (Buffer* b : {&out, &h_n, &d_products, &before, &d_inputs, &d_h0, &d_sums, &c_out}) {
     results.emplace_back();
     for (int64_t i = 0; i < b->count(); ++i) results.back().push_back(b->get(i));
   }

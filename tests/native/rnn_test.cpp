@@ -34,6 +34,7 @@ struct Problem {
   bool bias, initial, batch_major, wants_all;
   int64_t gap;  // unused elements between the rows of a sequence tensor
   bool resets;  // unless packed
+  bool noise;
   unsigned seed;
 
   explicit Problem(unsigned seed) : seed(seed) {
@@ -52,7 +53,7 @@ struct Problem {
       for (int64_t t = 0, last = rows; t < steps; ++t) sizes.push_back(last = t == 0 ? rows : 1 + random() % last);
     bias = coin(random), initial = coin(random), batch_major = coin(random), wants_all = coin(random);
     gap = random() % 4;
-    resets = kind != packed && coin(random);
+    resets = kind != packed && coin(random), noise = coin(random);
   }
 
   SequencePlan plan() const {
@@ -64,7 +65,7 @@ struct Problem {
     return "problem " + std::to_string(seed) + (shape.cell == CellKind::lstm ? " lstm" : " gru") +
            (shape.dtype == DType::f32 ? " f32" : " bf16") + " T=" + std::to_string(steps) + " B=" + std::to_string(rows) +
            " I=" + std::to_string(shape.input) + " H=" + std::to_string(shape.hidden) + " directions=" +
-           std::to_string(directions) + " kind=" + std::to_string(kind) + (resets ? " resets" : "");
+           std::to_string(directions) + " kind=" + std::to_string(kind) + (resets ? " resets" : "") + (noise ? " noise" : "");
   }
 };
 
@@ -179,6 +180,8 @@ class Run {
     const DType state = p.shape.state_is_f32 ? DType::f32 : p.shape.dtype;
     for (int d = 0; d < p.directions; ++d) sides_.emplace_back(p, s_.tokens(), lstm_ ? 4 : 3, state, random_);
     x_.fill(random_, s_), d_out_.fill(random_, s_);
+    const int64_t tokens = p.kind == Problem::packed ? s_.tokens() : p.steps * p.rows;
+    for (int d = 0; d < p.directions; ++d) masked_.emplace_back(p.shape.dtype, tokens, p.rows, p.shape.hidden, random_);
     if (!p.resets) return;
     resets_.reset(new bool[p.steps * p.rows]);
     for (int64_t i = 0; i < p.steps * p.rows; ++i) resets_[i] = random_() % 3 == 0;
@@ -229,6 +232,8 @@ class Run {
     }
   }
 
+  Noise noise(int d) { return p_.noise ? masked_[d].noise(p_.kind == Problem::packed, lstm_) : Noise{}; }
+
   View half(SequenceTensor& tensor, int d) { return tensor.view(d * p_.shape.hidden, p_.shape.dtype); }
 
   void forward(bool training) {
@@ -237,7 +242,7 @@ class Run {
       Side& side = sides_[d];
       passes.push_back({direction(d), x_.view(0, p_.shape.dtype), half(out_, d), side.h_n.data(),
                         lstm_ ? side.c_n.data() : nullptr, training ? side.gates.data() : nullptr,
-                        training && lstm_ ? static_cast<float*>(side.cells.data()) : nullptr});
+                        training && lstm_ ? static_cast<float*>(side.cells.data()) : nullptr, View{}, noise(d)});
     }
     kernels(p_.shape.dtype).forward(p_.shape, s_, passes.data(), p_.directions, threads_);
   }
@@ -254,7 +259,7 @@ class Run {
                         state(side.d_c_n, all && lstm_), side.gates.data(),
                         lstm_ ? static_cast<const float*>(side.cells.data()) : nullptr, state(side.d_h0, all),
                         state(side.d_c0, all && lstm_), side.d_w_ih.data(), side.d_w_hh.data(), state(side.d_b_ih, p_.bias),
-                        state(side.d_b_hh, p_.bias)});
+                        state(side.d_b_hh, p_.bias), View{}, noise(d)});
     }
     kernels(p_.shape.dtype).backward(p_.shape, s_, passes.data(), p_.directions, threads_);
   }
@@ -267,6 +272,7 @@ class Run {
   bool lstm_;
   SequenceTensor x_, out_, d_out_, d_x_;
   std::vector<Side> sides_;
+  std::vector<Masked> masked_;
   std::unique_ptr<bool[]> resets_;  // of exactly its size, as every operand
 };
 
