@@ -21,7 +21,6 @@ from tests.oracle import (
     check_backward_changes_nothing,
     check_layer,
     check_second,
-    run,
 )
 
 NOISE = ("zoneout", "mean", "state", "update", "both", "")
