@@ -38,7 +38,7 @@ def test_every_argument_arrives(launched: list[dict[str, Any]]) -> None:
     assert len(launched) > 50
     for one in launched:
         assert one["launches"] == 1
-        assert one["arguments"] > 3
+        assert one["arguments"] >= 3
         assert not one["lost"], one
         assert one["grid"] == one["asked"], one
 
