@@ -103,7 +103,10 @@ PEERS = {
     "flashrnn": _flashrnn("cuda_fused"),
     "flashrnn.alternating": _flashrnn("cuda"),
     "flashrnn.triton": _flashrnn("triton_fused"),
-    "cpu.plain": Peer(fastseq_program("cpu"), "our plain layer", ("options",), form=_plain),
+    **{
+        f"{on}.plain": Peer(fastseq_program(on), "our plain layer", ("options",), form=_plain)
+        for on in ("cpu", "auto", "triton")
+    },
     "loop": Peer(exact_program, "torch loop", LOOPS),
     "loop.compile": Peer(
         _compiled_loop, "torch.compile of the loop", LOOPS, refuses=decoder_programs.compile_refuses

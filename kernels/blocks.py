@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-__all__ = ["add_rows", "dot", "product", "tanh", "wait_for_all", "wide", "zeros"]
+__all__ = ["add_rows", "dot", "product", "tanh", "tile_of", "wait_for_all", "wide", "zeros"]
 
 
 @triton.jit
@@ -20,6 +20,15 @@ def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr = 0):
     else:
         tile = tl.zeros((ROWS,), tl.float32)
     return tile
+
+
+@triton.jit
+def tile_of(tile, N, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr):
+    """Rows and columns of a tile of [N, WIDTH], and which of them exist."""
+    across: tl.constexpr = (WIDTH + BLOCK_U - 1) // BLOCK_U
+    n = wide(tile // across) * BLOCK_N + tl.arange(0, BLOCK_N)
+    u = (tile % across) * BLOCK_U + tl.arange(0, BLOCK_U)
+    return n, n < N, u, u < WIDTH
 
 
 @triton.jit

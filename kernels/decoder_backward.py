@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .blocks import product, wait_for_all, wide, zeros
-from .decoder_forward import query_of, tile_of, tiles_of
+from .blocks import product, tile_of, wait_for_all, wide, zeros
+from .decoder_forward import query_of, tiles_of
 from .decoder_plan import CANDIDATE, CELL, CONTEXT, CONTEXT_FED, MAXOUT, QUERY, READ, RESET, SCORE, TANH
 from .scores import additive_backward, attended_of
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .blocks import add_rows, product, tanh, wait_for_all, wide, zeros
+from .blocks import add_rows, product, tanh, tile_of, wait_for_all, wide, zeros
 from .decoder_plan import CANDIDATE, CELL, CONTEXT_FED, MAXOUT, QUERY, READ, RESET, SCORE, TANH
 from .scores import additive, attended_of
 
-__all__ = ["Made", "Read", "Work", "decoder_forward", "tile_of"]
+__all__ = ["Made", "Read", "Work", "decoder_forward"]
 
 
 class Read(NamedTuple):
@@ -61,15 +61,6 @@ class Work(NamedTuple):
     candidate: Any  # [N, H]: W_n x + b_in
     reset: Any  # [N, H] in y's dtype: r h
     arrived: Any  # int32 [1], 0: the barrier's
-
-
-@triton.jit
-def tile_of(tile, N, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_U: tl.constexpr):
-    """Rows and columns of a tile of [N, WIDTH], and which of them exist."""
-    across: tl.constexpr = (WIDTH + BLOCK_U - 1) // BLOCK_U
-    n = wide(tile // across) * BLOCK_N + tl.arange(0, BLOCK_N)
-    u = (tile % across) * BLOCK_U + tl.arange(0, BLOCK_U)
-    return n, n < N, u, u < WIDTH
 
 
 @triton.jit

@@ -1,380 +1,30 @@
-"""A layer-normalised recurrence in one program a block of rows: W_hh stays on chip for the whole time loop.
+"""A layer-normalised recurrence, one direction a call; the operator is fastseq/ops/rnn_norm.py, the equations stand in
+backends/reference.py.
 
-For sizes whose W_hh one program can hold, as rnn_sequence.py; which those are says configs.json. A program's tiles hold
-whole rows, of which statistics are. One direction a launch; the operator is fastseq/ops/rnn_norm.py, the equations
-stand in backends/reference.py.
+N(W_ih x) of all steps comes first and its gradients last (rnn_norm_inputs.py). Between them runs one of two kernels, of
+which configs.json says which: rnn_norm_sequence.py where one program can hold W_hh, rnn_norm_steps.py otherwise.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastseq.ops.rnn_gpu import Batch, aligned, without_autocast
-from fastseq.ops.rnn_norm import GIVEN, STATS, Given, norm_gradients, norm_outputs, spread_sums
+from fastseq.ops.rnn_norm import GIVEN, Given, norm_gradients, norm_outputs, spread_sums
 
-from . import devices
-from .blocks import dot, tanh
+from . import rnn_norm_inputs, rnn_norm_sequence, rnn_norm_steps, rnn_norm_steps_backward
 from .cells import CELLS
-from .configs import choose, find
-from .launch import INTERPRETED, Launch, cdiv, device_of, precision, run, tf32_allowed
-from .rnn_batch import before, lengths_of, load_either, starts_anew, token
+from .configs import Config, choose, find
+from .launch import Launch, cdiv, device_of, precision, run, tf32_allowed
+from .rnn_norm_blocks import Norms
+from .rnn_norm_steps import Kept, Places, Static, Work
+from .rnn_norm_steps_backward import Back, Found
 
-__all__ = ["backward", "forward", "without_room"]
+__all__ = ["backward", "forward"]
 
-_SIZES = ["T", "B", "tokens", "step", "row", "d"]
-_EPS = tl.constexpr(1e-5)
-_STATS = tl.constexpr(STATS)
-
-
-@triton.jit
-def block_hats(columns, FIRST: tl.constexpr, END: tl.constexpr, units_in, H: tl.constexpr):
-    """(N of columns[FIRST:END] together, 1 / deviation [rows]); columns are 0 where there is no unit."""
-    total = tl.sum(columns[FIRST], 1)
-    for g in tl.static_range(FIRST + 1, END):
-        total += tl.sum(columns[g], 1)
-    mean = total / ((END - FIRST) * H)
-    squares = tl.zeros_like(mean)
-    for g in tl.static_range(FIRST, END):
-        off = tl.where(units_in[None, :], columns[g] - mean[:, None], 0.0)
-        squares += tl.sum(off * off, 1)
-    scale = 1 / tl.sqrt(squares / ((END - FIRST) * H) + _EPS)
-    hats = ()
-    for g in tl.static_range(FIRST, END):
-        hats = hats + (tl.where(units_in[None, :], (columns[g] - mean[:, None]) * scale[:, None], 0.0),)
-    return hats, scale
-
-
-@triton.jit
-def block_gradients(d_hats, hats, scale, FIRST: tl.constexpr, END: tl.constexpr, units_in, H: tl.constexpr):
-    """Gradients of what `block_hats` took, from those of the hats."""
-    plain = tl.sum(d_hats[FIRST], 1)
-    by_hat = tl.sum(d_hats[FIRST] * hats[FIRST], 1)
-    for g in tl.static_range(FIRST + 1, END):
-        plain += tl.sum(d_hats[g], 1)
-        by_hat += tl.sum(d_hats[g] * hats[g], 1)
-    plain = plain / ((END - FIRST) * H)
-    by_hat = by_hat / ((END - FIRST) * H)
-    found = ()
-    for g in tl.static_range(FIRST, END):
-        d = (d_hats[g] - plain[:, None] - hats[g] * by_hat[:, None]) * scale[:, None]
-        found = found + (tl.where(units_in[None, :], d, 0.0),)
-    return found
-
-
-@triton.jit
-def load_columns(p, mask, units, COUNT: tl.constexpr, H: tl.constexpr):
-    """COUNT tiles fp32 at p [rows, 1], H apart."""
-    found = ()
-    for g in tl.static_range(COUNT):
-        found = found + (tl.load(p + g * H + units[None, :], mask, 0.0).to(tl.float32),)
-    return found
-
-
-@triton.jit
-def store_columns(p, columns, mask, units, H: tl.constexpr):
-    for g in tl.static_range(len(columns)):
-        tl.store(p + g * H + units[None, :], columns[g].to(p.dtype.element_ty), mask)
-
-
-@triton.jit
-def load_row(p, g: tl.constexpr, units, units_in, H: tl.constexpr):
-    """[1, units] fp32 of p [.., H] or None, which is 0."""
-    row = tl.zeros_like(units).to(tl.float32)
-    if p is not None:
-        row = tl.load(p + g * H + units, units_in, 0.0).to(tl.float32)
-    return row[None, :]
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def forward_kernel(
-    inputs,  # [tokens, G * H]: x W_ih'; becomes N of it where gates are saved
-    w_hh,  # [G * H, H]
-    gain_x,  # [G * H]
-    bias_x,  # [G * H] or None
-    gain,
-    bias,
-    cell_gain,  # [H] or None
-    cell_bias,
-    h0,  # [B, H] or None
-    c0,
-    lengths,  # [B] or None
-    starts,  # [T] or None
-    resets,  # [tokens] uint8 or None
-    out,  # [tokens, H], 0 behind the lengths
-    h_n,  # [B, H]
-    c_n,  # the same, or None
-    hats,  # [tokens, G * H] or None, and so the next three
-    gates,  # [tokens, COLUMNS, H]
-    cells,  # [tokens, H] fp32
-    stats,  # [tokens, STATS] fp32
-    T,
-    B,
-    tokens,
-    step,
-    row,
-    d,  # 1: in reverse
-    CELL: tl.constexpr,
-    INPUT: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    GATES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CELL_STATE: tl.constexpr,
-    SPLIT: tl.constexpr,  # gates of the first block of statistics
-    H: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_UNITS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    rows = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
-    rows_in = rows < B
-    units = tl.arange(0, BLOCK_UNITS)
-    units_in = units < H
-    tile_in = rows_in[:, None] & units_in[None, :]
-    state_at = rows[:, None] * H + units[None, :]
-    length = lengths_of(lengths, rows, rows_in, T)
-    square = units_in[:, None] & units_in[None, :]
-    weights = ()
-    for g in tl.static_range(GATES):
-        weights = weights + (tl.load(w_hh + (g * H + units[None, :]) * H + units[:, None], square, 0.0),)
-    h = tl.zeros((BLOCK_ROWS, BLOCK_UNITS), tl.float32)
-    if h0 is not None:
-        h = tl.load(h0 + state_at, tile_in, 0.0).to(tl.float32)
-    c = tl.zeros((BLOCK_ROWS, BLOCK_UNITS), tl.float32)
-    if c0 is not None:
-        c = tl.load(c0 + state_at, tile_in, 0.0).to(tl.float32)
-    steps = tl.max(length)
-    for s in range(steps):
-        t = tl.where(d == 0, s, steps - 1 - s) + tl.zeros_like(length)
-        active = t < length
-        here = active[:, None] & units_in[None, :]
-        at = token(t, rows, active, starts, step, row)
-        if resets is not None:
-            anew = starts_anew(resets, t, d, length, active, rows, starts, step, row)
-            h = tl.where(anew[:, None], 0.0, h)
-            c = tl.where(anew[:, None], 0.0, c)
-        p_inputs = inputs + at[:, None] * (GATES * H)
-        of_x = load_columns(p_inputs, here, units, GATES, H)
-        of_h = ()
-        for g in tl.static_range(GATES):
-            zero = tl.zeros((BLOCK_ROWS, BLOCK_UNITS), tl.float32)
-            of_h = of_h + (dot(h.to(w_hh.dtype.element_ty), weights[g], zero, PRECISION),)
-        hats_x, scale_x = block_hats(of_x, 0, SPLIT, units_in, H)
-        hats_h, scale_h = block_hats(of_h, 0, SPLIT, units_in, H)
-        p_stats = stats
-        if stats is not None:
-            p_stats = stats + at * _STATS
-            tl.store(p_stats, scale_h, active)
-            tl.store(p_stats + 3, scale_x, active)
-        if SPLIT < GATES:
-            more_x, scale_x = block_hats(of_x, SPLIT, GATES, units_in, H)
-            more_h, scale_h = block_hats(of_h, SPLIT, GATES, units_in, H)
-            hats_x = hats_x + more_x
-            hats_h = hats_h + more_h
-            if stats is not None:
-                tl.store(p_stats + 1, scale_h, active)
-                tl.store(p_stats + 4, scale_x, active)
-        if hats is not None:
-            store_columns(p_inputs, hats_x, here, units, H)
-            store_columns(hats + at[:, None] * (GATES * H), hats_h, here, units, H)
-        pre = ()
-        for k in tl.static_range(COLUMNS):
-            column = tl.zeros((BLOCK_ROWS, BLOCK_UNITS), tl.float32)
-            if INPUT[k] >= 0:
-                column += hats_x[INPUT[k]] * load_row(gain_x, INPUT[k], units, units_in, H)
-                column += load_row(bias_x, INPUT[k], units, units_in, H)
-            if HIDDEN[k] >= 0:
-                column += hats_h[HIDDEN[k]] * load_row(gain, HIDDEN[k], units, units_in, H)
-                column += load_row(bias, HIDDEN[k], units, units_in, H)
-            pre = pre + (column,)
-        new_h, new_c, saved = CELL(pre, h, c)
-        if CELL_STATE:  # its h is that of an LSTM which is not normalised
-            of_c, scale_c = block_hats((new_c,), 0, 1, units_in, H)
-            read = of_c[0] * load_row(cell_gain, 0, units, units_in, H) + load_row(cell_bias, 0, units, units_in, H)
-            new_h = saved[3] * tanh(read)
-            c = tl.where(active[:, None], new_c, c)
-            if cells is not None:
-                tl.store(cells + at[:, None] * H + units[None, :], new_c, here)
-                tl.store(p_stats + 1, tl.sum(new_c, 1) / H, active)
-                tl.store(p_stats + 2, scale_c, active)
-        h = tl.where(active[:, None], new_h, h)
-        tl.store(out + at[:, None] * H + units[None, :], new_h.to(out.dtype.element_ty), here)
-        if gates is not None:
-            store_columns(gates + at[:, None] * (COLUMNS * H), saved, here, units, H)
-    tl.store(h_n + state_at, h.to(h_n.dtype.element_ty), tile_in)
-    if CELL_STATE:
-        tl.store(c_n + state_at, c.to(c_n.dtype.element_ty), tile_in)
-
-
-@triton.jit
-def lstm_backward(saved, before, hat_c, scale_c, gain, bias, dh, carry, units_in, H: tl.constexpr):
-    """(gradients of the columns, dL/dc, dL/d(hat_c gain + bias)) of an LSTM that reads c normalised."""
-    i, f, g, o = saved
-    squashed = tanh(hat_c * gain + bias)
-    d_read = dh * o * (1 - squashed * squashed)
-    through = block_gradients((d_read * gain,), (hat_c,), scale_c, 0, 1, units_in, H)
-    dc = carry + through[0]
-    return (
-        dc * g * i * (1 - i), dc * before * f * (1 - f), dc * i * (1 - g * g), dh * squashed * o * (1 - o)
-    ), dc * f, d_read  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def backward_kernel(
-    d_out,  # [tokens, H] or None
-    d_h_n,  # [B, H] or None
-    d_c_n,
-    w_hh,  # [G * H, H]
-    gain_x,  # [G * H]
-    gain,
-    cell_gain,  # [H] or None
-    cell_bias,
-    h0,  # [B, H] or None
-    c0,
-    lengths,
-    starts,
-    resets,
-    out,  # [tokens, H]
-    hats_x,  # [tokens, G * H]
-    hats,
-    gates,  # [tokens, COLUMNS, H]
-    cells,  # [tokens, H] fp32 or None
-    stats,  # [tokens, STATS] fp32
-    d_gates,  # [tokens, COLUMNS, H]; column k at PLACE[k]. This and the rest: 0 behind the lengths
-    d_read,  # [tokens, H] or None: of gain and bias of N(c)
-    d_inputs,  # [tokens, G * H]: of x W_ih'
-    d_products,  # [tokens, G * H]: of h W_hh'
-    h_before,  # [tokens, H]: that h
-    d_h0,  # [B, H] or None
-    d_c0,
-    T,
-    B,
-    tokens,
-    step,
-    row,
-    d,
-    CELL: tl.constexpr,
-    INPUT: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    PLACE: tl.constexpr,
-    GATES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CELL_STATE: tl.constexpr,
-    SPLIT: tl.constexpr,
-    DIRECT: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_UNITS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    rows = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
-    rows_in = rows < B
-    units = tl.arange(0, BLOCK_UNITS)
-    units_in = units < H
-    tile_in = rows_in[:, None] & units_in[None, :]
-    state_at = rows[:, None] * H + units[None, :]
-    length = lengths_of(lengths, rows, rows_in, T)
-    square = units_in[:, None] & units_in[None, :]
-    weights = ()
-    for g in tl.static_range(GATES):
-        weights = weights + (tl.load(w_hh + (g * H + units[:, None]) * H + units[None, :], square, 0.0),)
-    dh = tl.zeros((BLOCK_ROWS, BLOCK_UNITS), tl.float32)
-    if d_h_n is not None:
-        dh = tl.load(d_h_n + state_at, tile_in, 0.0).to(tl.float32)
-    carry = tl.zeros((BLOCK_ROWS, BLOCK_UNITS), tl.float32)
-    if d_c_n is not None:
-        carry = tl.load(d_c_n + state_at, tile_in, 0.0).to(tl.float32)
-    steps = tl.max(length)
-    for s in range(steps):
-        t = tl.where(d == 0, steps - 1 - s, s) + tl.zeros_like(length)
-        active = t < length
-        here = active[:, None] & units_in[None, :]
-        at = token(t, rows, active, starts, step, row)
-        earlier, is_step = before(t, d, length)
-        is_step &= active
-        is_first = active & ~is_step
-        if resets is not None:
-            anew = starts_anew(resets, t, d, length, active, rows, starts, step, row)
-            is_step &= ~anew
-            is_first &= ~anew
-        earlier_at = token(earlier, rows, is_step, starts, step, row)[:, None] * H + units[None, :]
-        from_step = is_step[:, None] & units_in[None, :]
-        from_initial = is_first[:, None] & units_in[None, :]
-        state = at[:, None] * H + units[None, :]
-        grad = dh
-        if d_out is not None:
-            grad += tl.load(d_out + state, here, 0.0).to(tl.float32)
-        saved = load_columns(gates + at[:, None] * (COLUMNS * H), here, units, COLUMNS, H)
-        h_in = load_either(out, earlier_at, from_step, h0, state_at, from_initial)
-        tl.store(h_before + state, h_in.to(h_before.dtype.element_ty), here)
-        p_stats = stats + at * _STATS
-        if CELL_STATE:
-            mean_c = tl.load(p_stats + 1, active, 0.0)
-            scale_c = tl.load(p_stats + 2, active, 0.0)
-            hat_c = tl.where(here, (tl.load(cells + state, here, 0.0) - mean_c[:, None]) * scale_c[:, None], 0.0)
-            c_in = load_either(cells, earlier_at, from_step, c0, state_at, from_initial)
-            d_pre, new_carry, d_of_read = lstm_backward(
-                saved, c_in, hat_c, scale_c, load_row(cell_gain, 0, units, units_in, H),
-                load_row(cell_bias, 0, units, units_in, H), tl.where(here, grad, 0.0), carry, units_in, H,
-            )  # fmt: skip
-            tl.store(d_read + state, d_of_read.to(d_read.dtype.element_ty), here)
-        else:
-            d_pre, new_carry = CELL(saved, h_in, h_in, grad, carry)
-        p_grads = d_gates + at[:, None] * (COLUMNS * H) + units[None, :]
-        for k in tl.static_range(COLUMNS):
-            tl.store(p_grads + PLACE[k] * H, d_pre[k].to(d_gates.dtype.element_ty), here)
-        at_gates = at[:, None] * (GATES * H)
-        of_x = load_columns(hats_x + at_gates, here, units, GATES, H)
-        of_h = load_columns(hats + at_gates, here, units, GATES, H)
-        d_x = ()
-        d_h = ()
-        for g in tl.static_range(GATES):
-            for k in tl.static_range(COLUMNS):
-                if INPUT[k] == g:
-                    d_x = d_x + (tl.where(here, d_pre[k] * load_row(gain_x, g, units, units_in, H), 0.0),)
-                if HIDDEN[k] == g:
-                    d_h = d_h + (tl.where(here, d_pre[k] * load_row(gain, g, units, units_in, H), 0.0),)
-        scale_x = tl.load(p_stats + 3, active, 0.0)
-        scale_h = tl.load(p_stats, active, 0.0)
-        to_x = block_gradients(d_x, of_x, scale_x, 0, SPLIT, units_in, H)
-        to_h = block_gradients(d_h, of_h, scale_h, 0, SPLIT, units_in, H)
-        if SPLIT < GATES:
-            scale_x = tl.load(p_stats + 4, active, 0.0)
-            scale_h = tl.load(p_stats + 1, active, 0.0)
-            to_x = to_x + block_gradients(d_x, of_x, scale_x, SPLIT, GATES, units_in, H)
-            to_h = to_h + block_gradients(d_h, of_h, scale_h, SPLIT, GATES, units_in, H)
-        store_columns(d_inputs + at_gates, to_x, here, units, H)
-        store_columns(d_products + at_gates, to_h, here, units, H)
-        new_dh = tl.zeros((BLOCK_ROWS, BLOCK_UNITS), tl.float32)
-        for g in tl.static_range(GATES):
-            of_gate = to_h[g].to(d_products.dtype.element_ty)
-            if resets is not None:
-                of_gate = tl.where(anew[:, None], 0.0, of_gate)
-            new_dh = dot(of_gate, weights[g], new_dh, PRECISION)
-        if resets is not None:
-            new_carry = tl.where(anew[:, None], 0.0, new_carry)
-        dh = tl.where(active[:, None], new_dh, dh)
-        carry = tl.where(active[:, None], new_carry, carry)
-    if d_h0 is not None:
-        if DIRECT:
-            dh += carry
-        tl.store(d_h0 + state_at, dh.to(d_h0.dtype.element_ty), tile_in)
-    if d_c0 is not None:
-        tl.store(d_c0 + state_at, carry.to(d_c0.dtype.element_ty), tile_in)
-
-
-def without_room(hidden: int, dtype: torch.dtype, index: int | None) -> str | None:
-    """Why no program of the GPU `index` holds these weights; None: one does."""
-    device = devices.INTERPRETER if INTERPRETED else devices.of(torch.cuda.current_device() if index is None else index)
-    if all(find(f"rnn_norm_{way}", dtype, hidden, device) for way in ("forward", "backward")):
-        return None
-    return (
-        f"layer normalisation with hidden_size={hidden} in {dtype} on {device.name}: its kernels hold W_hh in one "
-        "program, and no row of configs.json has one that large"
-    )
+_WIDE = torch.float32
 
 
 def forward(cell: str, *args: Any) -> list[Tensor | None]:
@@ -388,13 +38,17 @@ def forward(cell: str, *args: Any) -> list[Tensor | None]:
         for saved in results[4:8]:
             if saved is not None:
                 saved.zero_()
-    out, h_n, c_n, _, hats, gates, cells, stats, _ = results
+    out, h_n, c_n, _, *saved, _ = results
     inputs = torch.mm(x.reshape(batch.tokens, x.shape[-1]), w_ih.t())
     results[3] = inputs.view(*x.shape[:-1], w_ih.shape[0]) if save else None
+    _run_inputs("forward", cell, given, batch, (inputs, results[7]))
     if batch.B:
-        read = _parameters(given, ("gain_x", "bias_x", "gain", "bias", "cell_gain", "cell_bias"))
-        tensors = (inputs, given.weights[1], *read, given.h0, given.c0, *batch.places, out, h_n, c_n)
-        _launch("forward", cell, given, batch, (*tensors, hats, gates, cells, stats))
+        config = find("rnn_norm_sequence_forward", x.dtype, given.hidden, device_of(x))
+        if config is not None:
+            tensors = (inputs, given.weights[1], _norms(given), given.h0, given.c0, *batch.places, out, h_n, c_n)
+            _run_sequence("forward", cell, given, batch, (*tensors, *saved), config)
+        else:
+            results[1:3] = _forward_steps(cell, given, batch, inputs, results)
     return results
 
 
@@ -409,16 +63,24 @@ def backward(
     results = norm_gradients(given, needs)
     d_x, d_h0, d_c0, *d_weights = results
     new = x.new_zeros if batch.ragged else x.new_empty
-    d_gates, d_inputs, d_products = (new((batch.tokens, n * hidden)) for n in (kind.columns, kind.gates, kind.gates))
+    d_gates, d_products = (new((batch.tokens, n * hidden)) for n in (kind.columns, kind.gates))
     h_before, d_read = new((batch.tokens, hidden)), new((batch.tokens, hidden)) if kind.cell_state else None
     if batch.B:
-        grads = (None if g is None else aligned(g) for g in (d_out, d_h_n, d_c_n))
-        read = _parameters(given, ("gain_x", "gain", "cell_gain", "cell_bias"))
-        saved = (out, hats_x, hats, gates, cells if kind.cell_state else None, stats)
-        states = (d if d.numel() else None for d in (d_h0, d_c0))
-        places = (given.h0, given.c0, *batch.places)
-        tensors = (*grads, given.weights[1], *read, *places, *saved, d_gates, d_read, d_inputs, d_products, h_before)
-        _launch("backward", cell, given, batch, (*tensors, *states))
+        grads = [None if g is None else aligned(g) for g in (d_out, d_h_n, d_c_n)]
+        saved = (out, hats, gates, cells if kind.cell_state else None, stats)
+        states = [d if d.numel() else None for d in (d_h0, d_c0)]
+        found = (d_gates, d_read, d_products, h_before)
+        config = find("rnn_norm_sequence_backward", x.dtype, hidden, device_of(x))
+        if config is not None:
+            tensors = (*grads, given.weights[1], _norms(given), given.h0, given.c0, *batch.places, *saved, *found)
+            _run_sequence("backward", cell, given, batch, (*tensors, *states), config)
+        else:
+            read = rnn_norm_steps_backward.Given(*grads[:2], given.h0, given.c0, *saved)
+            d_c0 = _backward_steps(cell, given, batch, read, grads[2], Found(*found, states[0]))
+            if states[1] is not None:
+                results[2] = d_c0.to(states[1].dtype)
+    d_inputs = torch.empty_like(d_products)
+    _run_inputs("backward", cell, given, batch, (d_gates, _norms(given).gain_x, hats_x, stats, d_inputs))
     with without_autocast(x):
         if needs[0]:
             torch.mm(d_inputs, given.weights[0], out=d_x.view(batch.tokens, x.shape[-1]))
@@ -455,31 +117,129 @@ def _aligned(given: Given) -> Given:
     return given._replace(h0=h0, c0=c0, weights=weights, norms=norms)
 
 
-def _parameters(given: Given, names: Sequence[str]) -> tuple[Tensor | None, ...]:
+def _norms(given: Given) -> Norms:
     bias_x, bias = given.weights[2:] or (None, None)
     gain_x, gain, cell_gain, cell_bias = (*given.norms, None, None)[:4]
-    found = {
-        "gain_x": gain_x,
-        "gain": gain,
-        "bias_x": bias_x,
-        "bias": bias,
-        "cell_gain": cell_gain,
-        "cell_bias": cell_bias,
-    }
-    return tuple(found[name] for name in names)
+    return Norms(gain_x, bias_x, gain, bias, cell_gain, cell_bias)
 
 
-def _launch(way: str, cell: str, given: Given, batch: Batch, tensors: tuple[Tensor | None, ...]) -> None:
+def _split(cell: str) -> int:
+    """Gates of the first block of statistics."""
+    return 4 if CELLS[cell].cell_state else 2
+
+
+def _run_inputs(way: str, cell: str, given: Given, batch: Batch, tensors: tuple[Tensor | None, ...]) -> None:
+    if not batch.tokens:
+        return
     kind, x = CELLS[cell], given.x
-    config = choose(f"rnn_norm_{way}", x.dtype, given.hidden, device_of(x))
-    constants: dict[str, Any] = {
-        "CELL": getattr(kind, way), "INPUT": kind.INPUT, "HIDDEN": kind.HIDDEN, "GATES": kind.gates,
-        "COLUMNS": kind.columns, "CELL_STATE": kind.cell_state, "SPLIT": 4 if kind.cell_state else 2,
-        "H": given.hidden, "PRECISION": precision(x.dtype, tf32_allowed(x, "rnn")), **config.constants,
-    }  # fmt: skip
+    config = choose("rnn_norm_inputs", x.dtype, given.hidden, device_of(x))
+    constants = {"GATES": kind.gates, "SPLIT": _split(cell), "H": given.hidden, **config.constants}
     if way == "backward":
-        constants |= {"PLACE": kind.PLACE, "DIRECT": kind.direct}
-    kernel = forward_kernel if way == "forward" else backward_kernel
+        constants["COLUMNS"] = kind.columns
+    kernel = getattr(rnn_norm_inputs, f"{way}_kernel")
+    grid = (cdiv(batch.tokens, config.blocks["rows"]),)
+    run(x, Launch(kernel, grid, (*tensors, batch.tokens), constants, config.warps, config.stages))
+
+
+def _run_sequence(way: str, cell: str, given: Given, batch: Batch, tensors: tuple[Any, ...], config: Config) -> None:
+    kind, x = CELLS[cell], given.x
+    constants: dict[str, Any] = {
+        "CELL": getattr(kind, way), "HIDDEN": kind.HIDDEN, "GATES": kind.gates, "COLUMNS": kind.columns,
+        "CELL_STATE": kind.cell_state, "SPLIT": _split(cell), "H": given.hidden, "PRECISION": _precision(x),
+        **config.constants,
+    }  # fmt: skip
+    constants |= {"INPUT": kind.INPUT} if way == "forward" else {"PLACE": kind.PLACE, "DIRECT": kind.direct}
+    kernel = getattr(rnn_norm_sequence, f"{way}_kernel")
     grid = (cdiv(batch.B, config.blocks["rows"]),)
     args = (*tensors, *batch.sizes, int(given.reverse))
     run(x, Launch(kernel, grid, args, constants, config.warps, config.stages, unshared=True))
+
+
+def _forward_steps(
+    cell: str, given: Given, batch: Batch, inputs: Tensor, results: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """h_n and c_n; what else is of `results` is filled."""
+    kind, x = CELLS[cell], given.x
+    config = choose("rnn_norm_steps_forward", x.dtype, given.hidden, device_of(x))
+    z = _static(cell, given, config)
+    out, like, _, _, *saved, _ = results
+    h_n = torch.zeros_like(like) if given.h0 is None else given.h0.clone()
+    handed = h_n.squeeze(0).to(x.dtype, copy=True)
+    carry = _started(given.c0 if kind.cell_state else given.h0, batch.B, given)
+    opened = torch.empty_like(carry) if kind.cell_state else None
+    products = x.new_empty((batch.B, kind.gates * given.hidden), dtype=_WIDE)
+    work = Work(handed, carry, opened, products, *_parts(z, batch.B, x), _counter(x))
+    pointers = (inputs, given.weights[1], _norms(given), Places(*batch.places), work, Kept(out, h_n, *saved))
+    each = [(s, s + 1, p, p + 1) for s in range(batch.T) for p in range(z.phases)]
+    _run_steps("forward", cell, given, batch, z, config, pointers, (0, batch.T, 0, z.phases), each)
+    return h_n, carry.unsqueeze(0).to(h_n.dtype) if kind.cell_state else None
+
+
+def _backward_steps(
+    cell: str, given: Given, batch: Batch, read: rnn_norm_steps_backward.Given, d_c_n: Tensor | None, found: Found,
+) -> Tensor:  # fmt: skip
+    """d_c0 [1, B, H] in fp32; `found` is filled."""
+    kind, x = CELLS[cell], given.x
+    config = choose("rnn_norm_steps_backward", x.dtype, given.hidden, device_of(x))
+    z = _static(cell, given, config)
+    carry = _started(d_c_n, batch.B, given)
+    dh = torch.empty_like(carry) if kind.cell_state else None
+    d_hats = x.new_empty((batch.B, kind.gates * given.hidden), dtype=_WIDE)
+    back = Back(carry, dh, d_hats, *_parts(z, batch.B, x), _counter(x))
+    pointers = (given.weights[1], _norms(given), Places(*batch.places), read, found, back)
+    last = batch.T + (found.h0 is not None)
+    each = [(s, s + 1, p, p + 1) for s in range(batch.T) for p in range(z.phases)]
+    each += [(s, s + 1, 0, 1) for s in range(batch.T, last)]
+    _run_steps("backward", cell, given, batch, z, config, pointers, (0, last, 0, z.phases), each)
+    return carry.unsqueeze(0)
+
+
+def _run_steps(
+    way: str, cell: str, given: Given, batch: Batch, z: Static, config: Config, pointers: tuple[Any, ...],
+    whole: tuple[int, ...], each: Sequence[tuple[int, ...]],
+) -> None:  # fmt: skip
+    """All phases of all steps: in one launch where a grid can wait for itself, otherwise a launch each."""
+    device = device_of(given.x)
+    module = rnn_norm_steps if way == "forward" else rnn_norm_steps_backward
+    tiles = cdiv(batch.B, z.rows) * z.across
+    constants = {"CELL": getattr(CELLS[cell], way), "Z": z, "BARRIER": device.cooperative}
+    sizes = (batch.T, batch.B, batch.step, batch.row, int(given.reverse))
+    grid = (min(tiles, device.units) if device.cooperative else tiles,)
+    for part in [whole] if device.cooperative else each:
+        args = (*pointers, *sizes, *part)
+        launch = Launch(
+            module.__dict__[f"{way}_kernel"], grid, args, constants, config.warps, config.stages, device.cooperative,
+            unshared=True,
+        )  # fmt: skip
+        run(given.x, launch)
+
+
+def _static(cell: str, given: Given, config: Config) -> Static:
+    kind, of = CELLS[cell], config.blocks
+    return Static(
+        kind.INPUT, kind.HIDDEN, kind.PLACE, kind.gates, kind.columns, kind.cell_state, kind.direct, _split(cell),
+        given.hidden, of["rows"], of["units"], of["k"], _precision(given.x),
+    )  # fmt: skip
+
+
+def _parts(z: Static, rows: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What tiles say of a row's gates and of its c."""
+    blocks = 1 if z.split == z.gates else 2
+    of_c = x.new_empty((2, rows, z.across), dtype=_WIDE) if z.cell_state else None
+    return x.new_empty((blocks, 2, rows, z.across), dtype=_WIDE), of_c
+
+
+def _counter(x: Tensor) -> Tensor | None:
+    cooperative = device_of(x).cooperative
+    return torch.zeros(1, dtype=torch.int32, device=x.device) if cooperative else None
+
+
+def _started(initial: Tensor | None, rows: int, given: Given) -> Tensor:
+    """A new fp32 tensor [B, H] that holds `initial` [1, B, H], or zeros."""
+    if initial is None:
+        return given.x.new_zeros((rows, given.hidden), dtype=_WIDE)
+    return initial.squeeze(0).to(_WIDE, copy=True, memory_format=torch.contiguous_format)
+
+
+def _precision(x: Tensor) -> str:
+    return precision(x.dtype, tf32_allowed(x, "rnn"))

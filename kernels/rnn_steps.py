@@ -12,7 +12,7 @@ from .blocks import dot, product, wait_for_all
 from .rnn_batch import before, bias_rows, lengths_of, load_either, starts_anew, token
 from .rnn_noise import masked, masked_backward
 
-__all__ = ["backward_kernel", "forward_kernel"]
+__all__ = ["backward_kernel", "forward_kernel", "through_gates"]
 
 _SIZES = ["T", "B", "tokens", "step", "row", "first", "end"]
 
@@ -210,7 +210,7 @@ def backward_kernel(
             if DIRECTIONS == 2:
                 if d == 1:
                     w = w_hh_reverse
-            dh = _through_gates(
+            dh = through_gates(
                 d_gates + (d * tokens + later_at) * (COLUMNS * H), arrives, w, units, units_in, HIDDEN, PLACE, COLUMNS,
                 H, BLOCK_ROWS, BLOCK_UNITS, BLOCK_K, PRECISION,
             )  # fmt: skip
@@ -287,7 +287,7 @@ def backward_kernel(
 
 
 @triton.jit
-def _through_gates(
+def through_gates(
     p_rows,  # [rows]: where a row's d_gates [COLUMNS, H] lie
     rows_in,
     w,  # [G * H, H]

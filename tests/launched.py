@@ -114,6 +114,8 @@ def main() -> None:
             fastseq.LSTM(32, 48, zoneout=(0.1, 0.2), recurrent_dropout=0.3, backend="triton"),
             fastseq.LSTM(32, 300, zoneout=(0.1, 0.2), backend="triton").eval(),
             fastseq.GRU(32, 48, recurrent_dropout=0.3, recurrent_dropout_on="update", backend="triton"),
+            fastseq.GRU(32, 48, layer_norm=True, backend="triton"),
+            fastseq.LSTM(32, 300, layer_norm=True, bidirectional=True, backend="triton"),
         ):
             out, _ = layer(torch.randn(steps, rows, 32), lengths=torch.randint(1, steps, (rows,)))
             out.sum().backward()

@@ -25,6 +25,9 @@ from tests.oracle import GATES
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CLASSES = ((BF16, 16), (FP32, 16), (BF16, 32), (FP32, 24), (BF16, 64), (FP32, 64), (BF16, 100), (BF16, 128))
+GRIDS = (
+    *((BF16, 130), (FP32, 128), (BF16, 256), (FP32, 300), (BF16, 512), (FP32, 512), (BF16, 1024), (FP32, 1024)),
+)  # classes that no program holds
 
 
 class Shape(NamedTuple):
@@ -35,14 +38,12 @@ class Shape(NamedTuple):
 
 
 def launches(shape: Shape, device: Device, B: int = 8, T: int = 3, features: int = 48) -> list[Launch]:
-    """What a training step of one direction starts on `device`; nothing where the table has no row for it."""
+    """What a training step of one direction starts on `device`."""
     with FakeTensorMode(), launch.recording(device) as started, pytest.MonkeyPatch.context() as patch:
 
         def new(*sizes: int, dtype: torch.dtype = shape.dtype) -> Tensor:
             return torch.empty(sizes, dtype=dtype, device="cuda")
 
-        if rnn_norm.find("rnn_norm_backward", shape.dtype, shape.hidden, device) is None:
-            return []
         G, lstm, packed, ints = (
             GATES[shape.cell] * shape.hidden,
             shape.cell == "lstm",
@@ -78,9 +79,9 @@ def launches(shape: Shape, device: Device, B: int = 8, T: int = 3, features: int
     return started
 
 
-def shapes() -> Iterator[Shape]:
+def shapes(classes: tuple[tuple[torch.dtype, int], ...] = CLASSES + GRIDS) -> Iterator[Shape]:
     for (dtype, hidden), cell, rows in itertools.product(
-        CLASSES, ("lstm", "gru"), ("full", "lengths", "packed", "resets")
+        classes, ("lstm", "gru"), ("full", "lengths", "packed", "resets")
     ):
         yield Shape(cell, dtype, hidden, rows)
 
@@ -91,25 +92,53 @@ CHOSEN = [d for d in DEVICES if d.arch in (80, 90, 120, "gfx942")]
 @pytest.mark.parametrize(("turn", "device"), [*enumerate(CHOSEN)], ids=lambda value: getattr(value, "name", ""))
 def test_classes_fit_their_devices(turn: int, device: Device) -> None:
     """Shared memory within the device's, no register spilled. Each device has every second class, with a cell and a
-    kind of rows by turns; a class that the table has no row for is refused there.
+    kind of rows by turns; a class that no program of it holds goes to the grid.
     """
-    own = list(shapes())  # 8 of each class
+    own = list(shapes(CLASSES))  # 8 of each class
     mine = [own[8 * k + (3 * k + 5 * turn) % 8] for k in range(turn % 2, len(CLASSES), 2)]
-    started = [one for shape in mine for one in launches(shape, device)]
-    assert len(started) >= 4
-    for one in started:
-        check(one, device)
+    for shape in mine:
+        for one in launches(shape, device):
+            check(one, device)
+
+
+@pytest.mark.parametrize(("turn", "device"), [*enumerate(DEVICES)], ids=lambda value: getattr(value, "name", ""))
+def test_grids_fit_their_devices(turn: int, device: Device) -> None:
+    """The same of two classes a device, so that each class meets one or two."""
+    own = list(shapes(GRIDS))
+    for k in (turn, turn + 3):
+        for one in {o.kernel: o for o in launches(own[k % 8 * 8 + (3 * turn + k) % 8], device)}.values():
+            check(one, device)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_sizes_share_compilations(cell: str) -> None:
-    """Ever new B and T are compiled once forward and once backward."""
+def test_grid_is_resident(cell: str) -> None:
+    """A grid with a barrier has one program a compute unit at most; where it has none, a phase is a launch."""
+    for device in DEVICES:
+        started = [
+            one
+            for one in launches(Shape(cell, BF16, 1024), device, B=256, T=5)
+            if "inputs" not in one.kernel.__module__
+        ]
+        if device.cooperative:
+            assert [(s.grid, s.cooperative, s.args[-4:]) for s in started] == [
+                ((device.units,), True, (0, steps, 0, 3 if cell == "lstm" else 2)) for steps in (5, 6)
+            ]
+        else:
+            assert len(started) == (3 if cell == "lstm" else 2) * (5 + 5) + 1  # d_h0 comes of one phase more
+            assert not any(s.cooperative for s in started)
+            assert {(s.args[-3] - s.args[-4], s.args[-1] - s.args[-2]) for s in started} == {(1, 1)}
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("hidden", [64, 512])
+def test_sizes_share_compilations(cell: str, hidden: int) -> None:
+    """Ever new B and T are compiled once forward and once backward, around the recurrence and of it."""
     device = next(d for d in DEVICES if d.arch == 90)
     keys = set()
     for B, T in ((1, 1), (16, 16), (1, 64), (4096, 2), (37, 91)):
-        for one in launches(Shape(cell, BF16, 64, "lengths"), device, B, T):
+        for one in launches(Shape(cell, BF16, hidden, "lengths"), device, B, T):
             keys.add((one.kernel, compile_key(one, device)))
-    assert len(keys) == 2
+    assert len(keys) == 4
 
 
 if __name__ == "__main__":

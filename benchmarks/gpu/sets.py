@@ -6,6 +6,7 @@ from itertools import product
 from ..cases import Case, LayerCase
 from ..decoder_cases import WIDTHS, AttentionCase, CorpusCase, DecoderCase
 from ..generate_cases import GenerateCase
+from ..option_cases import OptionCase
 from ..registry import MODES, OPS, Entry, Pairs
 from ..shapes import deepbench, flashrnn
 
@@ -35,6 +36,8 @@ AIMS = {  # by set, mode and peer: least ratio of every row
     ("gpu-recurrence", "forward", "torch.nn"): 1.2,
     ("gpu-recurrence", "train", "torch.nn"): 1.2,
     ("gpu-corpus", "train", "loop"): 5.0,
+    ("gpu-options", "forward", "triton.plain"): 0.5,
+    ("gpu-options", "train", "triton.plain"): 0.5,
 }
 HALF_FIRST = ("bfloat16", "float32")
 
@@ -109,6 +112,14 @@ def _loops() -> list[Case]:
     return [LayerCase(op, mode, 50, b, 256, 256) for b, op, mode in product((32, 1), OPS, MODES)]
 
 
+def _options() -> tuple[Entry, ...]:
+    """Layer normalisation over the same layer without it."""
+    order = product(HALF_FIRST, (512, 128), OPS, MODES)
+    cases = [OptionCase(op, m, 128, 64, h, h, dtype=dtype, option="layer_norm") for dtype, h, op, m in order]
+    pairs = tuple((on, f"{on}.plain") for on in ("auto", "triton"))
+    return tuple(Entry("gpu-options", replace(case, device="cuda"), pairs, (1,)) for case in cases)
+
+
 GPU_SETS: dict[str, tuple[Entry, ...]] = {
     "gpu-decoder": _entries("gpu-decoder", _decoder(), "loop", "loop.graph"),
     "gpu-attention": _entries("gpu-attention", _attention(), "plain"),
@@ -118,6 +129,7 @@ GPU_SETS: dict[str, tuple[Entry, ...]] = {
     "gpu-generate": _entries("gpu-generate", _generate(), "loop"),
     "gpu-recurrence": _entries("gpu-recurrence", _recurrence(), "torch.nn"),
     "gpu-corpus": _entries("gpu-corpus", _corpus(), "loop"),
+    "gpu-options": _options(),
     "gpu-large": _entries("gpu-large", _large(), "torch.nn"),
     "gpu-loops": _entries("gpu-loops", _loops(), "cells", "cells.graph"),
     "gpu-deepbench": _entries("gpu-deepbench", [*deepbench()], "torch.nn"),
@@ -133,7 +145,8 @@ GPU_SETS: dict[str, tuple[Entry, ...]] = {
 # A row of each kind stands before the long tails, so that a stage cut short has seen everything once. Sets that are not
 # here take longer than the stage has.
 HEADS = {"gpu-decoder": 8, "gpu-attention": 4, "gpu-small": 8, "gpu-calls": 12, "gpu-varlen": 4, "gpu-generate": 2,
-         "gpu-recurrence": 8, "gpu-corpus": 2, "gpu-loops": 2, "gpu-large": 0, "gpu-compiled": 1}  # fmt: skip
+         "gpu-recurrence": 8, "gpu-corpus": 2, "gpu-options": 2, "gpu-loops": 2, "gpu-large": 0,
+         "gpu-compiled": 1}  # fmt: skip
 IN_ORDER: tuple[Entry, ...] = (
     *(entry for name, head in HEADS.items() for entry in GPU_SETS[name][:head]),
     *(entry for name, head in HEADS.items() for entry in GPU_SETS[name][head:]),

@@ -17,6 +17,7 @@ FILES = {  # seconds, after which a file's other tests are skipped; most importa
     "test_decoder": 85.0,
     "test_attention": 45.0,
     "test_layers": 65.0,
+    "test_norm": 40.0,
     "test_calls": 30.0,
     "test_first_call": 50.0,
     "test_streams": 35.0,

@@ -37,12 +37,14 @@ def there(tree: Any) -> Any:
 def layer(
     cell: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor], lengths: Tensor | None,
     resets: Tensor | None, batch_sizes: Tensor | None, batch_first: bool, bidirectional: bool,
+    norms: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """As `oracle.plain`, by the backend under test; results are on the CPU, where the oracle is."""
     biased = len(weights) == (8 if bidirectional else 4)
     call = RnnCall(
         cell, *there((x, h0, c0)), list(there(tuple(weights))), there(lengths), batch_sizes, biased,
         bidirectional=bidirectional, batch_first=batch_first, resets=there(resets),
+        norms=None if norms is None else list(there(tuple(norms))),
     )  # fmt: skip
     assert dispatch.obstacle(BACKEND, call) is None
     out, state = dispatch.load(BACKEND).rnn(call)

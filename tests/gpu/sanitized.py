@@ -12,8 +12,9 @@ def main() -> None:
     lengths = torch.tensor([3, 0, 1, 2, 3]).to(DEVICE)
     for hidden in (9, 150):
         for kind in (fastseq.LSTM, fastseq.GRU):
-            module = kind(7, hidden, bidirectional=True, backend=BACKEND).to(DEVICE)
-            module(x, lengths=lengths)[0].sum().backward()
+            for layer_norm in (False, True) if BACKEND != "cuda" else (False,):  # which has no such kernels
+                module = kind(7, hidden, bidirectional=True, layer_norm=layer_norm, backend=BACKEND).to(DEVICE)
+                module(x, lengths=lengths)[0].sum().backward()
     fastseq.LSTMCell(7, 9, backend=BACKEND).to(DEVICE)(x[0])[0].sum().backward()
     memory = fastseq.Memory(torch.randn(5, 6, 11, device=DEVICE), torch.rand(5, 6, device=DEVICE) < 0.7)
     y = torch.randn(5, 3, 7, device=DEVICE)

@@ -3,6 +3,7 @@
 Numbers only, on small shapes: what a GPU would be given is compiled in tests/test_triton_compiled.py.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -22,8 +23,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Which of a layer's kernels run: "sequence", up to 16 units, or "steps" above; "barrier": these in one launch."""
-    from fastseq.kernels import devices, launch, rnn  # not at the top: without Triton this folder only says so
+    """Which of a layer's kernels run: "sequence", up to 16 units, layer-normalised up to 32, or "steps" above;
+    "barrier": these in one launch.
+    """
+    from fastseq.kernels import (
+        devices,
+        launch,
+        rnn,
+        rnn_norm,
+    )  # not at the top: without Triton this folder only says so
 
     # Of one program, which need not be resident beside others, the barrier; of three without one, as on AMD.
     units = 1 if request.param == "barrier" else 3
@@ -31,9 +39,12 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     started = set()
 
     def noted(x: Tensor, what: Any) -> None:
-        started.add((what.kernel.fn.__module__.rpartition("_")[2], bool(what.constants.get("BARRIER"))))
+        kind = re.search("sequence|steps", what.kernel.fn.__module__)
+        if kind is not None:  # else it is beside the recurrence
+            started.add((kind[0], bool(what.constants.get("BARRIER"))))
         launch.run(x, what)
 
-    monkeypatch.setattr(rnn, "run", noted)
+    for module in (rnn, rnn_norm):
+        monkeypatch.setattr(module, "run", noted)
     yield request.param
     assert started == {("sequence" if request.param == "sequence" else "steps", request.param == "barrier")}

@@ -7,16 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from fastseq.kernels import devices, rnn_norm_sequence, rnn_norm_steps, rnn_norm_steps_backward
+from fastseq.kernels.blocks import zeros
+from fastseq.kernels.rnn_norm_blocks import EPS
+from fastseq.kernels.rnn_norm_steps import load_parts
 
 import fastseq
-from fastseq import InputError
 from fastseq.ops.rnn_norm import rnn_norm_layer
-from tests.norm_oracle import CELLS, NormProblem, check_norm, check_norm_second
-from tests.oracle import Case, check_backward_changes_nothing, differentiate, run
+from tests.interpreted.test_rnn import MUTANTS
+from tests.norm_oracle import CELLS, NormProblem, check_norm, check_norm_second, norm_budget
+from tests.oracle import Case, Mismatch, check_backward_changes_nothing, compare, differentiate, run
 
 layer = partial(rnn_norm_layer, on="triton")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 ROWS = ("full", "lengths", "packed")
+HIDDEN = {"sequence": 13, "steps": 35, "barrier": 35}  # of `way`: one block of units, or three
 
 
 def cases() -> list[Case]:
@@ -29,19 +36,28 @@ def cases() -> list[Case]:
             next(turns)
         batch_first, resets = batch_first and rows != "packed", more and rows != "packed"
         state = FP32 if hx and more else None
-        found.append(Case(cell, dtype, 3, 5, 7, 13, two, rows, hx, bias, batch_first, state, resets=resets))
+        found.append(Case(cell, dtype, 3, 5, 7, 0, two, rows, hx, bias, batch_first, state, resets=resets))
     return found
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_layer(case: Case) -> None:
-    check_norm(layer, NormProblem.draw(case))
+def kinds() -> list[tuple[str, Case]]:
+    """All of them in one program; on a grid, whose steps take longer here, each with or without a barrier."""
+    grid = [(("steps", "barrier")[k % 2], case) for k, case in enumerate(cases())]
+    return [*(("sequence", case) for case in cases()), *grid]
 
 
-CORNERS = [(1, 3, 5, 16), (2, 17, 2, 32), (3, 1, 3, 17), (2, 2, 3, 2)]  # T, B, I, H
+@pytest.mark.parametrize(("way", "case"), kinds(), indirect=["way"], ids=str)
+def test_layer(way: str, case: Case) -> None:
+    check_norm(layer, NormProblem.draw(replace(case, H=HIDDEN[way])))
 
 
-@pytest.mark.parametrize(("shape", "cell"), [*zip(CORNERS, CELLS * 2, strict=True)], ids=str)
+CORNERS = [  # T, B, I, H
+    *((1, 3, 5, 16), (2, 17, 2, 32), (3, 1, 3, 17), (2, 2, 3, 2)),
+    *((2, 17, 3, 33), (1, 2, 3, 48)),  # on a grid: two blocks of rows and three of units; whole blocks, one step
+]
+
+
+@pytest.mark.parametrize(("shape", "cell"), [*zip(CORNERS, CELLS * 3, strict=True)], ids=str)
 def test_corner_shapes(cell: str, shape: tuple[int, int, int, int]) -> None:
     check_norm(
         layer, NormProblem.draw(Case(cell, FP32, *shape, rows="lengths" if shape[0] > 1 else "full", resets=True))
@@ -50,6 +66,8 @@ def test_corner_shapes(cell: str, shape: tuple[int, int, int, int]) -> None:
 
 ANY = [Case(cell, FP32, 3, 4, 3, 9, True, "lengths") for cell in CELLS]
 any_case = pytest.mark.parametrize("case", ANY, ids=str)
+PAIRS = [*(("sequence", case) for case in ANY), *(("steps", replace(case, H=33, T=2)) for case in ANY)]
+any_pair = pytest.mark.parametrize(("way", "case"), PAIRS, indirect=["way"], ids=str)
 
 
 @any_case
@@ -57,21 +75,21 @@ def test_second_derivatives(case: Case) -> None:
     check_norm_second(layer, NormProblem.draw(replace(case, H=4, T=2)))
 
 
-@any_case
-def test_backward_changes_nothing(case: Case) -> None:
+@any_pair
+def test_backward_changes_nothing(way: str, case: Case) -> None:
     check_backward_changes_nothing(layer, NormProblem.draw(case))
 
 
-@any_case
+@any_pair
 @pytest.mark.parametrize("used", [("out",), ("h_n",), ("c_n",)], ids="+".join)
-def test_gradients_of_some_outputs(case: Case, used: tuple[str, ...]) -> None:
+def test_gradients_of_some_outputs(way: str, case: Case, used: tuple[str, ...]) -> None:
     problem = NormProblem.draw(case)
     grads = {name: g for name, g in problem.grads.items() if name in used}
     check_norm(layer, replace(problem, grads=grads or problem.grads))  # a GRU has no c_n
 
 
-@any_case
-def test_gradients_of_some_inputs(case: Case) -> None:
+@any_pair
+def test_gradients_of_some_inputs(way: str, case: Case) -> None:
     problem = NormProblem.draw(case)
     everything = run(layer, problem)
     for wanted in (["h0"], ["w_hh.0", "w_n_ih.1"]):
@@ -84,17 +102,111 @@ def test_gradients_of_some_inputs(case: Case) -> None:
             assert torch.equal(t, everything[name]), name
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_module(kind: str) -> None:
-    """Layers upon layers; NaN stays in its row; no rows; what does not fit a program is refused with its size."""
+@pytest.mark.parametrize("cell", CELLS)
+def test_grids_give_the_same_bits(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many programs share the tiles, with a barrier or without: a row's parts are joined in one order."""
+    problem, found = NormProblem.draw(Case(cell, FP32, 2, 17, 3, 33, rows="lengths")), []
+    for units in (1, 2, 1):
+        monkeypatch.setattr(devices, "INTERPRETER", replace(devices.INTERPRETER, units=units))
+        found.append(run(layer, problem))
+    for again in found[1:]:
+        for name, t in again.items():
+            assert torch.equal(t, found[0][name]), name
 
-    def build(hidden: int, **options: Any) -> Any:
+
+def wide_means(cell: str) -> NormProblem:
+    """Rows of W_hh h whose mean is 200 times their deviation."""
+    problem = NormProblem.draw(Case(cell, FP32, 2, 3, 3, 35))
+    w_hh, h0 = problem.tensors["w_hh.0"], problem.tensors["h0"]
+    shift = torch.linalg.lstsq(h0[0], torch.ones(h0.shape[1], 1)).solution.flatten()  # h0 shift = 1
+    deviation = (h0[0] @ w_hh.T).std()
+    return replace(problem, tensors=problem.tensors | {"w_hh.0": w_hh + 200 * deviation * shift})
+
+
+def check_forward(problem: NormProblem) -> None:
+    """Results alone: their gradients are sums that nearly vanish beside such a mean."""
+    truth, allowed = norm_budget(problem)
+    names = [name for name in truth if not name.startswith("d_")]
+    got = run(layer, problem)
+    compare({n: got[n] for n in names}, {n: truth[n] for n in names}, allowed)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("parts", [64, 2])
+def test_parts_are_joined_soundly(cell: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three parts of a row at once, or two and then one, beside a mean that squares of it would drown."""
+    for module in (rnn_norm_steps, rnn_norm_steps_backward):
+        monkeypatch.setattr(module, "PARTS", tl.constexpr(parts))
+    check_forward(wide_means(cell))
+
+
+@triton.jit
+def squares_less_mean(columns, FIRST: tl.constexpr, END: tl.constexpr, units_in, count):
+    """E[x^2] - E[x]^2."""
+    total = tl.sum(columns[FIRST], 1)
+    squares = tl.sum(columns[FIRST] * columns[FIRST], 1)
+    for g in tl.static_range(FIRST + 1, END):
+        total += tl.sum(columns[g], 1)
+        squares += tl.sum(columns[g] * columns[g], 1)
+    return total / count, tl.maximum(squares - total * (total / count), 0.0)
+
+
+@triton.jit
+def parts_alone(parts, BLOCK: tl.constexpr, GATES: tl.constexpr, rows, rows_in, B, Z: tl.constexpr):
+    """What lies between the parts' means is no deviation."""
+    means, own, units = load_parts(parts, BLOCK, 0, rows, rows_in, B, Z)
+    counts = GATES * units
+    return tl.sum(means * counts[None, :], 1) / (GATES * Z.H), 1 / tl.sqrt(tl.sum(own, 1) / (GATES * Z.H) + EPS)
+
+
+@triton.jit
+def no_sums(parts, BLOCK: tl.constexpr, rows, rows_in, B, Z: tl.constexpr):
+    """Statistics have no gradient."""
+    return zeros(Z.rows), zeros(Z.rows)
+
+
+FAULTS: dict[str, tuple[Any, str, Any, Any]] = {  # where, which function, what stands in its place, who notices
+    "squares": (rnn_norm_steps, "spread", squares_less_mean, check_forward),
+    "parts": (rnn_norm_steps, "_statistics", parts_alone, check_forward),
+    "sums": (rnn_norm_steps_backward, "_sums", no_sums, partial(check_norm, layer)),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_in_the_statistics_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle fails sums of squares, parts that are not joined, and statistics taken for constants."""
+    module, function, fault, check = FAULTS[name]
+    problem = NormProblem.draw(replace(ANY[1], H=33)) if name == "sums" else wide_means("gru")
+    check(problem)
+    monkeypatch.setattr(module, function, fault)
+    with pytest.raises(Mismatch):
+        check(problem)
+
+
+@pytest.mark.parametrize("way", ["sequence", "steps"], indirect=True)
+@pytest.mark.parametrize("name", MUTANTS)
+def test_fault_in_the_kernels_is_noticed(way: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle fails kernels that ignore lengths or resets, or confuse the directions."""
+    function, rows, fault = MUTANTS[name]
+    problem = NormProblem.draw(Case("lstm", FP32, 3, 5, 4, HIDDEN[way], True, rows, resets=function == "starts_anew"))
+    for module in (rnn_norm_sequence, rnn_norm_steps, rnn_norm_steps_backward):
+        monkeypatch.setattr(module, function, fault, raising=False)
+    with pytest.raises(Mismatch):
+        check_norm(layer, problem)
+
+
+@pytest.mark.parametrize("hidden", [8, 33])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_module(kind: str, hidden: int) -> None:
+    """Layers upon layers; NaN stays in its row; no rows."""
+
+    def build(**options: Any) -> Any:
         torch.manual_seed(0)
         return getattr(fastseq, kind)(5, hidden, 2, layer_norm=True, bidirectional=True, **options)
 
     x = torch.randn(4, 3, 5)
-    module = build(8, backend="triton")
-    torch.testing.assert_close(module(x)[0], build(8, backend="reference")(x)[0], rtol=1e-4, atol=1e-5)
+    module = build(backend="triton")
+    torch.testing.assert_close(module(x)[0], build(backend="reference")(x)[0], rtol=1e-4, atol=1e-5)
     before, _ = module(x)
     x[1, 1] = torch.nan
     after, _ = module(x)
@@ -103,7 +215,3 @@ def test_module(kind: str) -> None:
     out, _ = module(x[:, :0])
     out.sum().backward()
     assert all(p.grad.eq(0).all() for p in module.parameters())
-    with pytest.raises(
-        InputError, match=r"hidden_size=33 in torch\.float32 on interpreter: its kernels hold W_hh in one"
-    ):
-        build(33, backend="triton")(x)
