@@ -158,7 +158,8 @@ __device__ __forceinline__ void store_shared16(void* to, const T& value) {
 // Each takes one arrival a phase, by expect_bytes. A cluster barrier must come before others send.
 __device__ __forceinline__ void init_byte_barriers(uint64_t* first, int count) {
 #if FS_HAS_CLUSTERS
-  for (int i = 0; i < count; ++i) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(first + i)) : "memory");
+  for (int i = 0; i < count; ++i)
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(first + i)) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
@@ -166,11 +167,12 @@ __device__ __forceinline__ void init_byte_barriers(uint64_t* first, int count) {
 // By one thread, once a phase, before or after the bytes come: the count may be negative meanwhile.
 __device__ __forceinline__ void expect_bytes(uint64_t* barrier, unsigned bytes) {
 #if FS_HAS_CLUSTERS
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
 #endif
 }
 
-// Whether the barrier's last phase of this parity is over; false after a time that the GPU chooses. What came with it is then visible.
+// Whether the barrier's last phase of this parity is over, and what came with it visible; false after a time of the GPU's choice.
 __device__ __forceinline__ bool bytes_received(uint64_t* barrier, unsigned parity) {
 #if FS_HAS_CLUSTERS
   uint32_t over;
@@ -204,11 +206,15 @@ __device__ __forceinline__ void send16(void* to, const T& value, uint64_t* barri
 
 // Asynchronous copies to shared memory; a thread waits for its own.
 __device__ __forceinline__ void async_copy16(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
+               "l"(__cvta_generic_to_global(global))
+               : "memory");
 }
 
 __device__ __forceinline__ void async_copy4(void* shared, const void* global) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)),
+               "l"(__cvta_generic_to_global(global))
+               : "memory");
 }
 
 __device__ __forceinline__ void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

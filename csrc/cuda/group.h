@@ -9,8 +9,8 @@
 
 namespace fastseq::cuda {
 
-constexpr uint64_t kFirst = 30;    // times as patient until all blocks have been seen: 10 minutes
-constexpr unsigned kLooks = 1024;  // at a counter, between two at the clock and at what others found
+constexpr uint64_t kFirst = 30;      // times as patient until all blocks have been seen: 10 minutes
+constexpr unsigned kLooks = 1024;    // at a counter, between two at the clock and at what others found
 constexpr unsigned kSuspended = 64;  // such looks, where the hardware suspends a thread at each
 
 enum class Meeting : int { kAlone, kCluster, kGrid };
@@ -53,7 +53,7 @@ struct Group {
     return meeting == Meeting::kAlone || !*gone;
   }
 
-  // Looks until `ready`. False if that took longer than `limit`, or another block has given up; the clock is for slow waits only.
+  // Looks until `ready`. False if that took longer than `limit`, or another block has given up. The clock is for slow waits.
   template <class Ready>
   __device__ __forceinline__ bool until(Ready ready, uint64_t limit, unsigned looks) const {
     uint64_t since = 0;

@@ -72,8 +72,8 @@ struct BackwardBlock {
   int row0 = 0;  // of the block of rows
   Pairs pairs;
   E* gradients;         // [rows, pitch]: of gate g of own unit u at g * units + u
-  float *carry, *held;  // in the order of Pairs: as the cell has it; what of dL/dh does not go through the step: all of a row behind its
-                        // end, of others what zoneout keeps
+  float *carry, *held;  // in the order of Pairs: as the cell has it; what of dL/dh does not go through the step: all of a row behind
+                        // its end, of others what zoneout keeps
   float *even, *odd;    // parts that steps 0, 2, .. and 1, 3, .. gave: [block and slice that gave it, pair]
   Stationary<P, kM, kKept> first;  // a warp's first strip
   unsigned char* rest;             // its others, [passes - 1, tiles, kM]
@@ -256,7 +256,8 @@ struct BackwardBlock {
       for (int n = 0; n < kN; ++n) {
         const int at = slot + Pairs::chunk(n0 / kTileColumns + n, tile, tiles);
         if (grid())
-          store_cg(reinterpret_cast<float4*>(exchanged(s, owner) + at), make_float4(d[n][m][0], d[n][m][1], d[n][m][2], d[n][m][3]));
+          store_cg(reinterpret_cast<float4*>(exchanged(s, owner) + at),
+                   make_float4(d[n][m][0], d[n][m][1], d[n][m][2], d[n][m][3]));
         else if (owner == rank)
           store_shared16(slots(s) + at, d[n][m]);
         else

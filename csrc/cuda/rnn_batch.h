@@ -40,9 +40,9 @@ struct Steps {
 
 // The (row, unit) pairs of a thread, of a block of rows and of units: the same for all steps, so that no state changes hands.
 //
-// They lie tile by tile, 16 units of 8 rows, as a product leaves them (product.h): what lane l = 4 g + t holds, rows 2t and 2t + 1 of
-// units g and g + 8, are 16 bytes in a row, at chunk 8 t + (g ^ 2t) of a tile. Swapped so, 8 lanes write to all banks, and so do
-// the 8 chunks that a warp reads: 2 rows of 16 units, whole sectors of global memory.
+// They lie tile by tile, 16 units of 8 rows, as a product leaves them (product.h): what lane l = 4 g + t holds, rows 2t and
+// 2t + 1 of units g and g + 8, are 16 bytes in a row, at chunk 8 t + (g ^ 2t) of a tile. Swapped so, what 8 lanes write lies in
+// all banks, and so do the 8 chunks that a warp reads: 2 rows of 16 units, whole sectors of global memory.
 struct Pairs {
   int place[kMostPairs], length[kMostPairs];  // row and unit, in one register; length: -1 if there is no such row or unit
   int count;                                  // within the blocks

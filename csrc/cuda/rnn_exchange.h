@@ -6,7 +6,7 @@
 // early. That suffices, if each block that receives also sends to all that send to it, reads a buffer only after its wait, and
 // has a __syncthreads between its reading of step s and its sending of step s + 1: who sends step s + 2 has waited for step
 // s + 1 from all, so all had read step s by then. For the same reason no thread still waits for a phase when the next one ends.
-// Of its own block's warps a thread learns nothing by waiting for others: what they hand to each other takes a __syncthreads.
+// A wait says nothing of a block's own warps: what they hand to each other takes a __syncthreads.
 #pragma once
 
 #include "group.h"
@@ -20,18 +20,20 @@ struct Exchange {
   uint64_t* barriers;   // kCluster
   unsigned* gone;       // what this block waited for did not come
   unsigned* left;       // kCluster: so it was with any block of it; read when all meet
+  unsigned* bytes;      // kCluster: of a step's messages to this block
   unsigned parity = 0;  // bit i: of the phase that barrier i is in
 
-  // memory: kBytes of the block's shared memory; bytes: of a step's messages to it, if it is of a cluster. Afterwards, and before the first message, all must `meet`.
-  __device__ __forceinline__ Exchange(const Group& of, unsigned char* memory, unsigned bytes)
-      : group(of), barriers(reinterpret_cast<uint64_t*>(memory)), gone(reinterpret_cast<unsigned*>(barriers + 2)), left(gone + 1) {
+  // memory: kBytes of the block's shared memory; count: of bytes. Afterwards, and before the first message, all must `meet`.
+  __device__ __forceinline__ Exchange(const Group& of, unsigned char* memory, unsigned count)
+      : group(of), barriers(reinterpret_cast<uint64_t*>(memory)), gone(reinterpret_cast<unsigned*>(barriers + 2)),
+        left(gone + 1), bytes(gone + 2) {
     if (threadIdx.x != 0) return;
     *gone = *left = 0;
-    left[1] = bytes;
+    *bytes = count;
     if (!sends()) return;
     init_byte_barriers(barriers, 2);
-    expect_bytes(barriers, bytes);
-    expect_bytes(barriers + 1, bytes);
+    expect_bytes(barriers, count);
+    expect_bytes(barriers + 1, count);
   }
 
   __device__ __forceinline__ bool sends() const { return group.meeting == Meeting::kCluster; }
@@ -47,7 +49,8 @@ struct Exchange {
     if (!sends()) group.arrive();
   }
 
-  // For all of step s. False to every thread if a grid broke up; of a cluster `broken` says it, between the next two __syncthreads.
+  // For all of step s. False to every thread if a grid broke up; of a cluster `broken` says so after the next __syncthreads, and
+  // until the one after that.
   __device__ __forceinline__ bool wait(int s) {
     if (!sends()) return group.wait(gone);
     uint64_t* const barrier = barriers + (s & 1);
@@ -55,7 +58,7 @@ struct Exchange {
     if (!group.until([&] { return bytes_received(barrier, of); }, group.patience, kSuspended)) give_up();
     __syncwarp();  // the loop's threads go on together
     parity ^= 1u << (s & 1);
-    if (threadIdx.x == 0) expect_bytes(barrier, left[1]);  // of step s + 2, which nobody sends yet
+    if (threadIdx.x == 0) expect_bytes(barrier, *bytes);  // of step s + 2, which nobody sends yet
     return true;
   }
   __device__ __forceinline__ bool broken() const { return sends() && *gone; }

@@ -97,9 +97,10 @@ __global__ void pass_messages(const float* x, float* y, int rounds, int wrong) {
     float* const all = slots + half * size * n;
     all[rank * n + i] = value;
     __syncthreads();
+    const uint4 chunk = i < n / 4 ? *reinterpret_cast<const uint4*>(all + rank * n + i * 4) : uint4{};
     const unsigned at = rank * n + i * 4 + (wrong == kMisaligned) + (wrong == kBeyond ? 2 * size * n : 0);
     for (unsigned peer = 0; i < n / 4 && peer < size; ++peer)
-      if (peer != rank || wrong == kToItself) send16(all + at, *reinterpret_cast<const uint4*>(all + rank * n + i * 4), arrivals + half, peer);
+      if (peer != rank || wrong == kToItself) send16(all + at, chunk, arrivals + half, peer);
     if (wrong == kLeaveEarly && round == rounds - 1) return;
     const unsigned parity = (wrong == kOneBuffer ? round : round >> 1) + (wrong == kOtherParity);
     while (wrong != kNoWait && !bytes_received(arrivals + half, parity & 1)) {
