@@ -211,6 +211,7 @@ def test_a_wait_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks whose others never come leave the kernel; the next call says so, and the one after it runs."""
     problem = Problem.draw(Case(B=3, H=40))
     late = torch.full((4,), -1000, dtype=torch.int32)  # as if a thousand arrivals were missing
+    native.stop_flag(problem.tensors["x"])  # made before torch.zeros is another
     with monkeypatch.context() as patch, chosen(monkeypatch, "grid"):
         patch.setattr(native, "patience", lambda: 1000)
         patch.setattr(torch, "zeros", lambda *args, **kwargs: late)

@@ -55,10 +55,12 @@ struct Exchange {
     if (!sends()) return group.wait(gone);
     uint64_t* const barrier = barriers + (s & 1);
     const unsigned of = parity >> (s & 1) & 1;
-    if (!group.until([&] { return bytes_received(barrier, of); }, group.patience, kSuspended)) give_up();
+    if (!group.until([&] { return bytes_received(barrier, of); }, group.patience, kSuspended))
+      give_up();
+    else if (threadIdx.x == 0)
+      expect_bytes(barrier, *bytes);  // of step s + 2, which nobody sends yet
     __syncwarp();  // the loop's threads go on together
     parity ^= 1u << (s & 1);
-    if (threadIdx.x == 0) expect_bytes(barrier, *bytes);  // of step s + 2, which nobody sends yet
     return true;
   }
   __device__ __forceinline__ bool broken() const { return sends() && *gone; }
