@@ -36,7 +36,7 @@ struct Exchange {
     expect_bytes(barriers + 1, count);
   }
 
-  __device__ __forceinline__ bool sends() const { return group.meeting == Meeting::kCluster; }
+  __device__ __forceinline__ bool sends() const { return FS_HAS_CLUSTERS && group.meeting == Meeting::kCluster; }
 
   // What is at `at` in this block's shared memory, to the same place in block `peer`'s.
   template <class Chunk>
