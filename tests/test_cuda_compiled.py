@@ -144,13 +144,41 @@ def test_weights_in_registers_are_not_loaded_in_the_loop() -> None:
 
 
 def test_clusters_meet_in_hardware() -> None:
-    """On Hopper; before it a cluster's barrier compiles to nothing."""
+    """On Hopper; before it a cluster's barrier, and what is sent between its blocks, compile to nothing."""
     for name, code in kernels("sm_90a"):
         if name.startswith(LOOPS):
             assert count(code, "UCGABAR_ARV") > 0, name
             assert count(code, "UCGABAR_WAIT") > 0, name
     for _, code in kernels("sm_80"):
-        assert not count(code, r"UCGABAR\w*")
+        assert not count(code, r"(UCGABAR|SYNCS|STAS)[.\w]*")
+
+
+def steps(code: list[str]) -> list[str]:
+    """The innermost loop in which messages are both awaited and sent. An instruction has 16 bytes."""
+    waits, sends = ({i for i, line in enumerate(code) if mark in line} for mark in ("SYNCS.PHASECHK", "STAS"))
+    branches = ((i, re.search(r"\bBRA 0x([0-9a-f]+)", line)) for i, line in enumerate(code))
+    loops = [range(int(match[1], 16) // 16, i + 1) for i, match in branches if match]
+    return [code[i] for i in min((loop for loop in loops if waits & {*loop} and sends & {*loop}), key=len)]
+
+
+def test_clusters_send_messages_between_steps() -> None:
+    """In a layer's loop there is no barrier of the cluster, and the only fence is that of a grid's counter.
+
+    So with a cluster no step waits until what the one before stored in global memory has arrived there.
+    """
+    seen = 0
+    for name, code in kernels("sm_90a"):
+        if not name.startswith(("rnn_forward<", "rnn_backward<")):
+            continue
+        loop = steps(code)
+        assert count(loop, r"STAS\.128") > 0, name
+        assert not count(loop, r"UCGABAR\w*"), name
+        fences = [i for i, line in enumerate(loop) if re.search(r"\bMEMBAR\.\S*(GPU|SYS)", line)]
+        for i in fences:
+            assert any(line.startswith("REDG") for line in loop[i : i + 6]), (name, loop[i : i + 6])
+        assert len(fences) == 1, name
+        seen += 1
+    assert seen > 50
 
 
 def test_grids_meet_by_release_and_acquire() -> None:

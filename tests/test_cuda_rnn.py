@@ -211,6 +211,7 @@ def test_a_wait_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks whose others never come leave the kernel; the next call says so, and the one after it runs."""
     problem = Problem.draw(Case(B=3, H=40))
     late = torch.full((4,), -1000, dtype=torch.int32)  # as if a thousand arrivals were missing
+    native.stop_flag(problem.tensors["x"])  # made before torch.zeros is another
     with monkeypatch.context() as patch, chosen(monkeypatch, "grid"):
         patch.setattr(native, "patience", lambda: 1000)
         patch.setattr(torch, "zeros", lambda *args, **kwargs: late)
@@ -222,6 +223,34 @@ def test_a_wait_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="gave up after 20 s of waiting for its other blocks"):
         problem.call(layer, problem.tensors)
     check_layer(layer, problem)
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_a_message_that_never_comes(way: str, emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster that waits for it leaves the kernel as a whole; the next call says so, and the one after it runs."""
+    problem = Problem.draw(Case(T=4, B=19, H=40))
+    leaves = {n: t.clone().requires_grad_() for n, t in problem.tensors.items()}
+    with chosen(monkeypatch, "cluster"):
+        emulated.lose_message(5 if way == "forward" else 0)
+        outputs = problem.call(layer, leaves)
+        emulated.lose_message(5 if way == "backward" else 0)
+        if way == "backward":
+            torch.autograd.grad(list(outputs.values()), list(leaves.values()), [problem.grads[n] for n in outputs])
+        emulated.lose_message(0)
+        with pytest.raises(RuntimeError, match="gave up after 20 s of waiting for its other blocks"):
+            problem.call(layer, problem.tensors)
+        check_layer(layer, problem)
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 4])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_several_blocks_of_rows(T: int, cell: str, emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That a cluster runs one after the other: its barriers' phases go on where the last block of rows left them."""
+    for seed in range(4):
+        emulated.seed_schedule(SCHEDULES[(T + seed) % len(SCHEDULES)])
+        with chosen(monkeypatch, "cluster", seed) as ran:
+            check_layer(layer, Problem.draw(Case(cell, FP32, T, 50, 3, 37, False, "lengths")))
+        assert any(p.shape.groups * p.shape.rows * 2 < 50 for p in ran), ran
 
 
 def test_a_launch_that_cannot_be_is_refused(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

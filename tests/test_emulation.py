@@ -25,6 +25,10 @@ WRONG = [
     "wait without arrive", "map outside", "copy outside", "source changes", "throw",
 ]  # fmt: skip
 NUMBER = {name: i for i, name in enumerate(WRONG)}
+WRONG_MESSAGES = [
+    "right", "no wait", "too few bytes", "too many bytes", "not armed", "armed twice", "other parity", "one buffer",
+    "leave early", "not initialised", "no barrier before", "written over", "misaligned", "beyond", "to itself",
+]  # fmt: skip
 
 if shutil.which("g++") is None:
     pytest.skip("g++ is not here", allow_module_level=True)
@@ -99,6 +103,8 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gpu(optimized: Path) -> Library:
     library = Library(optimized)
     library.choose_seed(0)
+    library.choose_spin_limit(ctypes.c_uint64(1_000_000))
+    library.choose_lost_message(0)
     return library
 
 
@@ -132,12 +138,25 @@ def copy_ahead(gpu: Library, fault: int = 0) -> bool:
     return torch.equal(x, y)
 
 
+def messages(rounds: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, y and what y must become: two clusters of 4 blocks, each of which takes the sum of all rows in each round."""
+    x = torch.randint(-3, 4, (8, 64)).float()
+    expected = 4.0 ** (rounds - 1) * x.view(2, 4, 64).sum(1, keepdim=True).expand(2, 4, 64)
+    return x, torch.full_like(x, torch.nan), expected.reshape(8, 64)
+
+
+def pass_messages(gpu: Library, rounds: int = 5) -> bool:
+    x, y, expected = messages(rounds)
+    gpu.launched("run_pass_messages", x, y, 8, 4, rounds, 0)
+    return torch.equal(y, expected)
+
+
 def go_wrong(gpu: Library, wrong: str, code: int, elements: int = 64) -> tuple[str, Tensor]:
     y, source, counter = torch.full((elements,), torch.nan), torch.ones(1), torch.zeros(1, dtype=torch.int32)
     return gpu.refused(code, "run_go_wrong", y, source, counter, NUMBER[wrong]), y
 
 
-KERNELS = [sum_rows, pass_round, add_neighbours, copy_ahead]
+KERNELS = [sum_rows, pass_round, pass_messages, add_neighbours, copy_ahead]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -304,6 +323,81 @@ def test_deleted_waits_for_copies(gpu: Library) -> None:
         gpu.choose_seed(seed)
         assert not copy_ahead(gpu, fault=1), seed
         assert not copy_ahead(gpu, fault=2), seed
+
+
+EXITED = r"(exited before all messages to it had landed: wait for them|map_shared to block \d, which has exited)"
+WRONG_MESSAGE_TEXTS = {
+    "no wait": (MISUSE, EXITED),
+    "too few bytes": (MISUSE, EXITED),
+    "too many bytes": (LIVELOCK, r"32 of 32 threads spin in bytes_received \(faults.cu:\d+\)"),
+    "not armed": (LIVELOCK, r"32 of 32 threads spin in bytes_received \(faults.cu:\d+\)"),
+    "armed twice": (MISUSE, r"thread 0 of block \d: an mbarrier is armed twice for one phase \(faults.cu:\d+\)"),
+    "other parity": (MISUSE, "an mbarrier is armed twice for one phase"),  # the wait before it was none
+    "leave early": (MISUSE, EXITED),
+    "not initialised": (MISUSE, "thread 0 of block .: an mbarrier that was not initialised"),
+    "written over": (MISUSE, "an mbarrier that something else was written over"),
+    "misaligned": (MISUSE, "a message to an address that is no multiple of its size, or outside the shared memory"),
+    "beyond": (MISUSE, "map_shared of an address outside its dynamic shared memory"),
+}
+
+
+def run_messages(gpu: Library, wrong: str, rounds: int = 5, cluster: int = 4) -> tuple[int, bool]:
+    """The code of a launch, and whether y is right."""
+    x, y, expected = messages(rounds)
+    code = gpu.run_pass_messages(x, y, 8, cluster, rounds, WRONG_MESSAGES.index(wrong))
+    return code, torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("wrong", WRONG_MESSAGE_TEXTS)
+def test_wrong_messages(gpu: Library, wrong: str) -> None:
+    """On every schedule, whether messages land at once or late."""
+    expected, text = WRONG_MESSAGE_TEXTS[wrong]
+    gpu.choose_spin_limit(ctypes.c_uint64(20_000))
+    for seed in SEEDS:
+        gpu.choose_seed(seed)
+        code, _ = run_messages(gpu, wrong)
+        assert code == expected, (seed, gpu.text(code))
+        assert re.search(text, gpu.text(code)), (seed, gpu.text(code))
+    assert pass_messages(gpu)
+
+
+def test_messages_into_a_buffer_that_is_still_read(gpu: Library) -> None:
+    """One buffer, and one barrier, for all rounds: numbers are lost, or a phase is, for which all then wait."""
+    gpu.choose_spin_limit(ctypes.c_uint64(20_000))
+    for seed in SEEDS:
+        gpu.choose_seed(seed)
+        code, right = run_messages(gpu, "one buffer")
+        assert (code, right) in ((LAUNCHED, False), (LIVELOCK, False)), seed
+
+
+def test_messages_to_a_block_that_is_not_there_yet(gpu: Library) -> None:
+    """Without a cluster barrier before them, on schedules that starve a block."""
+
+    def found(seed: int) -> bool:
+        gpu.choose_seed(seed)
+        code, right = run_messages(gpu, "no barrier before")
+        assert code == MISUSE or (code == LAUNCHED and right), gpu.text(code)
+        return code == MISUSE
+
+    assert [seed for seed in SEEDS if found(seed)] == [2, 4, 6, 8]
+
+
+def test_messages_need_a_cluster(gpu: Library) -> None:
+    """Of more than one block: otherwise it is undefined what st.async does."""
+    assert run_messages(gpu, "to itself", cluster=1)[0] == MISUSE
+
+
+def test_a_lost_message(gpu: Library) -> None:
+    """Is waited for as long as the kernel likes, whichever it is; no other one stands in for it."""
+    gpu.choose_spin_limit(ctypes.c_uint64(20_000))
+    for seed in SEEDS:
+        gpu.choose_seed(seed)
+        for lost in (1, 200, 1900):
+            gpu.choose_lost_message(lost)
+            code, right = run_messages(gpu, "right")
+            assert (code, right) == (LIVELOCK, False), (seed, lost)
+    gpu.choose_lost_message(0)
+    assert pass_messages(gpu)
 
 
 TEXTS = {

@@ -131,6 +131,7 @@ PYBIND11_MODULE(FS_MODULE, m) {
   m.def("obstacle", obstacle, "Why nothing can run here, or an empty string.");
 #if defined(FS_EMULATE)
   m.def("seed_schedule", seed_schedule);
+  m.def("lose_message", lose_message);
   m.def("limit_spins", limit_spins);
 #endif
   bind_decoder(m);

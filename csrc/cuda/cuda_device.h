@@ -138,15 +138,83 @@ __device__ __forceinline__ T* map_shared(T* address, unsigned rank) {
 #endif
 }
 
+__device__ __forceinline__ uint32_t shared_address(const void* address) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(address));
+}
+
+// To shared memory, by one instruction: nvcc takes a vector of floats apart.
+template <class T>
+__device__ __forceinline__ void store_shared16(void* to, const T& value) {
+  static_assert(sizeof(T) == 16, "one instruction a store");
+  uint4 v;
+  memcpy(&v, &value, sizeof v);
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+// Messages between the blocks of a cluster: stores into another block's shared memory, and barriers there that count their
+// bytes (mbarrier), so that only the reader waits. All addresses are those of this block's dynamic shared memory; `rank` says
+// in which block the store's and its barrier's are. Without clusters there is nobody to send to.
+// Each takes one arrival a phase, by expect_bytes. A cluster barrier must come before others send.
+__device__ __forceinline__ void init_byte_barriers(uint64_t* first, int count) {
+#if FS_HAS_CLUSTERS
+  for (int i = 0; i < count; ++i)
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(first + i)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+// By one thread, once a phase, before or after the bytes come: the count may be negative meanwhile.
+__device__ __forceinline__ void expect_bytes(uint64_t* barrier, unsigned bytes) {
+#if FS_HAS_CLUSTERS
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+#endif
+}
+
+// Whether the barrier's last phase of this parity is over, and what came with it visible; false after a time of the GPU's choice.
+__device__ __forceinline__ bool bytes_received(uint64_t* barrier, unsigned parity) {
+#if FS_HAS_CLUSTERS
+  uint32_t over;
+  asm volatile(
+      "{\n\t.reg .pred over;\n\t"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%1], %2;\n\t"
+      "selp.u32 %0, 1, 0, over;\n\t}"
+      : "=r"(over)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return over != 0;
+#else
+  return true;
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ void send16(void* to, const T& value, uint64_t* barrier, unsigned rank) {
+  static_assert(sizeof(T) == 16, "one instruction a message");
+#if FS_HAS_CLUSTERS
+  uint32_t at, on;
+  uint4 v;
+  memcpy(&v, &value, sizeof v);
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(to)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(on) : "r"(shared_address(barrier)), "r"(rank));
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(at),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(on)
+               : "memory");
+#endif
+}
+
 // Asynchronous copies to shared memory; a thread waits for its own.
 __device__ __forceinline__ void async_copy16(void* shared, const void* global) {
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(__cvta_generic_to_global(global)) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
+               "l"(__cvta_generic_to_global(global))
+               : "memory");
 }
 
 __device__ __forceinline__ void async_copy4(void* shared, const void* global) {
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(__cvta_generic_to_global(global)) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)),
+               "l"(__cvta_generic_to_global(global))
+               : "memory");
 }
 
 __device__ __forceinline__ void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

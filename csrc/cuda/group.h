@@ -9,8 +9,9 @@
 
 namespace fastseq::cuda {
 
-constexpr uint64_t kFirst = 30;    // times as patient until all blocks have been seen: 10 minutes
-constexpr unsigned kLooks = 1024;  // at a counter, between two at the clock and at what others found
+constexpr uint64_t kFirst = 30;      // times as patient until all blocks have been seen: 10 minutes
+constexpr unsigned kLooks = 1024;    // at a counter, between two at the clock and at what others found
+constexpr unsigned kSuspended = 64;  // such looks, where the hardware suspends a thread at each
 
 enum class Meeting : int { kAlone, kCluster, kGrid };
 
@@ -52,19 +53,31 @@ struct Group {
     return meeting == Meeting::kAlone || !*gone;
   }
 
-  __device__ __forceinline__ bool arrived() const {
-    // Only the first meeting waits for blocks that have no multiprocessor yet, as long as other kernels hold those.
-    const uint64_t limit = expected == size ? kFirst * patience : patience, since = nanoseconds();
-    for (unsigned looks = 0; static_cast<int>(load_acquire(counter) - expected) < 0; ++looks) {  // it may wrap
-      relax();
-      if (looks % kLooks != kLooks - 1) continue;  // `stop` is host memory: a look at it takes longer than a whole step
+  // Looks until `ready`. False if that took longer than `limit`, or another block has given up. The clock is for slow waits.
+  template <class Ready>
+  __device__ __forceinline__ bool until(Ready ready, uint64_t limit, unsigned looks) const {
+    uint64_t since = 0;
+    for (unsigned look = 1; !ready(); ++look) {
+      if (look % looks) continue;  // `stop` is host memory: a look at it takes longer than a whole step
       if (load_acquire(stop)) return false;
-      if (limit && nanoseconds() - since > limit) {
+      const uint64_t now = nanoseconds();
+      if (!since) since = now;
+      if (limit && now - since > limit) {
         store_cg(stop, 1u);  // no atomic: not every bus has them
         return false;
       }
     }
     return true;
+  }
+
+  __device__ __forceinline__ bool arrived() const {
+    // Only the first meeting waits for blocks that have no multiprocessor yet, as long as other kernels hold those.
+    const auto counted = [&] {
+      const bool all = static_cast<int>(load_acquire(counter) - expected) >= 0;  // it may wrap
+      if (!all) relax();
+      return all;
+    };
+    return until(counted, expected == size ? kFirst * patience : patience, kLooks);
   }
 };
 

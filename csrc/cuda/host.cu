@@ -11,6 +11,7 @@ std::string error_of(int code) { return error_text(code); }
 std::string obstacle() { return {}; }
 int use_device(int) { return 0; }
 void seed_schedule(unsigned seed) { set_seed(seed); }
+void lose_message(unsigned which) { set_lost_message(which); }
 void limit_spins(unsigned long long relaxations) { set_spin_limit(relaxations); }
 
 #else

@@ -11,6 +11,7 @@ int use_device(int index);       // for this thread's next launches: this runtim
 
 #if defined(FS_EMULATE)
 void seed_schedule(unsigned seed);
+void lose_message(unsigned which);
 void limit_spins(unsigned long long relaxations);
 #endif
 

@@ -4,9 +4,9 @@
 #pragma once
 
 #include "../cells.h"
-#include "group.h"
 #include "cell_math.h"
 #include "product.h"
+#include "rnn_exchange.h"
 #include "rnn_noise.h"
 
 namespace fastseq::cuda {
@@ -19,6 +19,7 @@ struct BackwardSizes {
   int tiles, depth;    // of k in a share, and of all
   int pitch;           // elements between rows of the gates' gradients
   int passes;          // strips of a warp
+  int givers;          // blocks that have units
 
   static FS_HD BackwardSizes of(const RnnShape& shape, int H) {
     BackwardSizes z;
@@ -33,20 +34,26 @@ struct BackwardSizes {
     z.pitch = ((z.depth * kElement / 4 + 31) / 32 * 32 + 4) * 4 / kElement;
     const int lanes = kWarps / z.slices;
     z.passes = (z.strips + lanes - 1) / lanes;
+    z.givers = (H + shape.units - 1) / shape.units;
     return z;
   }
-  FS_HD int slots(const RnnShape& shape) const { return shape.blocks * slices; }  // parts of a dL/dh
+  FS_HD int slots() const { return givers * slices; }  // parts of a dL/dh
   FS_HD int gradient_bytes(const RnnShape& shape) const { return shape.rows * pitch * kElement; }
   FS_HD int slot_floats(const RnnShape& shape) const { return shape.rows * shape.units; }
   // A warp's first strip is in registers as far as those go.
   FS_HD int warp_tiles(const RnnShape& shape) const { return (passes * tiles - shape.kept) * kM; }
   FS_HD int rest_bytes(const RnnShape& shape) const { return kWarps * warp_tiles(shape) * kTileBytes; }
-  // In this order: the gates' gradients, carry and held dL/dh of the block's own units, slots (twice, except where a grid
-  // exchanges them), staging, `gone`, and the weights that stay in no register.
+  // Of what a block with the units from unit0 on has, the tiles that are given to it: those with units that exist.
+  static FS_HD int own_tiles(const RnnShape& shape, int H, int unit0) {
+    const int left = H > unit0 ? (H - unit0 + kTileRows - 1) / kTileRows : 0, most = shape.units / kTileRows;
+    return left < most ? left : most;
+  }
+  // In this order: what the exchange needs, the gates' gradients, carry and held dL/dh of the block's own units, slots (twice,
+  // except where a grid exchanges them), staging, and the weights that stay in no register.
   FS_HD int shared(const RnnShape& shape) const {
     const int buffers = shape.meeting == static_cast<int>(Meeting::kGrid) ? 0 : 2;
-    return gradient_bytes(shape) + (2 + buffers * slots(shape)) * slot_floats(shape) * 4 +
-           (shape.kept ? kWarps * kM * kTileBytes : 0) + 16 + rest_bytes(shape);
+    return Exchange::kBytes + gradient_bytes(shape) + (2 + buffers * slots()) * slot_floats(shape) * 4 +
+           (shape.kept ? kWarps * kM * kTileBytes : 0) + rest_bytes(shape);
   }
 };
 
@@ -59,36 +66,40 @@ struct BackwardBlock {
 
   const RnnBackward& a;
   const Sizes z;
-  Group group;
   const Steps steps;
+  Exchange exchange;
   const int unit0;
   int row0 = 0;  // of the block of rows
   Pairs pairs;
   E* gradients;         // [rows, pitch]: of gate g of own unit u at g * units + u
-  float *carry, *held;  // [rows, units]: as the cell has it; what of dL/dh does not go through the step: all of a row behind its
-                        // end, of others what zoneout keeps
-  float *even, *odd;    // parts that steps 0, 2, .. and 1, 3, .. gave: [block and slice that gave it, row, own unit]
-  unsigned* gone;
+  float *carry, *held;  // in the order of Pairs: as the cell has it; what of dL/dh does not go through the step: all of a row behind
+                        // its end, of others what zoneout keeps
+  float *even, *odd;    // parts that steps 0, 2, .. and 1, 3, .. gave: [block and slice that gave it, pair]
   Stationary<P, kM, kKept> first;  // a warp's first strip
   unsigned char* rest;             // its others, [passes - 1, tiles, kM]
 
   __device__ __forceinline__ BackwardBlock(const RnnBackward& args, unsigned char* shared)
-      : a(args), z(Sizes::of(args.shape, args.H)), group(Group::of(args.shape, args.counters, args.stop, args.patience)),
+      : a(args), z(Sizes::of(args.shape, args.H)),
         steps{args.batch, static_cast<int>(blockIdx.x / args.shape.blocks % args.directions)},
-        unit0(group.rank * args.shape.units) {
+        exchange(Group::of(args.shape, args.counters, args.stop, args.patience), shared,
+                 (z.givers - 1) * z.slices * Sizes::own_tiles(args.shape, args.H, first_unit(args.shape)) *
+                     (args.shape.rows / kTileColumns) * kTileBytes),
+        unit0(first_unit(args.shape)) {
     const RnnShape& shape = a.shape;
-    const int own = z.slot_floats(shape), given = group.meeting == Meeting::kGrid ? 0 : z.slots(shape) * own;
+    const int own = z.slot_floats(shape), given = grid() ? 0 : z.slots() * own;
+    shared += Exchange::kBytes;
     gradients = reinterpret_cast<E*>(shared);
     carry = reinterpret_cast<float*>(shared + z.gradient_bytes(shape));
     held = carry + own;
     even = held + own;
     odd = even + given;
     unsigned char* staging = reinterpret_cast<unsigned char*>(odd + given);
-    gone = reinterpret_cast<unsigned*>(staging + (kKept ? kWarps * kM * kTileBytes : 0));
-    rest = reinterpret_cast<unsigned char*>(gone) + 16 + warp() * z.warp_tiles(shape) * kTileBytes;
+    rest = staging + (kKept ? kWarps * kM * kTileBytes : 0) + warp() * z.warp_tiles(shape) * kTileBytes;
     load_weights(staging + warp() * kM * kTileBytes);
   }
 
+  static __device__ __forceinline__ int first_unit(const RnnShape& shape) { return blockIdx.x % shape.blocks * shape.units; }
+  __device__ __forceinline__ bool grid() const { return exchange.group.meeting == Meeting::kGrid; }
   __device__ __forceinline__ float* slots(int s) const { return s & 1 ? odd : even; }
   static __device__ __forceinline__ int warp() { return threadIdx.x >> 5; }
   __device__ __forceinline__ int slice() const { return warp() % z.slices; }
@@ -117,16 +128,16 @@ struct BackwardBlock {
     }
   }
 
-  static __device__ __forceinline__ int own(int p) { return Pairs::own(p); }  // of [rows, units]
-  __device__ __forceinline__ int unit(int p) const { return own(p) - pairs.row[p] * a.shape.units; }
+  static __device__ __forceinline__ int own(int p) { return Pairs::own(p); }
+  __device__ __forceinline__ int unit(int p) const { return pairs.unit(p); }
   __device__ __forceinline__ int64_t state_at(int p) const {
-    return (static_cast<int64_t>(steps.direction) * a.batch.B + row0 + pairs.row[p]) * a.H + unit0 + unit(p);
+    return (static_cast<int64_t>(steps.direction) * a.batch.B + row0 + pairs.row(p)) * a.H + unit0 + unit(p);
   }
   __device__ __forceinline__ int64_t out_at(int p, int t) const {  // int64 first: token * H passes 2^31
-    const int64_t token = steps.token(t, row0 + pairs.row[p]);
+    const int64_t token = steps.token(t, row0 + pairs.row(p));
     return (token * a.directions + steps.direction) * a.H + unit0 + unit(p);
   }
-  __device__ __forceinline__ bool resets(int p, int t) const { return steps.resets(t, row0 + pairs.row[p], pairs.length[p]); }
+  __device__ __forceinline__ bool resets(int p, int t) const { return steps.resets(t, row0 + pairs.row(p), pairs.length[p]); }
 
   __device__ __forceinline__ void begin() {
     pairs.set(steps, a.shape, row0, unit0, a.H);
@@ -144,7 +155,7 @@ struct BackwardBlock {
   };
   __device__ __forceinline__ void read(int t, Read (&r)[kMostPairs]) {
     pairs.running(t, [&](int p) {
-      const int b = row0 + pairs.row[p], u = unit0 + unit(p);
+      const int b = row0 + pairs.row(p), u = unit0 + unit(p);
       const int64_t token = steps.token_of_direction(t, b);  // int64 first: token * H passes 2^31
       const T* gates = static_cast<const T*>(a.gates) + token * kColumns * a.H + u;
 #pragma unroll
@@ -161,7 +172,7 @@ struct BackwardBlock {
     if (resets(p, t)) return 0.f;
     const int earlier = steps.before(t);
     if (earlier >= 0 && earlier < pairs.length[p])
-      return a.cells[steps.token_of_direction(earlier, row0 + pairs.row[p]) * a.H + unit0 + unit(p)];
+      return a.cells[steps.token_of_direction(earlier, row0 + pairs.row(p)) * a.H + unit0 + unit(p)];
     return a.c0 ? load_either<T>(a.c0, state_at(p), a.wide) : 0.f;
   }
   __device__ __forceinline__ float h_before(int p, int t) const {
@@ -171,18 +182,18 @@ struct BackwardBlock {
     return a.h0 ? load_either<T>(a.h0, state_at(p), a.wide) : 0.f;
   }
 
-  // This block's share of the group's parts that a step left: [slots, rows, units].
-  __device__ __forceinline__ float* exchanged(int s) const {
-    const int64_t of_block = static_cast<int64_t>(z.slots(a.shape)) * z.slot_floats(a.shape);
-    return a.exchange + ((blockIdx.x / group.size * 2 + (s & 1)) * group.size + group.rank) * of_block;
+  // A block's share of the group's parts that a step left, where a grid exchanges them: [slots, pairs].
+  __device__ __forceinline__ float* exchanged(int s, int block) const {
+    const int64_t of_block = static_cast<int64_t>(z.slots()) * z.slot_floats(a.shape);
+    return a.exchange + ((blockIdx.x / a.shape.blocks * 2 + (s & 1)) * a.shape.blocks + block) * of_block;
   }
   // dL/dh of pair p, but for what comes from outside the recurrence: step s - 1 gave it.
   __device__ __forceinline__ float gathered(int p, int s) const {
     if (!s) return 0.f;
-    const int stride = z.slot_floats(a.shape), count = z.slots(a.shape);
+    const int stride = z.slot_floats(a.shape), count = z.slots();
     float sum = 0.f;
-    if (group.meeting == Meeting::kGrid) {
-      const float* from = exchanged(s - 1) + own(p);
+    if (grid()) {
+      const float* from = exchanged(s - 1, exchange.group.rank) + own(p);
 #pragma unroll 4
       for (int i = 0; i < count; ++i) sum += load_cg(from + static_cast<int64_t>(i) * stride);
     } else {
@@ -206,13 +217,13 @@ struct BackwardBlock {
     held[own(p)] = cut ? 0.f : kept;
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate)
-      gradients[pairs.row[p] * z.pitch + gate * a.shape.units + unit(p)] = P::stored(cut ? 0.f : d_pre[map.hidden[gate]]);
+      gradients[pairs.row(p) * z.pitch + gate * a.shape.units + unit(p)] = P::stored(cut ? 0.f : d_pre[map.hidden[gate]]);
   }
   __device__ __forceinline__ void hold(int p, float dh) {
     held[own(p)] = dh;
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate)
-      gradients[pairs.row[p] * z.pitch + gate * a.shape.units + unit(p)] = P::stored(0.f);
+      gradients[pairs.row(p) * z.pitch + gate * a.shape.units + unit(p)] = P::stored(0.f);
   }
 
   // The block's parts of dL/dh of all units, each to its owner.
@@ -235,32 +246,32 @@ struct BackwardBlock {
     }
   }
   __device__ __forceinline__ void give(int s, int strip, int n0, const float (&d)[kN][kM][4]) const {
-    const int lane = threadIdx.x & 31, units = a.shape.units, own = z.slot_floats(a.shape);
-    const int slot = (group.rank * z.slices + slice()) * own;
+    const int tiles = a.shape.units / kTileRows, rank = exchange.group.rank;
+    const int slot = (rank * z.slices + slice()) * z.slot_floats(a.shape);
+    int owner = strip * kM / tiles, tile = strip * kM - owner * tiles;  // a tile is one block's: units come in 16s
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
-      const int out = (strip * kM + m) * kTileRows, owner = out / units;  // a tile is one block's: units come in 16s
-      if (owner >= static_cast<int>(group.size)) break;
-      float* to = group.meeting == Meeting::kGrid      ? exchanged(s) + (owner - static_cast<int>(group.rank)) * static_cast<int64_t>(z.slots(a.shape)) * own
-                  : group.meeting == Meeting::kCluster ? map_shared(slots(s), owner)
-                                                       : slots(s);
-      to += slot + out % units + (lane >> 2);
+      if ((strip * kM + m) * kTileRows >= a.H) break;
 #pragma unroll
-      for (int n = 0; n < kN; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float* at = to + (n0 + n * kTileColumns + (lane & 3) * 2 + (i & 1)) * units + (i >> 1) * 8;
-          if (group.meeting == Meeting::kGrid)
-            store_cg(at, d[n][m][i]);
-          else
-            *at = d[n][m][i];
-        }
+      for (int n = 0; n < kN; ++n) {
+        const int at = slot + Pairs::chunk(n0 / kTileColumns + n, tile, tiles);
+        if (grid())
+          store_cg(reinterpret_cast<float4*>(exchanged(s, owner) + at),
+                   make_float4(d[n][m][0], d[n][m][1], d[n][m][2], d[n][m][3]));
+        else if (owner == rank)
+          store_shared16(slots(s) + at, d[n][m]);
+        else
+          exchange.send(slots(s) + at, d[n][m], owner, s);
+      }
+      if (++tile < tiles) continue;
+      tile = 0;
+      ++owner;
     }
   }
 
   __device__ __forceinline__ void store(int p, int t, const Read& r, const float (&d_pre)[kColumns]) const {
     constexpr auto map = column_map<C>();
-    const int64_t u = unit0 + unit(p), token = steps.token_of_direction(t, row0 + pairs.row[p]);
+    const int64_t u = unit0 + unit(p), token = steps.token_of_direction(t, row0 + pairs.row(p));
     T* to = static_cast<T*>(a.d_gates) + token * kColumns * a.H + u;
 #pragma unroll
     for (int column = 0; column < kColumns; ++column)
@@ -278,22 +289,23 @@ struct BackwardBlock {
     });
   }
 
-  __device__ __forceinline__ bool meet() {
-    group.arrive();
-    return group.wait(gone);
-  }
-
   // All steps of one block of rows, from the last to the first; false if the group broke up.
   __device__ __forceinline__ bool run() {
     begin();
-    if (!meet()) return false;
+    if (!exchange.meet()) return false;
+    // A block of a cluster that is larger than needed may have no units: nobody sends to it.
+    const bool whole = unit0 >= a.H || !a.batch.T || run_steps();
+    if (whole) finish();
+    return exchange.meet(whole);
+  }
+  __device__ __forceinline__ bool run_steps() {
     for (int s = 0; s < a.batch.T; ++s) {
       const int t = steps.at(a.batch.T - 1 - s);
       Read r[kMostPairs];
       float d_pre[kMostPairs][kColumns];
       read(t, r);
       const unsigned masks = read_masks(*this, t);
-      if (s && !group.wait(gone)) return false;
+      if (s && !wait_for(s - 1)) return false;
       pairs.each([&](int p) {
         const float dh = held[own(p)] + gathered(p, s);
         if (t < pairs.length[p])
@@ -301,14 +313,18 @@ struct BackwardBlock {
         else
           hold(p, dh);
       });
-      pairs.running(t, [&](int p) { store(p, t, r[p], d_pre[p]); });  // before arrive: there it would hold more registers
+      pairs.running(t, [&](int p) { store(p, t, r[p], d_pre[p]); });  // before handing out: there it would hold more registers
       __syncthreads();
+      if (exchange.broken()) return false;
       hand_out(s);
-      group.arrive();
+      exchange.arrive();
     }
-    if (a.batch.T && !group.wait(gone)) return false;
-    finish();
-    return meet();
+    return wait_for(a.batch.T - 1);
+  }
+  // The parts of step s, also those of the block's own, which no message counts; and until its gradients have been multiplied.
+  __device__ __forceinline__ bool wait_for(int s) {
+    if (exchange.sends()) __syncthreads();
+    return exchange.wait(s);
   }
 };
 

@@ -1,7 +1,7 @@
 // Where the row-steps of a layer's tensors lie, which of them a direction runs, and which of them are a thread's own.
 #pragma once
 
-#include "portable.h"
+#include "product.h"
 #include "rnn.h"
 
 namespace fastseq::cuda {
@@ -39,11 +39,22 @@ struct Steps {
 };
 
 // The (row, unit) pairs of a thread, of a block of rows and of units: the same for all steps, so that no state changes hands.
+//
+// They lie tile by tile, 16 units of 8 rows, as a product leaves them (product.h): what lane l = 4 g + t holds, rows 2t and
+// 2t + 1 of units g and g + 8, are 16 bytes in a row, at chunk 8 t + (g ^ 2t) of a tile. Swapped so, what 8 lanes write lies in
+// all banks, and so do the 8 chunks that a warp reads: 2 rows of 16 units, whole sectors of global memory.
 struct Pairs {
-  int row[kMostPairs], length[kMostPairs];  // length: -1 if there is no such row or unit
-  int count;                                // within the blocks
+  int place[kMostPairs], length[kMostPairs];  // row and unit, in one register; length: -1 if there is no such row or unit
+  int count;                                  // within the blocks
 
-  static __device__ __forceinline__ int own(int p) { return threadIdx.x + p * kThreads; }  // of [rows, units]
+  static __device__ __forceinline__ int own(int p) { return threadIdx.x + p * kThreads; }  // of [rows / 8, units / 16, 8, 16]
+  __device__ __forceinline__ int row(int p) const { return place[p] >> 8; }
+  __device__ __forceinline__ int unit(int p) const { return place[p] & 0xff; }
+  // Where a lane's four numbers of a product begin: of a tile of units, of `tiles`, and of a tile of rows.
+  static __device__ __forceinline__ int chunk(int tile_of_rows, int tile, int tiles) {
+    const int lane = threadIdx.x & 31, t = lane & 3;
+    return (tile_of_rows * tiles + tile) * (kTileRows * kTileColumns) + (8 * t + (lane >> 2 ^ 2 * t)) * 4;
+  }
 
   // f(p) for each. Unrolled, since a variable index would move all of a kernel's arrays out of its registers.
   template <class F>
@@ -63,10 +74,12 @@ struct Pairs {
     count = 0;
 #pragma unroll
     for (int p = 0; p < kMostPairs; ++p) {
-      row[p] = own(p) / shape.units;
-      if (row[p] < shape.rows) count = p + 1;
-      const bool real = row[p] < shape.rows && unit0 + own(p) % shape.units < H;
-      length[p] = real ? steps.length(row0 + row[p]) : -1;
+      const int at = own(p), tiles = shape.units / kTileRows, tile = at / (kTileRows * kTileColumns), twice_t = at >> 4 & 6;
+      const int row = tile / tiles * kTileColumns + twice_t + (at & 1);
+      const int unit = tile % tiles * kTileRows + (at & 2) * 4 + ((at >> 2 & 7) ^ twice_t);
+      place[p] = row << 8 | unit;
+      if (row < shape.rows) count = p + 1;
+      length[p] = row < shape.rows && unit0 + unit < H ? steps.length(row0 + row) : -1;
     }
   }
 };

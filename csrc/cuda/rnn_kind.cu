@@ -52,7 +52,7 @@ struct Of {
   template <int kM>
   static RnnSizes backward_needs(const RnnShape& shape, int H) {
     const Backward<kM> sizes = Backward<kM>::of(shape, H);
-    return {sizes.shared(shape), sizes.slots(shape), 4};
+    return {sizes.shared(shape), sizes.slots(), 4};
   }
   template <class F>
   static int with_backward(const RnnShape& shape, int H, F f) {

@@ -16,6 +16,7 @@ __all__ = ["CannotPlan", "RnnPlan", "Shape", "plan"]
 
 WARPS, THREADS, MOST_PAIRS = 8, 256, 512  # rows * units of a block: rnn_batch.h's kMostPairs a thread
 TILE_ROWS, TILE_COLUMNS, TILE_BYTES = 16, 8, 512
+EXCHANGE_BYTES = 32  # rnn_exchange.h's kBytes
 TILE_K = {"full32": 8, "tensor32": 8, "brain_half": 16, "half": 16}
 ELEMENT = {"full32": 4, "tensor32": 4, "brain_half": 2, "half": 2}
 DESIGNS = ("block", "cluster", "grid")  # csrc/cuda/group.h: how blocks meet
@@ -185,9 +186,9 @@ def _forward_sizes(cell: str, kind: str, H: int, shape: Shape) -> _Sizes | None:
     rest = unit_tiles * slices * (tiles - shape.kept) * gates
     shared = (
         buffers * shape.rows * pitch * element
-        + slices * gates * shape.rows * (shape.units + 4) * 4
+        + slices * gates * shape.rows * shape.units * 4
         + (2 * shape.rows + CELLS[cell].columns) * shape.units * 4
-        + 16
+        + EXCHANGE_BYTES
         + rest * TILE_BYTES
     )
     return _Sizes(shared, unit_tiles * slices * tiles * gates, rest, pitch, 0, depth)
@@ -209,12 +210,12 @@ def _backward_sizes(cell: str, kind: str, H: int, shape: Shape) -> _Sizes | None
     pitch = _pitch(depth, element)
     passes = _cdiv(strips, WARPS // slices)
     warp_tiles = (passes * tiles - shape.kept) * strip
-    parts, own = shape.blocks * slices, shape.rows * shape.units
+    parts, own = _cdiv(H, shape.units) * slices, shape.rows * shape.units
     shared = (
         shape.rows * pitch * element
         + (2 + (0 if shape.design == "grid" else 2 * parts)) * own * 4
         + (WARPS * strip * TILE_BYTES if shape.kept else 0)
-        + 16
+        + EXCHANGE_BYTES
         + WARPS * warp_tiles * TILE_BYTES
     )
     return _Sizes(shared, WARPS * passes * tiles * strip, WARPS * warp_tiles, pitch, parts, depth)
@@ -227,11 +228,12 @@ def _step(kind: str, device: DeviceSpec, directions: int, shape: Shape, sizes: _
     rate = {"full32": device.vector_flops, "tensor32": device.tensor_flops / 2}.get(kind, device.tensor_flops)
     again = tiles if shape.kept or tiles % 2 else tiles // 2  # times that those weights are read
     product = max(flops / rate, sizes.rest * TILE_BYTES * again / device.shared_bytes)
-    parts = shape.rows * H * 4 * max(sizes.parts // shape.blocks, 1)  # backward, of a block
+    holders = _cdiv(H, shape.units)  # blocks that have units: of a cluster perhaps not all
+    parts = shape.rows * H * 4 * max(sizes.parts // holders, 1)  # backward, of a block
     if shape.design == "block":
         return device.step + product
     if shape.design == "cluster":
-        given = parts if sizes.parts else shape.rows * shape.units * ELEMENT[kind] * (shape.blocks - 1)
+        given = parts if sizes.parts else shape.rows * shape.units * ELEMENT[kind] * (holders - 1)
         return device.step + product + device.cluster_barrier + given / device.remote_bytes
     everybody = shape.blocks * shape.groups * directions
     moved = 2 * parts if sizes.parts else shape.rows * H * ELEMENT[kind]

@@ -59,6 +59,7 @@ struct Settings {
   unsigned seed = 0;
   uint64_t spin_limit = 1'000'000;
   unsigned multiprocessors = 132;
+  unsigned lost_message = 0;
 };
 
 inline thread_local Settings settings;
@@ -112,7 +113,7 @@ inline void run(const LaunchShape& shape, Grid::Body body, const void* kernel) {
     throw Fault(kInvalidLaunch, "invalid launch: a cooperative grid of " + std::to_string(shape.grid) +
                                     " blocks is more than are resident at once");
   }
-  Grid made(shape, body, kernel, settings.seed, settings.spin_limit);
+  Grid made(shape, body, kernel, settings.seed, settings.spin_limit, settings.lost_message);
   struct InFlight {
     explicit InFlight(Grid* made) { grid = made; }
     ~InFlight() { grid = nullptr; }
@@ -218,9 +219,31 @@ inline void cluster_sync(emulation::Site site = emulation::Site::here()) {
 template <class T>
 T* map_shared(T* address, unsigned rank, emulation::Site site = emulation::Site::here()) {
   emulation::grid->may_interrupt();
-  const auto* const own = emulation::running->block->dynamic.data();
-  auto* const base = emulation::grid->peer(rank, address, site).dynamic.data();
-  return reinterpret_cast<T*>(base + (reinterpret_cast<const unsigned char*>(address) - own));
+  return emulation::grid->mapped(address, rank, site);
+}
+
+template <class T>
+void store_shared16(void* to, const T& value, emulation::Site site = emulation::Site::here()) {
+  static_assert(sizeof(T) == 16, "one instruction a store");
+  if (reinterpret_cast<uintptr_t>(to) % 16) emulation::grid->misuse("a store of 16 bytes to no multiple of 16", site);
+  std::memcpy(to, &value, 16);
+}
+
+// Messages between the blocks of a cluster.
+inline void init_byte_barriers(uint64_t* first, int count, emulation::Site site = emulation::Site::here()) {
+  for (int i = 0; i < count; ++i) emulation::grid->init_byte_barrier(first + i, site);
+}
+inline void expect_bytes(uint64_t* barrier, unsigned bytes, emulation::Site site = emulation::Site::here()) {
+  emulation::grid->expect_bytes(barrier, bytes, site);
+}
+inline bool bytes_received(uint64_t* barrier, unsigned parity, emulation::Site site = emulation::Site::here()) {
+  return emulation::grid->bytes_received(barrier, parity, site);
+}
+template <class T>
+void send16(void* to, const T& value, uint64_t* barrier, unsigned rank,
+            emulation::Site site = emulation::Site::here()) {
+  static_assert(sizeof(T) == 16, "one instruction a message");
+  emulation::grid->send(to, &value, barrier, rank, site);
 }
 
 // Asynchronous copies.
@@ -293,9 +316,10 @@ int blocks_resident(void (*)(P...), const LaunchShape& shape, int* per_sm) {
 }
 
 // Of the emulation alone, for later launches of the calling OS thread: the schedule (scheduler.h); how many relaxations and
-// acquiring loads, without anything else, are a livelock; the size of the device.
+// acquiring loads, without anything else, are a livelock; the size of the device; which message of a launch never lands, from 1.
 inline void set_seed(unsigned seed) { emulation::settings.seed = seed; }
 inline void set_spin_limit(uint64_t looks) { emulation::settings.spin_limit = looks; }
+inline void set_lost_message(unsigned which) { emulation::settings.lost_message = which; }
 inline void set_multiprocessors(unsigned count) { emulation::settings.multiprocessors = count; }
 
 }  // namespace fastseq::cuda

@@ -55,6 +55,63 @@ __global__ void pass_round(const float* x, float* y, int rounds, int fault) {
   y[at] = row[rounds % 2 * blockDim.x + threadIdx.x];
 }
 
+// Of pass_messages.
+enum WrongMessage : int {
+  kRight,
+  kNoWait,
+  kTooFewBytes,
+  kTooManyBytes,
+  kNotArmed,
+  kArmedTwice,
+  kOtherParity,
+  kOneBuffer,
+  kLeaveEarly,
+  kNotInitialised,
+  kNoBarrierBefore,
+  kWrittenOver,
+  kMisaligned,
+  kBeyond,
+  kToItself,
+};
+
+// y [gridDim, blockDim]: what a block has after `rounds` rounds, in each of which it gives its row to all of its cluster and
+// takes the sum of the rows for its own. x: the first.
+__global__ void pass_messages(const float* x, float* y, int rounds, int wrong) {
+  FS_DYNAMIC_SHARED(raw);
+  const unsigned i = threadIdx.x, n = blockDim.x, size = cluster_size(), rank = cluster_rank();
+  uint64_t* const arrivals = reinterpret_cast<uint64_t*>(raw);
+  float* const slots = reinterpret_cast<float*>(raw + 16);  // [2, size, n]
+  unsigned bytes = (size - 1) * n * sizeof(float);
+  if (wrong == kTooFewBytes) bytes -= 16;
+  if (wrong == kTooManyBytes) bytes += 16;
+  if (i == 0 && wrong != kNotInitialised) init_byte_barriers(arrivals, 2);
+  for (int k = 0; k < 2 && i == 0; ++k) {
+    if (wrong != kNotArmed) expect_bytes(arrivals + k, bytes);
+    if (wrong == kArmedTwice) expect_bytes(arrivals + k, bytes);
+  }
+  if (wrong == kWrittenOver && i == 0) *arrivals = 0;
+  if (wrong != kNoBarrierBefore) cluster_sync();
+  float value = x[blockIdx.x * n + i];
+  for (int round = 0; round < rounds; ++round) {
+    const int half = wrong == kOneBuffer ? 0 : round & 1;
+    float* const all = slots + half * size * n;
+    all[rank * n + i] = value;
+    __syncthreads();
+    const uint4 chunk = i < n / 4 ? *reinterpret_cast<const uint4*>(all + rank * n + i * 4) : uint4{};
+    const unsigned at = rank * n + i * 4 + (wrong == kMisaligned) + (wrong == kBeyond ? 2 * size * n : 0);
+    for (unsigned peer = 0; i < n / 4 && peer < size; ++peer)
+      if (peer != rank || wrong == kToItself) send16(all + at, chunk, arrivals + half, peer);
+    if (wrong == kLeaveEarly && round == rounds - 1) return;
+    const unsigned parity = (wrong == kOneBuffer ? round : round >> 1) + (wrong == kOtherParity);
+    while (wrong != kNoWait && !bytes_received(arrivals + half, parity & 1)) {
+    }
+    if (i == 0 && wrong != kNotArmed && wrong != kNoWait) expect_bytes(arrivals + half, bytes);
+    value = 0.f;
+    for (unsigned peer = 0; peer < size; ++peer) value += all[peer * n + i];
+  }
+  y[blockIdx.x * n + i] = value;
+}
+
 __device__ void wait_for(const unsigned* counter, unsigned count) {
   while (load_acquire(counter) < count) relax();
 }
@@ -215,6 +272,10 @@ int run_pass_round(const float* x, float* y, unsigned blocks, unsigned cluster, 
   return launch(pass_round, {blocks, 64, cluster, 2 * 64 * sizeof(float)}, x, y, rounds, fault);
 }
 
+int run_pass_messages(const float* x, float* y, unsigned blocks, unsigned cluster, int rounds, int wrong) {
+  return launch(pass_messages, {blocks, 64, cluster, 16 + 2 * cluster * 64 * unsigned{sizeof(float)}}, x, y, rounds, wrong);
+}
+
 int run_add_neighbours(float* x, unsigned* counter, unsigned blocks, unsigned block, int rounds, int fault) {
   return launch(add_neighbours, {blocks, block, 1, 0, true}, x, counter, rounds, fault);
 }
@@ -267,6 +328,7 @@ const char* text_of(int code) { return error_text(code); }
 #if defined(FS_EMULATE)
 void choose_seed(unsigned seed) { set_seed(seed); }
 void choose_spin_limit(uint64_t looks) { set_spin_limit(looks); }
+void choose_lost_message(unsigned which) { set_lost_message(which); }
 void choose_multiprocessors(unsigned count) { set_multiprocessors(count); }
 #endif
 

@@ -24,9 +24,9 @@ class Grid {
  public:
   using Body = void (*)(const void* kernel);
 
-  Grid(const LaunchShape& shape, Body body, const void* kernel, unsigned seed, uint64_t spin_limit)
+  Grid(const LaunchShape& shape, Body body, const void* kernel, unsigned seed, uint64_t spin_limit, unsigned lost_message)
       : threads{shape.block, 1, 1}, blocks{shape.grid, 1, 1}, cluster_size(std::max(1u, shape.cluster)), shape_(shape),
-        body_(body), kernel_(kernel), scheduler_(seed, spin_limit) {}
+        body_(body), kernel_(kernel), lost_message_(lost_message), scheduler_(seed, spin_limit) {}
 
   const Index threads, blocks;  // blockDim, gridDim
   const unsigned cluster_size;
@@ -91,6 +91,50 @@ class Grid {
     if (cluster.phase == running->phase) wait(cluster.waiting, At::kClusterWait, site);
   }
 
+  // The address, in block `rank` of the cluster, of what `address` is in the running thread's.
+  template <class T>
+  T* mapped(T* address, unsigned rank, Site site) {
+    const auto offset = reinterpret_cast<const unsigned char*>(address) - running->block->dynamic.data();
+    return reinterpret_cast<T*>(peer(rank, address, site).dynamic.data() + offset);
+  }
+
+  void init_byte_barrier(uint64_t* barrier, Site site) { expect_right(own_inbox(barrier, site).init(barrier), site); }
+
+  void expect_bytes(const uint64_t* barrier, unsigned bytes, Site site) {
+    Inbox& inbox = own_inbox(barrier, site);
+    expect_right(inbox.expect(barrier, bytes), site);
+    scheduler_.published();
+  }
+
+  // Another look after all others have had their turn, as the hardware suspends a thread for a while.
+  bool bytes_received(const uint64_t* barrier, unsigned parity, Site site) {
+    Inbox& inbox = own_inbox(barrier, site);
+    expect_right(inbox.problem(barrier), site);
+    may_interrupt();
+    if (inbox.completed(barrier, parity)) return true;
+    look(At::kBytesReceived, site);
+    scheduler_.spin(running);
+    give_way(false);
+    running->at = At::kRunning;
+    return inbox.completed(barrier, parity);
+  }
+
+  void send(void* to, const void* value, uint64_t* barrier, unsigned rank, Site site) {
+    if (cluster_size == 1) misuse("a message within a cluster of one block", site);
+    may_interrupt();
+    Block& block = peer(rank, to, site);
+    Message message{mapped(static_cast<unsigned char*>(to), rank, site), mapped(barrier, rank, site), {}};
+    if (!block.dynamic.holds(message.to, Message::kBytes) || reinterpret_cast<uintptr_t>(to) % Message::kBytes) {
+      misuse("a message to an address that is no multiple of its size, or outside the shared memory", site);
+    }
+    std::memcpy(message.value, value, Message::kBytes);
+    if (++sent_ == lost_message_) return;
+    expect_right(block.inbox.post(message), site);
+    ++under_way_;
+    scheduler_.progressed();
+    if (scheduler_.delivers_at_once()) land(block);
+  }
+
   Block& peer(unsigned rank, const void* address, Site site) {
     const Block& own = *running->block;
     if (rank >= cluster_size) {
@@ -122,6 +166,7 @@ class Grid {
   // Where a GPU may let another warp go first, so may some schedules.
   void may_interrupt() {
     if (!scheduler_.interrupts()) return;
+    land_one();
     scheduler_.ready(running);
     give_way(false);
   }
@@ -247,11 +292,69 @@ class Grid {
     running->at = At::kExited;
     --live_;
     scheduler_.progressed();
-    if (++block.exited == shape_.block) check_bounds(block);
+    if (++block.exited == shape_.block) {
+      if (const char* wrong = block.inbox.leftover()) throw Fault(kMisuse, "misuse: " + block.name() + " " + wrong);
+      check_bounds(block);
+    }
     --cluster.threads;
     // The hardware's cluster barrier does not wait for threads that have exited.
     const bool counted = running->arrived && running->phase == cluster.phase;
     if (!counted) arrive(cluster);
+  }
+
+  Inbox& own_inbox(const void* barrier, Site site) const {
+    Block& block = *running->block;
+    if (!block.dynamic.holds(barrier, sizeof(uint64_t)) || reinterpret_cast<uintptr_t>(barrier) % sizeof(uint64_t)) {
+      misuse("an mbarrier outside the block's dynamic shared memory, or at no multiple of 8 bytes", site);
+    }
+    return block.inbox;
+  }
+
+  void expect_right(const char* wrong, Site site) const {
+    if (wrong) misuse(wrong, site);
+  }
+
+  // One message to the block; whether a phase was over by it.
+  bool land(Block& block) {
+    bool completed = false;
+    --under_way_;
+    const size_t i = scheduler_.in_order() ? 0 : scheduler_.random.below(block.inbox.under_way());
+    if (const char* wrong = block.inbox.land(i, completed)) {
+      throw Fault(kMisuse, "misuse: a message to " + block.name() + ": " + wrong);
+    }
+    if (completed) {
+      scheduler_.published();
+    } else {
+      scheduler_.progressed();
+    }
+    return completed;
+  }
+
+  // A block to which messages are under way, or null.
+  Block* awaiting() {
+    if (!under_way_) return nullptr;
+    const size_t count = in_flight_.size(), first = scheduler_.in_order() ? 0 : scheduler_.random.below(count);
+    for (size_t i = 0; i < count; ++i) {
+      Block& block = *in_flight_[(first + i) % count];
+      if (block.inbox.under_way()) return &block;
+    }
+    return nullptr;
+  }
+
+  void land_one() {
+    if (Block* block = awaiting()) land(*block);
+  }
+
+  // Nobody can run: messages to one block land until it can go on.
+  void land_late() {
+    Block* const block = awaiting();
+    while (block && block->inbox.under_way() && !land(*block)) {
+    }
+  }
+
+  Fiber* next() {
+    if (!scheduler_.has_ready()) land_late();
+    return scheduler_.next();
   }
 
   void check_bounds(Block& block) {
@@ -299,7 +402,7 @@ class Grid {
   // Runs others until this fiber's turn comes again; with none left to run, or after a failure, the launch ends.
   void give_way(bool for_good) {
     Fiber* const from = running;
-    Fiber* const to = failure_ ? nullptr : scheduler_.next();
+    Fiber* const to = failure_ ? nullptr : next();
     if (to == from) return;
     if (!to && !failure_ && live_ > 0) {
       failure_ = std::make_exception_ptr(Fault(kDeadlock, "deadlock: " + whereabouts()));
@@ -355,6 +458,7 @@ class Grid {
   const LaunchShape shape_;
   const Body body_;
   const void* const kernel_;
+  const unsigned lost_message_;
   Scheduler<Fiber> scheduler_;
   Context main_;
   std::exception_ptr failure_;
@@ -362,6 +466,8 @@ class Grid {
   std::vector<std::unique_ptr<Block>> in_flight_;
   std::vector<Fiber> fibers_;
   size_t live_ = 0;
+  size_t under_way_ = 0;  // messages
+  unsigned sent_ = 0;
 };
 
 }  // namespace emulation

@@ -3,6 +3,9 @@
 // Seed 0: in order. Odd seeds: at random, with switches where a GPU might let another warp go first. Even seeds: blocks,
 // warps or threads have priorities, drawn at random and now and then anew: those of low priority run only when no others
 // can (Burckhardt 2010, "A randomized scheduler with probabilistic guarantees of finding bugs").
+//
+// Messages land when nobody can run without them: in order of sending, or in random order. On odd seeds some land before, on
+// every second even one all at once, so that a block of high priority runs ahead of the others as far as it can.
 #pragma once
 
 #include <algorithm>
@@ -41,6 +44,8 @@ class Scheduler {
 
   bool in_order() const { return seed_ == 0; }
   bool has_priorities() const { return seed_ != 0 && seed_ % 2 == 0; }
+  bool delivers_at_once() const { return seed_ % 4 == 2; }
+  bool has_ready() const { return !ready_in_order_.empty() || !ready_.empty(); }
   bool interrupts() { return seed_ % 2 == 1 && random.below(8) == 0; }
 
   // Fibers of the same `group` share a priority.
@@ -63,7 +68,7 @@ class Scheduler {
     idle_ = false;
   }
 
-  // It was written to global memory.
+  // It was written to global memory, or a message came.
   void published() {
     progressed();
     published_ = true;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "fibers.h"
+#include "messages.h"
 #include "numbers.h"
 #include "shared_memory.h"
 
@@ -31,6 +32,7 @@ enum class At {
   kExited,
   kRelax,
   kLoadAcquire,
+  kBytesReceived,
   kSyncThreads,
   kClusterArrive,
   kClusterWait,
@@ -44,9 +46,9 @@ enum class At {
 };
 
 inline std::string name_of(At at) {
-  static constexpr const char* kNames[] = {"run", "have exited", "relax", "load_acquire", "__syncthreads",
-                                           "cluster_arrive", "cluster_wait", "__syncwarp", "__shfl_sync", "__shfl_xor_sync",
-                                           "__shfl_down_sync", "mma_bf16", "mma_fp16", "mma_tf32"};
+  static constexpr const char* kNames[] = {"run", "have exited", "relax", "load_acquire", "bytes_received",
+                                           "__syncthreads", "cluster_arrive", "cluster_wait", "__syncwarp", "__shfl_sync",
+                                           "__shfl_xor_sync", "__shfl_down_sync", "mma_bf16", "mma_fp16", "mma_tf32"};
   return kNames[static_cast<int>(at)];
 }
 
@@ -110,6 +112,7 @@ struct Block {
   std::vector<Warp> warps;
   SharedMemory dynamic;
   std::vector<Array> arrays;
+  Inbox inbox;
 
   std::string name() const { return "block " + std::to_string(number); }
 };
@@ -133,7 +136,7 @@ struct Fiber {
   // "wait in __syncthreads (file.cu:12)"
   std::string state() const {
     if (at <= At::kExited) return name_of(at);
-    return (at <= At::kLoadAcquire ? "spin in " : "wait in ") + name_of(at) + site.text();
+    return (at <= At::kBytesReceived ? "spin in " : "wait in ") + name_of(at) + site.text();
   }
 };
 
