@@ -20,7 +20,9 @@ from . import cuda, decoder_fused, gpu_search
 from .decoder_call import DecoderCall
 from .gpu_search import not_searched
 
-__all__ = ["NAME", "decoder", "greedy", "layout", "refuses", "refuses_search", "search", "unavailable"]
+__all__ = [
+    "NAME", "decoder", "greedy", "layout", "layout_of_search", "refuses", "refuses_search", "search", "unavailable"
+]  # fmt: skip
 
 NAME = "cuda"
 MOST_CELLS = 8  # kMostCells of csrc/cuda/decoder.h
@@ -71,14 +73,19 @@ def search(call: DecoderCall, of: Vocabulary, asked: Search) -> Found | None:
 
 def greedy(call: DecoderCall, of: Vocabulary) -> str:
     """How a greedy search from this call runs, in words."""
-    found = refuses_search(call) or _whole(replace(call, y=call.y[:, :1]), of)
+    found = layout_of_search(replace(call, y=call.y[:, :1]), of)
     return f"in one launch, {found}" if isinstance(found, DecoderPlan) else f"step by step: {found}"
 
 
+def layout_of_search(call: DecoderCall, of: Vocabulary) -> DecoderPlan | str:
+    """How one launch of all steps from this call, of one, would be laid out; or why there is none."""
+    return refuses_search(call) or _whole(call, of)
+
+
 def _whole(call: DecoderCall, of: Vocabulary) -> DecoderPlan | str:
-    """The layout of a launch of all steps, or why there is none."""
+    """As layout_of_search, of a call that is not refused."""
     spec = call.spec
-    if 0 in call.y.shape[:2]:
+    if len(call.y) == 0:
         return "there are no rows"
     if spec.cell not in COLUMNS:
         return f"cell={spec.cell!r} within a decoder's loop is not fused"
