@@ -259,6 +259,15 @@ def test_where_weights_lie(design: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize(("V", "design"), [(700, "block"), (3000, "cluster"), (30000, "grid")])
+def test_large_vocabularies_as_planned(V: int, design: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For an H200, up to 66 blocks."""
+    started, ran = host._run, []
+    monkeypatch.setattr(host, "_run", lambda *args: (ran.append(args[1]), started(*args)))
+    check(model("luong", V=V), max_new_tokens=3)
+    assert [(p.way, p.shape.design) for p in ran] == [("search", design)]
+
+
 def test_as_planned(launches: list[str]) -> None:
     """For an H200, without any other choice; an embedding with rows to spare; strided parameters; an empty source."""
     of = model(V=9)

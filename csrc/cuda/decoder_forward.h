@@ -168,7 +168,7 @@ struct DecoderForward : AttentionBlock<P, T, M, kSearch> {
     const bool of_state = p.kind == kCell || p.kind == kCandidate, gates = a.save && p.kind <= kCandidate;
     const int first = p.kind == kCandidate ? 3 : 0, count = p.kind == kCell ? 4 : p.kind == kReset ? 3 : 1;
     this->each_result(p, t, n0, [&](const Result& r) {
-      if (!kSearch && !grid() && made.values.at)
+      if (!grid() && made.values.at)
         lying<T>(made.values, r.n, this->made_at(p, t))[r.u] = from_float<T>(of_state ? *carried(0, r) : this->kept(r, 0));
       const int64_t token = (static_cast<int64_t>(p.cell) * a.N + r.n) * a.T + t;
       T* to = static_cast<T*>(a.at[k_gates]) + (token * 4 + first) * a.H + r.u;
@@ -217,12 +217,13 @@ struct DecoderForward : AttentionBlock<P, T, M, kSearch> {
     return this->meet_after(p);
   }
 
-  __device__ __forceinline__ bool run_phase(const DecoderPhase& p, int t) {
+  template <class Prepare, class Epilogue>
+  __device__ __forceinline__ bool run_phase(const DecoderPhase& p, int t, Prepare prepare, Epilogue epilogue) {
     if (p.kind == kScore) return run_scores(p, t);
     if (p.kind == kContext) return run_context(p, t);
-    return this->product(
-        p, t, 1, [&](const DecoderPhase& of, int s, int n0) { prepare(of, s, n0); }, [&](int n0) { epilogue(p, t, n0); },
-        [&](int n0) { flush(p, t, n0); });
+    return this->product(p, t, 1, prepare, epilogue, [&](int n0) {
+      if (!kSearch) flush(p, t, n0);
+    });
   }
 
   // All steps of one block of rows; false if the group broke up.
@@ -231,8 +232,11 @@ struct DecoderForward : AttentionBlock<P, T, M, kSearch> {
     if (a.T > 0) prepare(a.phase[a.first], 0, 0);
     if (!this->meet()) return false;
     for (int t = 0; t < a.T; ++t)
-      for (int i = 0; i < a.phases; ++i)
-        if (!run_phase(a.phase[i], t)) return false;
+      for (int i = 0; i < a.phases; ++i) {
+        const DecoderPhase& p = a.phase[i];
+        const auto prepared = [&](const DecoderPhase& of, int s, int n0) { prepare(of, s, n0); };
+        if (!run_phase(p, t, prepared, [&](int n0) { epilogue(p, t, n0); })) return false;
+      }
     finish();
     return this->meet();  // the next rows' vectors begin anew
   }

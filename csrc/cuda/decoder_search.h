@@ -32,6 +32,7 @@ struct DecoderSearch : DecoderForward<P, T, M, true> {
   static __device__ __forceinline__ Choice over_lanes(Choice of) {
     const float top = Base::over_warp(of.top, [](float x, float y) { return fmaxf(x, y); });
     of.sum = Base::add_up(of.sum * exp_of(of.top, top));
+    of.sum = __shfl_sync(0xffffffffu, of.sum, 0);  // one lane's: of two that add, the compiler may fuse each one's own product
     of.top = top;
 #pragma unroll
     for (int by = 16; by > 0; by /= 2) {
@@ -135,13 +136,14 @@ struct DecoderSearch : DecoderForward<P, T, M, true> {
     }
   }
 
-  __device__ __forceinline__ bool run_vocabulary(const DecoderPhase& p, int t) {
-    // what the next step reads is not known before all have met
+  __device__ __forceinline__ bool run_phase(const DecoderPhase& p, int t) {
+    const bool chooses = p.kind == kVocabulary;
     const auto prepare = [&](const DecoderPhase& of, int s, int n0) {
-      if (of.kind == kVocabulary) Base::prepare(of, s, n0);
+      if (!chooses || of.kind == kVocabulary) this->prepare(of, s, n0);  // what the next step reads all must meet to know
     };
-    if (!this->product(p, t, 1, prepare, [&](int n0) { look(p, t, n0); }, [](int) {})) return false;
-    choose(t);
+    const auto epilogue = [&](int n0) { chooses ? look(p, t, n0) : this->epilogue(p, t, n0); };
+    if (!Base::run_phase(p, t, prepare, epilogue)) return false;
+    if (chooses) choose(t);
     return true;
   }
 
@@ -152,10 +154,8 @@ struct DecoderSearch : DecoderForward<P, T, M, true> {
     if (!this->meet()) return false;
     for (int t = 0; t < a.T && (t == 0 || goes_on()); ++t) {
       this->prepare(a.phase[a.first], t, 0);
-      for (int i = 0; i < a.phases; ++i) {
-        const DecoderPhase& p = a.phase[i];
-        if (!(p.kind == kVocabulary ? run_vocabulary(p, t) : this->run_phase(p, t))) return false;
-      }
+      for (int i = 0; i < a.phases; ++i)
+        if (!run_phase(a.phase[i], t)) return false;
     }
     end_walks();
     return this->meet();  // the next rows' vectors begin anew

@@ -35,6 +35,12 @@ def test_tokens(index: int, options: dict[str, Any]) -> None:
     same(back(there(of).generate(SRC.to(DEVICE), **options)), in_float64(of, SRC, **options))
 
 
+@pytest.mark.parametrize("V", [700, 3000, 30000])  # on the CUDA kernels one block, a cluster, a grid
+def test_large_vocabularies(V: int) -> None:
+    of = model("luong", V=V)
+    same(back(there(of).generate(SRC.to(DEVICE), max_new_tokens=6)), in_float64(of, SRC, max_new_tokens=6))
+
+
 @pytest.mark.parametrize("name", ["luong", "gnmt"])  # gnmt has a residual, with which no kernel runs all of a search
 @pytest.mark.parametrize("most", [40, 21])
 def test_a_long_search_repeats_its_graph(most: int, name: str) -> None:
