@@ -40,6 +40,18 @@ def launches(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
+def arguments(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The tensors of each launch from here on."""
+    started, told = host._run, []
+
+    def run(made: Any, chosen: Any, x: Any, save: bool, named: Any, *rest: Any) -> None:
+        told.append(named)
+        started(made, chosen, x, save, named, *rest)
+
+    monkeypatch.setattr(host, "_run", run)
+    return told
+
+
 def on_cuda(of: Seq2Seq, src: torch.Tensor = ALL, **options: Any) -> fastseq.GenerateOutput:
     of.decoder.backend = "cuda"
     found = of.generate(src, **options)
@@ -103,11 +115,13 @@ def test_rows_that_end_at_different_steps(design: str, monkeypatch: pytest.Monke
     of, rows = model("luong", V=20, rows=37, seed=3), torch.arange(37)[:, None]
     with torch.no_grad():
         of.output.bias[EOS] += 1
+    told = arguments(monkeypatch)
     with drawn(monkeypatch, design, 5):
         found = check(of, rows, max_new_tokens=12)
     assert len(found.lengths.unique()) > 4
-    behind = torch.arange(found.sequences.shape[2]) >= found.lengths[:, :, None]
-    assert found.sequences[behind].eq(PAD).all()
+    behind = torch.arange(12) >= found.lengths
+    assert told[0]["ids"][behind].eq(PAD).all()
+    assert not told[0]["weights"][behind].any()
 
 
 @every_design
@@ -116,16 +130,18 @@ def test_eos_at_once(design: str, emulated: Any, monkeypatch: pytest.MonkeyPatch
     of = model("luong", V=9)
     with torch.no_grad():
         of.output.bias[EOS] = 50
-    rows: list[Any] = []
-    started = host._run
-    monkeypatch.setattr(host, "_run", lambda *args: (rows.append(args[4]), started(*args)))
+    started, ids = host._run, []
+
+    def run(made: Any, chosen: Any, x: Any, save: bool, named: Any, *rest: Any) -> None:
+        ids.append(named["ids"].fill_(-7))
+        started(made, chosen, x, save, named, *rest)
+
+    monkeypatch.setattr(host, "_run", run)
     with fixed(monkeypatch, design, 1 if design == "block" else 2):
         found = check(of, max_new_tokens=40)
     assert found.lengths.eq(1).all()
     assert found.sequences.eq(EOS).all()
-    (named,) = rows
-    assert named["weights"].shape == (B, 40, 5)
-    assert not named["weights"][:, 1:].any()  # no second step was made
+    assert ids[0][:, 1:].eq(-7).all()  # no second step was made
 
 
 @pytest.mark.parametrize(("design", "blocks", "pieces"), [("block", 1, 1), ("cluster", 3, 2), ("grid", 3, 2)])
@@ -147,9 +163,7 @@ def test_nan_is_refused(design: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         of.encoder.out[2, 0] = torch.nan
         of.encoder.mask[2, 0] = True
-    told: list[Any] = []
-    started = host._run
-    monkeypatch.setattr(host, "_run", lambda *args: (told.append(args[4]), started(*args)))
+    told = arguments(monkeypatch)
     with drawn(monkeypatch, design, 2), pytest.raises(InputError, match="NaN for a row"):
         on_cuda(of, max_new_tokens=5)
     with drawn(monkeypatch, design, 2):

@@ -126,7 +126,6 @@ struct DecoderSearch : DecoderForward<P, T, M, true> {
       const bool there = exists(row);
       walk(row) = {there ? static_cast<int>(static_cast<const int64_t*>(a.at[k_tokens])[row0 + row]) : a.pad, 0, 0.f, there};
     }
-    __syncthreads();
   }
   __device__ __forceinline__ void end_walks() const {
     for (int row = threadIdx.x; row < a.shape.rows; row += kDecoderThreads) {
