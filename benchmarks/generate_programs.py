@@ -1,11 +1,13 @@
 """A search's case made ready to run: fastseq's `Seq2Seq.generate`, and the batched loop in PyTorch."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastseq
+from fastseq.backends import decoder_cuda
 
 from .generate_cases import GenerateCase
 from .generate_loop import BOS, EOS, PAD, SearchLoop
@@ -56,7 +58,18 @@ def fastseq_program(problem: GenerateProblem, backend: str) -> Program:
         found = model.generate(src, max_new_tokens=case.T, num_beams=case.beams)
         return [found.sequences[:, 0], found.scores[:, 0]]
 
-    return program_of(search, {}, [], False, chosen)
+    program = program_of(search, {}, [], False, chosen)
+    return replace(program, note=_way(model, src)) if chosen == "cuda" and case.beams == 1 else program
+
+
+def _way(model: fastseq.Seq2Seq, src: Tensor) -> str:
+    """Which way the CUDA kernels search, and what their cost model says of it, to stand beside what was measured."""
+    assert model.vocabulary is not None
+    with torch.no_grad():
+        found = decoder_cuda.layout_of_search(model.as_call(src, src[:, :1]), model.vocabulary)
+    if isinstance(found, str):
+        return f"step by step: {found}"
+    return f"one launch, predicted {found.step * found.waves:.2f} us a step ({found.shape.design})"
 
 
 def _loop(problem: GenerateProblem) -> SearchLoop:

@@ -12,6 +12,7 @@ from .backends.fused import without_frozen
 from .checks import check_call, check_cell
 from .dispatch import BACKENDS, Call, candidates, check_name, load, obstacle
 from .modules.dropin import CELLS, DROP_INS, LAYERS, call_of
+from .ops.decoder_search import Vocabulary
 
 __all__ = ["Explanation", "Verdict", "explain"]
 
@@ -44,19 +45,21 @@ def explain(target: Any, input: Any = None, hx: Any = None, *, lengths: Any = No
     target: a fastseq LSTM, GRU, RNN or cell of these, one of torch.nn as `accelerate` would run it, a module that
     itself makes its call, by as_call(input, hx) (Encoder, whose first layer is looked at: x; Decoder: y and memory;
     Attention: query and keys), or a call, such as decoder.as_call(y, keys, state). resets go to layers as lengths do.
-    Of a frozen module it says whether the call uses the packed weights. Raises what the call itself would raise for a
-    wrong input.
+    Of a frozen module it says whether the call uses the packed weights, of a Seq2Seq how the CUDA kernels would run a
+    greedy search from there. Raises what the call itself would raise for a wrong input.
 
     >>> print(fastseq.explain(torch.nn.LSTM(4, 8), torch.zeros(3, 2, 4)))
     """
     named = engine.prefer(check_name(getattr(target, "backend", "auto")))
+    vocabulary = getattr(target, "vocabulary", None)
     as_call = getattr(target, "as_call", None)
     if as_call is not None:
         if lengths is not None or resets is not None:
             raise TypeError(f"{type(target).__name__} takes no {'resets' if lengths is None else 'lengths'}")
         target = as_call(input, hx)
     if isinstance(target, (DecoderCall, AttentionCall)):
-        return _verdicts(decoding.as_asked(target), named)
+        cast = decoding.as_asked(target)
+        return _verdicts(cast, named, vocabulary=vocabulary if cast is target else None)
     if isinstance(target, RnnCall):
         call, cell = target, target.input.dim() == 2 and target.batch_sizes is None
     else:
@@ -102,8 +105,8 @@ def _of_frozen(call: RnnCall, asked: RnnCall) -> str:
     return "; with frozen weights" + ("" if current else ", packing them first")
 
 
-def _verdicts(call: Call, named: str, of_cpu: str = "") -> Explanation:
-    """`named` is a backend, or "auto"; of_cpu: what to add where the CPU kernels are chosen."""
+def _verdicts(call: Call, named: str, of_cpu: str = "", vocabulary: Vocabulary | None = None) -> Explanation:
+    """`named` is a backend, or "auto"; of_cpu: what to add where the CPU kernels run; vocabulary: of a search."""
     obstacles = {name: obstacle(name, call) for name in BACKENDS}
     chosen, why = named, "named by backend= or use_backend"
     if named == "auto":
@@ -111,7 +114,7 @@ def _verdicts(call: Call, named: str, of_cpu: str = "") -> Explanation:
     verdicts = []
     for name, reason in obstacles.items():
         if name == chosen and reason is None:
-            runs = f"runs this call: {why}{_layout(name, call)}{of_cpu if name == 'cpu' else ''}"
+            runs = f"runs this call: {why}{_layout(name, call, vocabulary)}{of_cpu if name == 'cpu' else ''}"
             verdicts.append(Verdict(name, True, runs))
         elif name == chosen:
             verdicts.append(Verdict(name, False, str(reason)))
@@ -120,7 +123,10 @@ def _verdicts(call: Call, named: str, of_cpu: str = "") -> Explanation:
     return Explanation(verdicts)
 
 
-def _layout(name: str, call: Call) -> str:
+def _layout(name: str, call: Call, vocabulary: Vocabulary | None) -> str:
     """How the backend's kernels would share out the work, of those that plan it."""
-    plans = getattr(load(name, call.OPERATOR), "layout", None)
-    return "" if plans is None else "".join(f"; {plan}" for plan in plans(call))
+    backend: Any = load(name, call.OPERATOR)
+    told = [str(plan) for plan in backend.layout(call)] if hasattr(backend, "layout") else []
+    if vocabulary is not None and hasattr(backend, "greedy"):
+        told.append(f"greedy search {backend.greedy(call, vocabulary)}")
+    return "".join(f"; {part}" for part in told)

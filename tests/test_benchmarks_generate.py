@@ -1,6 +1,7 @@
 """The benchmark of searches: the loop finds what `generate` finds, and each shape is held to its promise."""
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,9 +15,13 @@ from benchmarks.decoder_cases import WIDTHS
 from benchmarks.generate_cases import GenerateCase
 from benchmarks.generate_loop import EOS
 from benchmarks.generate_problem import GenerateProblem
-from benchmarks.kinds import draw
+from benchmarks.kinds import KINDS, draw
 from benchmarks.peers import PEERS
 from benchmarks.registry import SETS
+from fastseq.cuda import devices
+from tests.emulated import emulated
+
+__all__ = ["emulated"]
 
 CELLS = ("lstm", "gru")
 SHAPES = ((1, 256, 20), (32, 128, 20), (32, 256, 30))  # B, H, S of the promises
@@ -50,6 +55,19 @@ def test_the_loop_ends_rows_as_fastseq_does(attention: str, cell: str, beams: in
     assert eos > 4 or not ended.all()
     for name in ("loop", *peers.OURS):
         equality.check(PEERS[name].build(problem), truth, case.dtype)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_a_search_on_cuda_says_which_way_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launch, with the cost model's prediction, or a step at a time and why."""
+    case = GenerateCase("luong", "lstm", 1, 5, 4, 3, 16, 40)
+    program = KINDS["generate"].fastseq(draw(case), "cuda")
+    assert re.fullmatch(r"one launch, predicted \d+\.\d\d us a step \((block|cluster|grid)\)", program.note)
+    equality.check(program, equality.truth_of(draw(case)), case.dtype)
+    assert KINDS["generate"].fastseq(draw(replace(case, beams=2)), "cuda").note == ""
+    monkeypatch.setattr(devices, "EMULATED", replace(devices.EMULATED, units=2, clusters=()))
+    large = KINDS["generate"].fastseq(draw(replace(case, V=20_000)), "cuda")
+    assert large.note.startswith("step by step: the output's weights of 20000 tokens x 16 features")
 
 
 def test_another_token_is_unequal_however_large_its_number() -> None:

@@ -61,7 +61,7 @@ def test_explain_tells_of_the_layout() -> None:
 @pytest.mark.usefixtures("emulated", "full_fp32")
 @pytest.mark.parametrize("name", ["luong", "bahdanau", "gnmt"])
 def test_greedy_search(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps and tokens stay on the device, where the host looks once in some steps; beams step from Python."""
+    """In one launch; of gnmt, which has a residual, in some steps at a time. Beams step from Python."""
     monkeypatch.setattr(chunked_search, "CHUNK", 3)
     of = model(name)
     of.decoder.backend = "cuda"

@@ -23,7 +23,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 ARCHS = ("sm_80", "sm_90", "sm_100")
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here: no CUDA kernel was compiled")
 
-LOOPS = ("rnn_forward<", "rnn_backward<", "decoder_forward<", "decoder_backward<")  # of all steps, in one launch
+# Of all steps, in one launch.
+LOOPS = ("rnn_forward<", "rnn_backward<", "decoder_forward<", "decoder_backward<", "decoder_search<")
 
 Usage = dict[str, dict[str, list[int]]]  # architecture -> kernel -> [registers, bytes of stack]
 

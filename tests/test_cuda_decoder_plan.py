@@ -29,10 +29,14 @@ LOOPS = {
 }  # fmt: skip
 
 
-def made(name: str, forward: bool, H: int = 512, A: int = 512, D: int = 512, masks: bool = False) -> Program:
-    """A program of sizes like a model's."""
+def made(
+    name: str, forward: bool, H: int = 512, A: int = 512, D: int = 512, masks: bool = False, V: int = 0
+) -> Program:
+    """A program of sizes like a model's; of a search where V is not 0."""
     loop = LOOPS[name]
     attends, fed, inputs, read = loop.attend != "none", loop.feed == "output", 7, 96
+    if V and not fed:
+        loop = loop._replace(readout=("context", "state") if attends else ("state",))
     D, A = (D, A) if attends else (0, 0)
     pitches = []
     for i in range(loop.cells):
@@ -47,17 +51,19 @@ def made(name: str, forward: bool, H: int = 512, A: int = 512, D: int = 512, mas
     columns = sum({"context": D, "input": inputs}.get(part, H) for part in loop.readout)
     dims = Dims(
         inputs, H, A, D, read * fed, columns, tuple(pitches), attends, attends, masks and loop.cells > 1, masks and fed,
-        True,
+        not V, V,
     )  # fmt: skip
     return program(loop, dims, forward)
 
 
-@pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
+@pytest.mark.parametrize("way", ["forward", "backward", "search"])
 @pytest.mark.parametrize("name", LOOPS)
-def test_memory_is_what_the_kernels_count(name: str, forward: bool, emulated: Any) -> None:
+def test_memory_is_what_the_kernels_count(name: str, way: str, emulated: Any) -> None:
     draw = random.Random(name)
     for _ in range(20):
-        of = made(name, forward, *(draw.randint(1, 70) for _ in range(3)), masks=draw.random() < 0.5)
+        V = draw.randint(1, 600) if way == "search" else 0
+        sizes_of = (draw.randint(1, 70) for _ in range(3))
+        of = made(name, way != "backward", *sizes_of, masks=not V and draw.random() < 0.5, V=V)
         kind, S, blocks = draw.choice([*native.KINDS]), draw.randint(0, 40), draw.randint(1, 16)
         chunk = draw.choice((8, 16))
         near = tuple(draw.randint(0, tiles_of(of, s, kind)) for p in of.phases for s in p.segments)
@@ -68,8 +74,9 @@ def test_memory_is_what_the_kernels_count(name: str, forward: bool, emulated: An
             draw.choice(("cluster", "grid")), blocks, chunk * draw.randint(1, 3), 1, chunk, pieces, near, keys, memory
         )
         found = sizes(of, shape, S, kind)
+        numbers = (9, 3, S, 1, True, True, 2, 0, 1)
         counted = emulated.decoder_sizes(
-            emulated.DecoderProgram(of.flat()), native.KINDS[kind], (9, 3, S, 1, True, True), shape.native(), near
+            emulated.DecoderProgram(of.flat()), native.KINDS[kind], numbers, shape.native(), near
         )
         assert counted == (found.shared, found.packed * blocks), (of, shape)
 
@@ -80,8 +87,8 @@ def test_plans_fit(name: str, device: Any) -> None:
     """Whatever is laid out fits its GPU and all rows are run; what is printed has the reasons for the speed."""
     for N, S in ((1, 30), (64, 64), (256, 200)):
         for kind in native.KINDS:
-            for forward in (True, False):
-                of = made(name, forward)
+            for forward, V in ((True, 0), (False, 0), (True, 999)):
+                of = made(name, forward, V=V)
                 every = list(candidates(of, N, S, kind, device))
                 assert every
                 for p in every:
@@ -91,9 +98,10 @@ def test_plans_fit(name: str, device: Any) -> None:
                     assert s.rows * s.groups * p.waves >= N
                     assert s.rows % s.chunk == 0
                     assert s.pieces <= s.blocks
+                    assert V == 0 or p.near[-1] == 1
                     if s.design == "cluster":
                         assert (s.blocks, s.groups) <= (s.blocks, dict(device.clusters)[s.blocks])
-                best = plan(of, N, S, kind, device)
+                best = min(every, key=lambda p: p.step * p.waves) if V else plan(of, N, S, kind, device)
                 assert best in every
                 assert "us a step" in str(best)
 
@@ -123,3 +131,20 @@ def test_a_loop_of_too_many_cells(emulated: Any) -> None:
         emulated.DecoderProgram(numbers[:-1])
     with pytest.raises(ValueError, match="more numbers"):
         emulated.DecoderProgram([*numbers, 0])
+
+
+@pytest.mark.parametrize("kind", ["brain_half", "full32"])
+def test_how_large_a_vocabulary_may_be(kind: str) -> None:
+    """Its weights must stay in shared memory, and a launch must be predicted to be faster than a step by step."""
+    large = 1 << 15
+    small = plan(made("luong", True, V=1000), 32, 64, kind, H200)
+    assert small.near[-1] == 1
+    assert "vocabulary" in str(small)
+    assert "search: " in str(small)
+    with pytest.raises(CannotPlan, match=f"weights of {large * 9} tokens x 96 features in {kind} do not fit"):
+        plan(made("luong", True, V=large * 9), 32, 64, kind, H200)
+    assert plan(made("luong", True, V=large), 1, 64, kind, H200).shape.design == "grid"
+    with pytest.raises(CannotPlan, match=r"4096 rows is predicted to take \d+ us in one launch, \d+ us with"):
+        plan(made("luong", True, V=large), 4096, 64, kind, H200)
+    with pytest.raises(CannotPlan, match="hidden_size=4096 with 100000 source positions needs"):
+        plan(made("luong", True, 4096, 4096, 4096, V=1000), 64, 100000, "full32", A100)

@@ -19,7 +19,8 @@ constexpr int kMostFactors = 32, kMostColumns = 4;
   X(b_read, 1) X(layer_masks, 1) X(read_mask, 1) X(out_mask, 1) X(hs, 1) X(contexts, 1) X(outs, 1) X(weights, 1)        \
   X(gates, 1) X(cs, 1) X(queries, 1) X(read_saved, 1) X(scores, 1) X(reset, 1) X(w_ih, 8) X(w_hh, 8) X(b_ih, 8)         \
   X(b_hh, 8) X(h0, 8) X(c0, 8) X(h_n, 8) X(c_n, 8) X(d_hs, 1) X(d_contexts, 1) X(d_outs, 1) X(d_weights, 1)             \
-  X(d_feed_n, 1) X(d_h_n, 8) X(d_gates, 1) X(d_queries, 1) X(d_read, 1) X(d_context, 1) X(d_scores, 1) X(carry, 1)
+  X(d_feed_n, 1) X(d_h_n, 8) X(d_gates, 1) X(d_queries, 1) X(d_read, 1) X(d_context, 1) X(d_scores, 1) X(carry, 1)      \
+  X(w_out, 1) X(b_out, 1) X(out_input, 1) X(choices, 1) X(tokens, 1) X(ids, 1) X(lengths, 1) X(total, 1) X(wrong, 1)
 
 enum DecoderTensor : int {
 #define FS_NAME(name, count) k_##name, k_##name##_last = k_##name + count - 1,
@@ -29,7 +30,7 @@ enum DecoderTensor : int {
 };
 
 enum DecoderCell : int { kDecoderLstm, kDecoderGru, kDecoderResetBefore };  // as in fastseq/ops/common.py
-enum DecoderKind : int { kCell, kReset, kCandidate, kQuery, kScore, kContext, kRead };
+enum DecoderKind : int { kCell, kReset, kCandidate, kQuery, kScore, kContext, kRead, kVocabulary };
 enum DecoderCombine : int { kTanh, kLinear, kMaxout };
 
 // How a launch is laid out.
@@ -84,6 +85,7 @@ struct DecoderAddend {
   int8_t vector, shift;       // it is of this vector, unless that is -1, at step t + shift
   bool bias;                  // of all rows and steps: added up beforehand
   bool wide, last;            // it is fp32; it counts at the last step alone
+  bool token;                 // row n is that of the token which the batch's row reads
 };
 
 struct DecoderFactor {
@@ -110,6 +112,20 @@ struct DecoderPhase {
   int bias;                   // float where they begin
 };
 
+// Where a row of a search is: the same in every block.
+struct alignas(16) Walk {
+  int token, length;  // what it reads next; new ones so far
+  float total;        // their log-probability
+  bool runs;
+};
+
+// What some tokens of a row come to.
+struct alignas(16) Choice {
+  float top, sum;  // the largest logit; the sum of exp(logit - top), NaN where a logit is NaN or +inf
+  float best;      // the largest that may come, -inf: none
+  int token;       // its first token
+};
+
 struct DecoderArgs {
   DecoderShape shape;
   int N, T, S, copies, H, A, D, R;
@@ -118,12 +134,15 @@ struct DecoderArgs {
   int query_cell, query_offset;   // without a W_q: whose state asks, of step t - 1 (0) or t (1)
   int before[kMostCells], offset[kMostCells];  // the cell whose state a cell starts from, of step t - 1 (0) or t (1)
   bool wide, additive, save;
+  bool search;                    // the last phase chooses what the next step reads; of vectors global memory has two steps
+  int eos, pad, fewest;           // of a search; fewest: new tokens before eos may come
   int phases, vectors, first;     // the first product's phase
   int slots;                      // pieces of attention that a block has
   int span_s, span_f;             // positions of a piece; its features of what is summed over positions
   int state_units;                // of a cell's block
   int ahead;                      // and the bytes below: where parts of shared memory begin
   int stage, stage_pitch, work, state, biases, asked, v, scores, gone, keys, memory;  // bytes in shared memory; elements
+  int walks, choices;             // of a search
   int keys_rows, keys_pitch, memory_rows, memory_pitch;  // of a piece in shared memory
   int near, near_bytes;           // the weights that stay in shared memory, which are the first of the packed ones
   int packed_bytes;               // of one block's weights
@@ -153,7 +172,7 @@ struct DecoderPacking {
 
 struct DecoderLaunches {
   int (*pack)(const DecoderArgs&, const DecoderPacking&, void* stream);
-  int (*forward)(const DecoderArgs&, int shared, void* stream);
+  int (*forward)(const DecoderArgs&, int shared, void* stream);  // or search
   int (*backward)(const DecoderArgs&, int shared, void* stream);
   int (*clusters)(bool forward, const DecoderShape&, int shared, int* count);  // that may be resident at once
 };

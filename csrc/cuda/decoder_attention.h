@@ -17,9 +17,9 @@ struct Rectangle {
   bool whole;  // rows start, and go on to, multiples of kSeveral elements; zeros fill the last
 };
 
-template <class P, class T, class M>
-struct AttentionBlock : DecoderBlock<P, T> {
-  using Base = DecoderBlock<P, T>;
+template <class P, class T, class M, bool kSearch = false>
+struct AttentionBlock : DecoderBlock<P, T, kSearch> {
+  using Base = DecoderBlock<P, T, kSearch>;
   using E = typename P::Element;
   using Base::a;
   using Base::exists;
@@ -94,7 +94,7 @@ struct AttentionBlock : DecoderBlock<P, T> {
     __syncthreads();  // what was asked before has been answered
     for (int k = threadIdx.x; k < rounded(of.width); k += kDecoderThreads) {
       float value = 0.f;
-      if (k < of.width && grid()) value = to_float(load_cg(lying<T>(of.values, row0 + row, s) + k));
+      if (k < of.width && grid()) value = to_float(load_cg(this->stored(of, row0 + row, s) + k));
       if (k < of.width && !grid()) value = to_float(vector(of, s)[row * of.pitch + k]);
       asked()[k] = value;
     }

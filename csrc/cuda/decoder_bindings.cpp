@@ -20,7 +20,7 @@ namespace {
 using Numbers = std::vector<int64_t>;
 using Tensors = std::vector<uint64_t>;
 using Near = std::vector<int>;  // of each segment, the tiles of k whose weights stay
-using SizesTuple = std::tuple<int, int, int, int, bool, bool>;                         // DecoderSizes
+using SizesTuple = std::tuple<int, int, int, int, bool, bool, int, int, int>;           // DecoderSizes
 using ShapeTuple = std::tuple<int, int, int, int, int, int, bool, bool>;               // DecoderShape
 using GroupTuple = std::tuple<uint64_t, uint64_t, uint64_t>;                         // counters, stop, patience in ns
 using Where = std::tuple<int, uint64_t>;                                              // a GPU's index, and a stream of it
@@ -73,7 +73,7 @@ void run(const DecoderProgram& program, int kind, const SizesTuple& sizes, const
   a.packed = made->packing.packed = at<unsigned char>(packed);
   const auto& [counters, stop, patience] = group;
   a.counters = at<unsigned>(counters), a.stop = at<unsigned>(stop), a.patience = patience;
-  const char* name = program.forward() ? "decoder_forward" : "decoder_backward";
+  const char* name = a.search ? "decoder_search" : program.forward() ? "decoder_forward" : "decoder_backward";
   const DecoderLaunches& with = launches(kind);
   check(use_device(std::get<0>(where)), name);
   void* const stream = at(std::get<1>(where));

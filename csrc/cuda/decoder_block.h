@@ -34,7 +34,7 @@ struct Result {
   int64_t n;           // row of the batch
 };
 
-template <class P, class T>
+template <class P, class T, bool kSearch = false>
 struct DecoderBlock {
   using E = typename P::Element;
   static constexpr int kChunk = 16 / sizeof(E);
@@ -59,6 +59,10 @@ struct DecoderBlock {
   __device__ __forceinline__ bool exists(int row) const { return row0 + row < a.N; }
   __device__ __forceinline__ E* vector(const DecoderVector& v, int s) const {
     return memory<E>(v.shared) + (v.slots == 2 && (s & 1) ? a.shape.rows * v.pitch : 0);
+  }
+  // In global memory; a search has room for two steps there.
+  static __device__ __forceinline__ T* stored(const DecoderVector& v, int64_t n, int s) {
+    return lying<T>(v.values, n, kSearch ? s & 1 : s);
   }
   __device__ __forceinline__ const unsigned char* packed() const {
     return a.packed + static_cast<int64_t>(group.rank) * a.packed_bytes;
@@ -111,7 +115,7 @@ struct DecoderBlock {
       return;
     }
     const bool there = exists(row) && s < v.steps;
-    const T* from = lying<T>(v.values, row0 + row, s) + v.column[b] * v.width + k;
+    const T* from = stored(v, row0 + row, s) + v.column[b] * v.width + k;
     if (v.width % kChunk == 0) {
       Several<T, kChunk> loaded{};
       if (there && k < v.width) loaded = load_cg(reinterpret_cast<const Several<T, kChunk>*>(from));
@@ -258,7 +262,7 @@ struct DecoderBlock {
   // One element of a vector, to be handed out.
   __device__ __forceinline__ void publish(const DecoderVector& v, int s, int row, int b, int column, int k, float value) const {
     if (grid())
-      store_cg(lying<T>(v.values, row0 + row, s) + column * v.width + k, from_float<T>(value));
+      store_cg(stored(v, row0 + row, s) + column * v.width + k, from_float<T>(value));
     else
       vector(v, s)[row * v.pitch + b * v.padded + k] = v.raw ? from_float<E>(value) : P::stored(value);
   }
@@ -275,7 +279,7 @@ struct DecoderBlock {
 
   // Rows n0.. of this block's units of what phase p made.
   __device__ __forceinline__ void hand_out(const DecoderPhase& p, int t, int n0) const {
-    if (group.meeting != Meeting::kCluster) return;
+    if (group.meeting != Meeting::kCluster || (kSearch && p.kind == kVocabulary)) return;  // whose choices are small
     __syncthreads();
     const DecoderVector& v = a.vector[p.output];
     const int k0 = group.rank * p.units * p.each, left = v.padded - k0, count = p.units * p.each < left ? p.units * p.each : left;

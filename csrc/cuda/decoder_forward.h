@@ -5,9 +5,9 @@
 
 namespace fastseq::cuda {
 
-template <class P, class T, class M>
-struct DecoderForward : AttentionBlock<P, T, M> {
-  using Base = AttentionBlock<P, T, M>;
+template <class P, class T, class M, bool kSearch>
+struct DecoderForward : AttentionBlock<P, T, M, kSearch> {
+  using Base = AttentionBlock<P, T, M, kSearch>;
   using Base::a;
   using Base::asked;
   using Base::each_piece;
@@ -26,6 +26,8 @@ struct DecoderForward : AttentionBlock<P, T, M> {
     return this->template memory<float>(a.state) + ((which * a.layers + layer) * rows + row) * units + unit;
   }
   __device__ __forceinline__ float* between(int which, int row, int unit) const { return carried(1, which, row, unit); }
+
+  __device__ __forceinline__ Walk& walk(int row) const { return this->template memory<Walk>(a.walks)[row]; }
 
   template <class F>
   __device__ __forceinline__ void each_state(F f) const {  // f(layer, row, unit of the block, element of [N, H])
@@ -64,8 +66,8 @@ struct DecoderForward : AttentionBlock<P, T, M> {
   }
 
   __device__ __forceinline__ int64_t place(const DecoderAddend& of, const Result& r, int column) const {
-    const int64_t u = r.u, gate = of.columns[column];
-    return r.n * of.from.row + r.t * of.from.step + u * of.unit + gate * of.gate;
+    const int64_t u = r.u, gate = of.columns[column], n = kSearch && of.token ? walk(r.row).token : r.n;
+    return n * of.from.row + r.t * of.from.step + u * of.unit + gate * of.gate;
   }
   __device__ __forceinline__ void prepare(const DecoderPhase& p, int t, int n0) const {
     if (p.ahead < 0) return;
@@ -205,9 +207,9 @@ struct DecoderForward : AttentionBlock<P, T, M> {
       const Rectangle<T> memory = this->rectangle(false, slot, n / a.copies, 0, k0);
       this->sum_positions(false, memory, span(piece, a.span_f, a.D), scores(slot), asked(), [&](int k, float sum) {
         Base::publish(context, s, row, 0, 0, k0 + k, sum);
-        if (!grid()) lying<T>(context.values, n, s)[k0 + k] = from_float<T>(sum);
+        if (!kSearch && !grid()) lying<T>(context.values, n, s)[k0 + k] = from_float<T>(sum);
       });
-      if (a.at[k_weights] && piece == 0)
+      if (a.at[k_weights] && piece == 0 && !(kSearch && !walk(row).runs))
         for (int i = threadIdx.x; i < a.S; i += kDecoderThreads)
           static_cast<T*>(a.at[k_weights])[(n * a.T + t) * a.S + i] = from_float<T>(scores(slot)[i]);
     });
@@ -215,12 +217,13 @@ struct DecoderForward : AttentionBlock<P, T, M> {
     return this->meet_after(p);
   }
 
-  __device__ __forceinline__ bool run_phase(const DecoderPhase& p, int t) {
+  template <class Prepare, class Epilogue>
+  __device__ __forceinline__ bool run_phase(const DecoderPhase& p, int t, Prepare prepare, Epilogue epilogue) {
     if (p.kind == kScore) return run_scores(p, t);
     if (p.kind == kContext) return run_context(p, t);
-    return this->product(
-        p, t, 1, [&](const DecoderPhase& of, int s, int n0) { prepare(of, s, n0); }, [&](int n0) { epilogue(p, t, n0); },
-        [&](int n0) { flush(p, t, n0); });
+    return this->product(p, t, 1, prepare, epilogue, [&](int n0) {
+      if (!kSearch) flush(p, t, n0);
+    });
   }
 
   // All steps of one block of rows; false if the group broke up.
@@ -229,8 +232,11 @@ struct DecoderForward : AttentionBlock<P, T, M> {
     if (a.T > 0) prepare(a.phase[a.first], 0, 0);
     if (!this->meet()) return false;
     for (int t = 0; t < a.T; ++t)
-      for (int i = 0; i < a.phases; ++i)
-        if (!run_phase(a.phase[i], t)) return false;
+      for (int i = 0; i < a.phases; ++i) {
+        const DecoderPhase& p = a.phase[i];
+        const auto prepared = [&](const DecoderPhase& of, int s, int n0) { prepare(of, s, n0); };
+        if (!run_phase(p, t, prepared, [&](int n0) { epilogue(p, t, n0); })) return false;
+      }
     finish();
     return this->meet();  // the next rows' vectors begin anew
   }
@@ -239,7 +245,7 @@ struct DecoderForward : AttentionBlock<P, T, M> {
 template <class P, class T, class M>
 __global__ void __launch_bounds__(kDecoderThreads, 1) decoder_forward(const __grid_constant__ DecoderArgs a) {
   FS_DYNAMIC_SHARED(shared);
-  DecoderForward<P, T, M> block(a, shared);
+  DecoderForward<P, T, M, false> block(a, shared);
   block.row0 = blockIdx.x / a.shape.blocks * a.shape.rows;
   for (; block.row0 < a.N; block.row0 += a.shape.groups * a.shape.rows)
     if (!block.run()) return;

@@ -3,6 +3,7 @@
 #include "decoder_backward.h"
 #include "decoder_forward.h"
 #include "decoder_launches.h"
+#include "decoder_search.h"
 
 namespace fastseq::cuda {
 namespace {
@@ -33,7 +34,8 @@ const DecoderLaunches FS_LAUNCHES = {
       return launch(decoder_pack<P, T>, shape, a, of);
     },
     [](const DecoderArgs& a, int shared, void* stream) {
-      return launch(decoder_forward<P, T, M>, launch_shape(a.shape, shared, stream), a);
+      const LaunchShape shape = launch_shape(a.shape, shared, stream);
+      return a.search ? launch(decoder_search<P, T, M>, shape, a) : launch(decoder_forward<P, T, M>, shape, a);
     },
     [](const DecoderArgs& a, int shared, void* stream) {
       return launch(decoder_backward<P, T, M>, launch_shape(a.shape, shared, stream), a);

@@ -49,7 +49,7 @@ class Reader {
 
 Lying lie(const Place& place, const DecoderArgs& a, int element) {
   if (place.tensor < 0 || !a.at[place.tensor]) return {nullptr, 0, 0};
-  const int64_t steps = place.stepped ? a.T + place.extra : 1, row = steps * place.length;
+  const int64_t steps = !place.stepped ? 1 : a.search ? 2 : a.T + place.extra, row = steps * place.length;
   char* const first = static_cast<char*>(a.at[place.tensor]) + (place.lead * a.N * row + place.offset) * element;
   return {first, row, place.stepped ? place.length : 0};
 }
@@ -85,17 +85,17 @@ int DecoderProgram::lay_out(const DecoderSizes& sizes, const DecoderShape& shape
   const int biases = lay_out_phases(element, factors, a);
   a.stage = at;
   at += line(shape.chunk * a.stage_pitch * element);
-  int work = a.A || a.D ? kScratch : 0;
+  int work = a.A || a.D ? kScratch : 0, ahead = 0;
   for (int i = 0; i < a.phases; ++i) {
     const DecoderPhase& p = a.phase[i];
-    if (p.units) work = std::max(work, std::max(p.slices * p.columns, 4) * shape.chunk * (p.units + 4) * 4);
+    const bool chooses = p.kind == kVocabulary;  // of what it makes it keeps and loads only the logits
+    if (p.units) work = std::max(work, std::max(p.slices * p.columns, chooses ? 1 : 4) * shape.chunk * (p.units + 4) * 4);
+    ahead = std::max(ahead, (chooses ? 1 : forward_ ? 4 : 7) * p.units);
   }
   a.work = at;
   at += line(work);
-  int most = 0;
-  for (int i = 0; i < a.phases; ++i) most = std::max(most, a.phase[i].units);
   a.ahead = at;
-  at += line((forward_ ? 4 : 7) * shape.chunk * most * 4);
+  at += line(ahead * shape.chunk * 4);
   a.state = at;
   const int lines = !forward_ ? layers_ : cell_ == kDecoderLstm ? 2 * layers_ : cell_ == kDecoderGru ? layers_ : layers_ + 2;
   at += line(lines * shape.rows * a.state_units * 4);
@@ -103,6 +103,12 @@ int DecoderProgram::lay_out(const DecoderSizes& sizes, const DecoderShape& shape
   at += line(biases * 4);
   a.gone = at;
   at += line(16);
+  if (a.search) {
+    a.walks = at;
+    at += line(shape.rows * static_cast<int>(sizeof(Walk)) + kWarpsOfBlock * 4);
+    a.choices = at;
+    at += line(shape.meeting == 2 ? 0 : shape.blocks * shape.rows * static_cast<int>(sizeof(Choice)));
+  }
   at = lay_out_attention(at, element, a);
   lay_out_weights(at, near, a);
   return at + a.near_bytes;
@@ -112,6 +118,8 @@ void DecoderProgram::begin(const DecoderSizes& sizes, const DecoderShape& shape,
   a.shape = shape;
   a.N = sizes.N, a.T = sizes.T, a.S = sizes.S, a.copies = sizes.copies;
   a.wide = sizes.wide, a.save = sizes.save;
+  a.eos = sizes.eos, a.pad = sizes.pad, a.fewest = sizes.fewest;
+  a.search = !phases_.empty() && phases_.back().kind == kVocabulary;
   a.H = H_, a.A = A_, a.D = D_, a.R = R_;
   a.cells = cells_, a.layers = layers_, a.cell = cell_, a.combine = combine_;
   a.additive = additive_, a.query_vector = query_vector_, a.query_shift = query_shift_;
@@ -172,7 +180,7 @@ void DecoderProgram::lay_out_addends(int element, DecoderArgs& a) const {
     to.wide = from.state && a.wide;
     to.from = lie(from.place, a, to.wide ? 4 : element);
     to.vector = from.vector, to.shift = from.shift, to.gate = from.gate, to.unit = from.unit;
-    to.bias = from.bias, to.last = from.last;
+    to.bias = from.bias, to.last = from.last, to.token = from.token;
     std::copy(from.columns, from.columns + 4, to.columns);
   }
 }

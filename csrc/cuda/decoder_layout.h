@@ -11,6 +11,7 @@ namespace fastseq::cuda {
 struct DecoderSizes {
   int N, T, S, copies;
   bool wide, save;
+  int eos, pad, fewest;  // of a search
 };
 
 // Where a tensor's elements lie: [lead, N, T + extra, length] from `offset` on; without steps [lead, N, length].
@@ -36,7 +37,7 @@ class DecoderProgram {
     int vector, shift, first, blocks, columns[4], gates[4], tensor, offset, unit, k, gate;
     Place mask;
   };
-  struct Addend { Place place; int vector, shift, gate, unit, columns[4], bias, state, last; };
+  struct Addend { Place place; int vector, shift, gate, unit, columns[4], bias, state, last, token; };
   struct Factor { Place place; int shift; };
   struct Phase {
     int kind, cell, layer, width, columns, segment, segments, addend, addends, output, first, blocks, each;

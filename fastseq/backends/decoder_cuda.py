@@ -4,25 +4,30 @@ Attention of all steps at once, where nothing feeds back, is Triton's: as good t
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
 
-from ..cuda.decoder import layouts
+from ..cuda import decoder as kernels
 from ..cuda.decoder_plan import DecoderPlan
 from ..cuda.native import obstacle_on, unavailable
 from ..cuda.plan import CannotPlan
+from ..ops.chunked_search import Rows
+from ..ops.decoder_search import Found, Search, Vocabulary
+from ..ops.decoder_types import COLUMNS
 from . import cuda, decoder_fused, gpu_search
 from .decoder_call import DecoderCall
 from .gpu_search import not_searched
 
-__all__ = ["NAME", "decoder", "layout", "refuses", "refuses_search", "search", "unavailable"]
+__all__ = [
+    "NAME", "decoder", "greedy", "layout", "layout_of_search", "refuses", "refuses_search", "search", "unavailable"
+]  # fmt: skip
 
 NAME = "cuda"
 MOST_CELLS = 8  # kMostCells of csrc/cuda/decoder.h
 
 decoder = partial(decoder_fused.decoder, on=NAME)
-search = partial(gpu_search.search, decoder)
 
 
 def refuses(call: DecoderCall) -> str | None:
@@ -53,9 +58,49 @@ def layout(call: DecoderCall) -> tuple[DecoderPlan, ...]:
     if todo.loop is None or 0 in call.y.shape[:2]:
         return ()
     with torch.no_grad():
-        return layouts(todo.loop, decoder_fused.loop_tensors(call, todo, call.y))
+        return kernels.layouts(todo.loop, decoder_fused.loop_tensors(call, todo, call.y))
 
 
 def refuses_search(call: DecoderCall) -> str | None:
     """Why the steps of this call and the choice of their tokens cannot stay on the GPU; None if they can."""
     return not_searched(call) or refuses(call)
+
+
+def search(call: DecoderCall, of: Vocabulary, asked: Search) -> Found | None:
+    """A greedy search; None of beams."""
+    return gpu_search.search(decoder, call, of, asked, None if isinstance(_whole(call, of), str) else _launch)
+
+
+def greedy(call: DecoderCall, of: Vocabulary) -> str:
+    """How a greedy search from this call runs, in words."""
+    found = layout_of_search(replace(call, y=call.y[:, :1]), of)
+    return f"in one launch, {found}" if isinstance(found, DecoderPlan) else f"step by step: {found}"
+
+
+def layout_of_search(call: DecoderCall, of: Vocabulary) -> DecoderPlan | str:
+    """How one launch of all steps from this call, of one, would be laid out; or why there is none."""
+    return refuses_search(call) or _whole(call, of)
+
+
+def _whole(call: DecoderCall, of: Vocabulary) -> DecoderPlan | str:
+    """As layout_of_search, of a call that is not refused."""
+    spec = call.spec
+    if len(call.y) == 0:
+        return "there are no rows"
+    if spec.cell not in COLUMNS:
+        return f"cell={spec.cell!r} within a decoder's loop is not fused"
+    if spec.num_layers > MOST_CELLS:
+        return f"num_layers={spec.num_layers}: at most {MOST_CELLS} layers loop"
+    if spec.residual is not None:
+        return f"residual={spec.residual} lies within the loop, which is all of the decoder"
+    if len({*spec.readout}) < len(spec.readout):
+        return f"a part twice in readout={spec.readout}"
+    try:
+        with torch.no_grad():
+            return kernels.search_layout(*decoder_fused.search_tensors(call), of)
+    except CannotPlan as error:
+        return str(error)
+
+
+def _launch(call: DecoderCall, of: Vocabulary, asked: Search, rows: Rows) -> None:
+    kernels.search(*decoder_fused.search_tensors(call), of, asked, rows)

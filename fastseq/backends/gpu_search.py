@@ -6,12 +6,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..ops.chunked_search import State, chunked_search
+from ..ops.chunked_search import Rows, State, chunked_search
 from ..ops.decoder_search import Found, Search, Vocabulary
 from ..spec import DecoderOutput, DecoderState
 from .decoder_call import DecoderCall
 
 __all__ = ["not_searched", "search"]
+
+Launch = Callable[[DecoderCall, Vocabulary, Search, Rows], None]  # fills the rows
 
 
 def not_searched(call: DecoderCall) -> str | None:
@@ -27,9 +29,13 @@ def not_searched(call: DecoderCall) -> str | None:
 
 
 def search(
-    decoder: Callable[[DecoderCall], DecoderOutput], call: DecoderCall, of: Vocabulary, asked: Search
-) -> Found | None:
-    """A greedy search from `call`, of one step; None of beams, which are chosen from Python."""
+    decoder: Callable[[DecoderCall], DecoderOutput], call: DecoderCall, of: Vocabulary, asked: Search,
+    launch: Launch | None = None,
+) -> Found | None:  # fmt: skip
+    """A greedy search from `call`, of one step; None of beams, which are chosen from Python.
+
+    launch: what runs all steps of the call at once; None: a step at a time.
+    """
     if asked.copies > 1:
         return None
     one = replace(call, need_weights=asked.need_weights)
@@ -39,9 +45,13 @@ def search(
         output, state, weights = decoder(replace(one, y=y, state=_state(leaves, depth, call.state)))
         return output[:, -1], _leaves(state), weights
 
+    def whole(leaves: State, rows: Rows) -> None:
+        assert launch is not None
+        launch(replace(one, state=_state(leaves, depth, call.state)), of, asked, rows)
+
     with torch.no_grad():
         source = 0 if call.keys.memory is None else call.keys.memory.shape[1]
-        return chunked_search(run, _leaves(call.state), of, asked, source)
+        return chunked_search(run, _leaves(call.state), of, asked, source, None if launch is None else whole)
 
 
 def _leaves(state: DecoderState) -> State:

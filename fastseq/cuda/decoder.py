@@ -1,6 +1,7 @@
 """A decoder's loop on the CUDA kernels of csrc/cuda/decoder_*.h: fastseq/ops/decoder.py calls `forward` and `backward`.
 
 What happens at each step, the kernels do in one launch; products of all steps, before and after it, are PyTorch's.
+Those of a search are of all tokens: `search` chooses what each step reads within the launch.
 """
 
 from collections.abc import Sequence
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ..ops import decoder_gpu
+from ..ops.chunked_search import Rows
 from ..ops.decoder_gpu import started_carry
 from ..ops.decoder_native import empty_results
+from ..ops.decoder_search import Search, Vocabulary
 from ..ops.decoder_types import COLUMNS, KEPT, LoopSpec, LoopTensors, masked, parts
 from ..ops.linear import product
 from ..ops.rnn_gpu import aligned, tf32_flag
@@ -22,7 +25,7 @@ from .decoder_plan import DecoderPlan, plan
 from .decoder_program import program
 from .native import KINDS, address, kind_of
 
-__all__ = ["backward", "forward", "layouts"]
+__all__ = ["backward", "forward", "layouts", "search", "search_layout"]
 
 Named = dict[str, Tensor | None]  # by the names of decoder_phases.TENSORS
 
@@ -117,11 +120,16 @@ def _native_program(module: Any, made: Program) -> Any:
     return module.DecoderProgram(made.flat())
 
 
-def _run(made: Program, chosen: DecoderPlan, x: LoopTensors, save: bool, named: Named) -> None:
+def _run(
+    made: Program, chosen: DecoderPlan, x: LoopTensors, save: bool, named: Named, of: Search | None = None
+) -> None:
     assert native.C is not None
     rows, steps, _ = x.y.shape
     batch, source = (rows, 0) if x.keys is None else x.keys.shape[:2]
-    sizes = (rows, steps, source, rows // batch, x.h0[0].dtype is torch.float32, save)
+    rules = 0, 0, 0
+    if of is not None:
+        steps, rules = len(of.norms) - 1, (of.eos_id, of.pad_id, of.min_new_tokens)
+    sizes = (rows, steps, source, rows // batch, x.h0[0].dtype is torch.float32, save, *rules)
     packed = torch.empty(chosen.packed * chosen.shape.blocks, dtype=torch.uint8, device=x.y.device)
     counters, stop = _counters(chosen, x), native.stop_flag(x.y)
     native.launch(
@@ -136,6 +144,47 @@ def _counters(chosen: DecoderPlan, x: LoopTensors) -> Tensor | None:
     if chosen.shape.design != "grid":
         return None
     return torch.zeros(chosen.shape.groups, dtype=torch.int32, device=x.y.device)
+
+
+def search_layout(loop: LoopSpec, x: LoopTensors, of: Vocabulary) -> DecoderPlan:
+    """How a search would be laid out, whose loop is all of the decoder; x.y [N, 1, I] is but a shape. Or CannotPlan."""
+    return _plan(program(loop, dims(loop, x, False, of), True), x)
+
+
+def search(loop: LoopSpec, x: LoopTensors, of: Vocabulary, asked: Search, rows: Rows) -> None:
+    """A greedy search from the state in x and the tokens in `rows`, whose results it fills."""
+    x, of = _aligned(loop, x), Vocabulary(*(None if t is None else aligned(t) for t in of))  # type: ignore[arg-type]
+    made = program(loop, dims(loop, x, False, of), True)
+    chosen = _plan(made, x)
+    named = _of_two_steps(made, x) | _tables(loop, x, of)
+    _begin(loop, x, named)
+    named |= _read(x) | _between_blocks(made, chosen, x, named)
+    if chosen.shape.design == "grid":
+        named["choices"] = rows.total.new_empty(chosen.shape.groups, chosen.shape.blocks, chosen.shape.rows, 4)
+    named |= {name: getattr(rows, name) for name in ("tokens", "ids", "lengths", "total", "wrong", "weights")}
+    _run(made, chosen, x, False, named, asked)
+
+
+def _of_two_steps(made: Program, x: LoopTensors) -> Named:
+    """What the blocks of a grid hand on; of others, what is there before the first step."""
+    (rows, _, _), of = x.y.shape, made.dims
+    named: Named = {"hs": x.y.new_empty(made.loop.cells, rows, 2, of.H), "queries": None}
+    named["contexts"] = x.y.new_empty(rows, 2, of.D) if made.attends else None
+    named["outs"] = x.y.new_empty(rows, 2, of.R) if of.R else None
+    return named
+
+
+def _tables(loop: LoopSpec, x: LoopTensors, of: Vocabulary) -> Named:
+    """What the first cell [V, G*H] and the readout [V, R'], or the logits [V, V], make of every token."""
+    embedding = of.embedding[: len(of.weight)]
+    inputs = embedding.shape[1]
+    named: Named = {"projected": product(embedding, x.weights[0][:, :inputs], x.weights[2])}
+    named |= {"w_out": of.weight, "b_out": of.bias}
+    if "input" in loop.readout:
+        at, end = parts(loop, x)["input"]
+        name, weights = ("out_input", of.weight) if x.w_read is None else ("read_input", x.w_read)
+        named[name] = product(embedding, weights[:, at:end])
+    return named
 
 
 def _backward(loop: LoopSpec, grads: Sequence[Any], x: LoopTensors, kept: Sequence[Tensor | None]) -> Named:

@@ -9,16 +9,18 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ..ops.cells import CELLS
+from ..ops.decoder_search import Vocabulary
 from ..ops.decoder_types import LoopSpec, LoopTensors
 
 __all__ = [
-    "CANDIDATE", "CELL", "COLUMNS", "CONTEXT", "NOWHERE", "QUERY", "READ", "RESET", "SCORE", "TENSORS", "Addend",
-    "Dims", "Phase", "Place", "Program", "Segment", "Shared", "Vector", "dims", "order", "shared",
+    "CANDIDATE", "CELL", "COLUMNS", "CONTEXT", "NOWHERE", "QUERY", "READ", "RESET", "SCORE", "TENSORS",
+    "VOCABULARY", "Addend", "Dims", "Phase", "Place", "Program", "Segment", "Shared", "Vector", "dims", "order",
+    "shared",
 ]  # fmt: skip
 
-CELL, RESET, CANDIDATE, QUERY, SCORE, CONTEXT, READ = range(7)  # csrc/cuda/decoder.h's DecoderKind
+CELL, RESET, CANDIDATE, QUERY, SCORE, CONTEXT, READ, VOCABULARY = range(8)  # csrc/cuda/decoder.h's DecoderKind
 MOST_CELLS = 8
-PHASE_NAMES = ("cell", "reset", "candidate", "query", "score", "context", "read")
+PHASE_NAMES = ("cell", "reset", "candidate", "query", "score", "context", "read", "vocabulary")
 _FIRST = (
     "projected", "read_input", "keys", "memory", "mask", "v", "beside", "w_query", "w_read", "b_read", "layer_masks",
     "read_mask", "out_mask", "hs", "contexts", "outs", "weights", "gates", "cs", "queries", "read_saved", "scores",
@@ -27,6 +29,7 @@ _FIRST = (
 _OF_CELLS = ("w_ih", "w_hh", "b_ih", "b_hh", "h0", "c0", "h_n", "c_n")
 _GIVEN = ("d_hs", "d_contexts", "d_outs", "d_weights", "d_feed_n")
 _FOUND = ("d_gates", "d_queries", "d_read", "d_context", "d_scores", "carry")
+_SEARCH = ("w_out", "b_out", "out_input", "choices", "tokens", "ids", "lengths", "total", "wrong")
 
 
 def _each(names: tuple[str, ...]) -> list[str]:
@@ -34,7 +37,7 @@ def _each(names: tuple[str, ...]) -> list[str]:
 
 
 # In the order of FS_DECODER_TENSORS.
-TENSORS = (*_FIRST, *_each(_OF_CELLS), *_GIVEN, *_each(("d_h_n",)), *_FOUND)
+TENSORS = (*_FIRST, *_each(_OF_CELLS), *_GIVEN, *_each(("d_h_n",)), *_FOUND, *_SEARCH)
 _INDEX = {name: i for i, name in enumerate(TENSORS)}
 
 
@@ -45,14 +48,15 @@ class Dims(NamedTuple):
     H: int
     A: int
     D: int
-    R: int  # the fed readout's outputs, 0: it is not in the loop
-    P: int  # columns of w_read
+    R: int  # the readout's outputs, 0: it is not in the loop
+    P: int  # columns of w_read, or where a search has none of w_out
     pitches: tuple[int, ...]  # columns of w_ih
     projects: bool  # there is a W_q
     additive: bool
     layer_masks: bool
     read_mask: bool
     save: bool
+    V: int = 0  # tokens of a search, 0: it is none
 
 
 class Place(NamedTuple):
@@ -121,6 +125,7 @@ class Addend(NamedTuple):
     last: bool = False  # at the last step alone
     vector: int = -1
     shift: int = 0
+    token: bool = False  # a row of it for each token
 
     def flat(self) -> Iterator[int]:
         yield from self.place.flat()
@@ -133,6 +138,7 @@ class Addend(NamedTuple):
             self.bias,
             self.state,
             self.last,
+            self.token,
         )
 
 
@@ -203,14 +209,15 @@ class Program(NamedTuple):
         return [int(number) for number in numbers]
 
 
-def dims(loop: LoopSpec, x: LoopTensors, save: bool) -> Dims:
-    """Of a loop's tensors."""
+def dims(loop: LoopSpec, x: LoopTensors, save: bool, of: Vocabulary | None = None) -> Dims:
+    """Of a loop's tensors; of: of a search's."""
     read = 0 if x.w_read is None else x.w_read.shape[0] // (2 if loop.combine == "maxout" else 1)
+    reads = x.w_read if x.w_read is not None or of is None else of.weight
     return Dims(
         x.y.shape[2], x.hidden, 0 if x.keys is None else x.keys.shape[2], 0 if x.memory is None else x.memory.shape[2],
-        read if loop.feed == "output" else 0, 0 if x.w_read is None else x.w_read.shape[1],
+        read if loop.feed == "output" or of is not None else 0, 0 if reads is None else reads.shape[1],
         tuple(w.shape[1] for w in x.weights[::4]), x.w_query is not None, x.v is not None, x.layer_masks is not None,
-        x.read_mask is not None, save,
+        x.read_mask is not None, save, 0 if of is None else len(of.weight),
     )  # fmt: skip
 
 
@@ -269,7 +276,7 @@ def shared(loop: LoopSpec, dims: Dims) -> Shared:
         starts[part] = at
         at += {"context": dims.D, "input": dims.I}.get(part, dims.H)
     return Shared(
-        loop, dims, starts if loop.feed == "output" else {}, tuple(below), feed, tuple(context), tuple(before),
+        loop, dims, starts if dims.R or dims.V else {}, tuple(below), feed, tuple(context), tuple(before),
         0 if between else loop.query_cell, 0 if loop.attend == "before" else 1,
     )  # fmt: skip
 

@@ -11,17 +11,19 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from .decoder_phases import CANDIDATE, SCORE, Phase, Program, Segment
+from .decoder_phases import CANDIDATE, SCORE, VOCABULARY, Phase, Program, Segment
 from .devices import DeviceSpec
 from .plan import DESIGNS, ELEMENT, TILE_BYTES, TILE_K, TILE_ROWS, WARPS, CannotPlan
 
 __all__ = ["DecoderPlan", "DecoderShape", "Sizes", "candidates", "laid_out", "plan", "sizes", "tiles_of"]
 
 _LINE, _QUAD, _SCRATCH = 128, 4, 256 * 4 * 4
+_WALK = _CHOICE = 16  # bytes, of csrc/cuda/decoder.h's
 _MOST_ROWS = 64
 # Special-function and other instructions of a unit of an additive score, by kind, as clocks of one SM's 128 lanes.
 _TANH = {"full32": 30.0, "tensor32": 30.0, "brain_half": 12.0, "half": 20.0}
 _CLOCK = 1755.0  # a us
+_CHOOSING = 45.0  # * us of what fastseq/ops/chunked_search.py adds to a step: some 30 small kernels of a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Sizes(NamedTuple):
 class DecoderPlan:
     """One way of a decoder's loop on one GPU. str() says it in words."""
 
-    way: str  # "forward" | "backward"
+    way: str  # "forward" | "backward" | "search"
     kind: str
     N: int
     S: int
@@ -76,6 +78,11 @@ class DecoderPlan:
     waves: int  # blocks of rows that a group runs one after another
     step: float  # predicted us of a step of one of them
     device: str
+
+    @property
+    def keeps_vocabulary(self) -> bool:
+        """No search, or the weights of the logits stay in shared memory."""
+        return self.way != "search" or self.near[-1] == 1
 
     def __str__(self) -> str:
         s = self.shape
@@ -117,16 +124,54 @@ def _plan(program: Program, N: int, S: int, kind: str, device: DeviceSpec) -> De
         default=None,
     )
     if found is None:
-        smallest = sizes(program, DecoderShape("grid", device.units, 8, 1, 8), S, kind).shared
-        raise CannotPlan(
-            f"a decoder's loop of hidden_size={program.dims.H} with {S} source positions needs {smallest // 1024} KiB "
-            f"of shared memory a block for its steps' buffers; {device.name} has {device.shared // 1024}"
-        )
+        raise CannotPlan(_obstacle(program, S, kind, device))
+    if program.dims.V:
+        whole, apart = found.step * found.waves, _apart(program, N, S, kind, device)
+        if whole > apart:
+            raise CannotPlan(
+                f"a step of {N} rows is predicted to take {whole:.0f} us in one launch, {apart:.0f} us with product "
+                "and choice of the tokens in launches of their own"
+            )
     return found
 
 
+def _features(program: Program) -> int:
+    """What each logit of a search is a sum of."""
+    return sum(program.vectors[s.vector].width for s in program.phases[-1].segments)
+
+
+def _without_vocabulary(program: Program) -> Program:
+    return program._replace(phases=program.phases[:-1], dims=program.dims._replace(V=0))
+
+
+def _apart(program: Program, N: int, S: int, kind: str, device: DeviceSpec) -> float:
+    """us of a search's step by step: the decoder's launch, the logits' product, and the choice."""
+    loop, tokens = _plan(_without_vocabulary(program), N, S, kind, device), program.dims.V
+    weights = tokens * _features(program)
+    product = max(2 * N * weights / (_rate(kind, device) * device.units), weights * ELEMENT[kind] / device.l2_bytes)
+    return loop.step * loop.waves + product + _CHOOSING
+
+
+def _obstacle(program: Program, S: int, kind: str, device: DeviceSpec) -> str:
+    """Why there is no layout."""
+    loop = _without_vocabulary(program) if program.dims.V else program
+    smallest = sizes(loop, DecoderShape("grid", device.units, 8, 1, 8), S, kind).shared
+    if program.dims.V and smallest <= device.shared:
+        return (
+            f"the output's weights of {program.dims.V} tokens x {_features(program)} features in {kind} do not fit the "
+            f"shared memory of {device.name}, {device.units} x {device.shared // 1024} KiB, beside the steps' buffers"
+        )
+    return (
+        f"a decoder's loop of hidden_size={program.dims.H} with {S} source positions needs {smallest // 1024} KiB "
+        f"of shared memory a block for its steps' buffers; {device.name} has {device.shared // 1024}"
+    )
+
+
 def candidates(program: Program, N: int, S: int, kind: str, device: DeviceSpec) -> Iterator[DecoderPlan]:
-    """Every layout that fits, in no order; of what stays in shared memory, as much as fits."""
+    """Every layout that fits, in no order; of what stays in shared memory, as much as fits.
+
+    A search's vocabulary must: otherwise a product by itself, over all rows at once, reads its weights less often.
+    """
     for design, blocks, capacity in _placements(program, device):
         for rows in range(8, _MOST_ROWS + 1, 8):
             if rows - 8 >= N:
@@ -136,7 +181,7 @@ def candidates(program: Program, N: int, S: int, kind: str, device: DeviceSpec) 
             pieces = max(1, blocks // rows) if program.attends else 1
             shape = DecoderShape(design, blocks, rows, groups, chunk, pieces)
             made = laid_out(program, N, S, kind, device, _filled(program, shape, S, kind, device))
-            if made is not None:
+            if made is not None and made.keeps_vocabulary:
                 yield made
 
 
@@ -157,12 +202,13 @@ def _filled(program: Program, shape: DecoderShape, S: int, kind: str, device: De
     """The shape with as much in shared memory as there is room for: weights, then keys, then memory."""
     found = sizes(program, shape, S, kind)
     room = device.shared - found.shared
-    near = []
-    for p, units in zip(program.phases, found.units, strict=True):
-        for s in p.segments:
-            tile = TILE_BYTES * _wide(p, s, units)
-            near.append(min(tiles_of(program, s, kind), max(room, 0) // tile))
-            room -= near[-1] * tile
+    segments = [(p, s, units) for p, units in zip(program.phases, found.units, strict=True) for s in p.segments]
+    near = [0] * len(segments)
+    for i in sorted(range(len(segments)), key=lambda i: segments[i][0].kind != VOCABULARY):  # the vocabulary's first
+        p, s, units = segments[i]
+        tile = TILE_BYTES * _wide(p, s, units)
+        near[i] = min(tiles_of(program, s, kind), max(room, 0) // tile)
+        room -= near[i] * tile
     keys = 0 < found.keys <= room
     room -= found.keys if keys else 0
     return replace(shape, near=tuple(near), keys=keys, memory=0 < found.memory <= room)
@@ -175,7 +221,8 @@ def laid_out(
     found = sizes(program, shape, S, kind)
     if found.shared > device.shared:
         return None
-    way, names = "forward" if program.forward else "backward", tuple(map(str, program.phases))
+    way = "search" if program.dims.V else "forward" if program.forward else "backward"
+    names = tuple(map(str, program.phases))
     near = tuple(here / (every or 1) for here, every in zip(found.near, found.weights, strict=True))
     step, waves = _step(program, shape, found, S, kind, device), -(-N // (shape.rows * shape.groups))
     return DecoderPlan(
@@ -225,21 +272,27 @@ def sizes(program: Program, shape: DecoderShape, S: int, kind: str) -> Sizes:
 
 
 def _steps_buffers(program: Program, shape: DecoderShape, units: tuple[int, ...]) -> int:
-    """Bytes of sums, of what is loaded ahead, of the state, the biases and the group's flag."""
+    """Bytes of sums, of what is loaded ahead, of the state, the biases, the group's flag and a search's rows."""
     layers, dims = program.loop.layers, program.dims
-    work, biases, of_state = (_SCRATCH if dims.A or dims.D else 0), 0, 0
+    work, ahead, biases, of_state = (_SCRATCH if dims.A or dims.D else 0), 0, 0, 0
     for p, own in zip(program.phases, units, strict=True):
         if own:
             quads = -(-(own // TILE_ROWS * p.columns) // _QUAD)
             slices = max(WARPS // quads, 1)
-            work = max(work, max(slices * p.columns, 4) * shape.chunk * (own + 4) * 4)
+            chooses = p.kind == VOCABULARY  # of what it makes it keeps and loads only the logits
+            work = max(work, max(slices * p.columns, 1 if chooses else 4) * shape.chunk * (own + 4) * 4)
+            ahead = max(ahead, (1 if chooses else 4 if program.forward else 7) * own)
             biases += p.columns * own
             of_state = own if p.kind <= CANDIDATE else of_state
     lines = layers
     if program.forward:
         lines = {"lstm": 2 * layers, "gru": layers, "gru_reset_before": layers + 2}[program.loop.cell]
-    ahead = (4 if program.forward else 7) * shape.chunk * max(units) * 4
-    return _line(work) + _line(ahead) + _line(lines * shape.rows * of_state * 4) + _line(biases * 4) + _line(16)
+    search = 0
+    if dims.V:
+        search = _line(shape.rows * _WALK + WARPS * 4)
+        search += 0 if shape.design == "grid" else _line(shape.blocks * shape.rows * _CHOICE)
+    loop = _line(work) + _line(ahead * shape.chunk * 4) + _line(lines * shape.rows * of_state * 4)
+    return loop + _line(biases * 4) + _line(16) + search
 
 
 def _attention_bytes(program: Program, shape: DecoderShape, S: int, element: int) -> tuple[int, int, int, int]:
@@ -276,7 +329,7 @@ def _step(program: Program, shape: DecoderShape, found: Sizes, S: int, kind: str
     meeting = {"block": 0.0, "cluster": device.cluster_barrier, "grid": device.grid_barrier}[shape.design]
     blocks = shape.blocks * shape.groups
     tiles = shape.rows // 8
-    rate = {"full32": device.vector_flops, "tensor32": device.tensor_flops / 2}.get(kind, device.tensor_flops)
+    rate = _rate(kind, device)
     total = 0.0
     for p, units, near, weights in zip(program.phases, found.units, found.near, found.weights, strict=True):
         attention = not p.width
@@ -289,12 +342,19 @@ def _step(program: Program, shape: DecoderShape, found: Sizes, S: int, kind: str
         flops = 2 * weights // TILE_BYTES * tiles * TILE_ROWS * 8 * TILE_K[kind]
         reads = weights / device.shared_bytes, blocks * (weights - near) / device.l2_bytes
         total += max(flops / rate, again * max(reads))
-        moved = shape.rows * units * p.blocks * p.each * ELEMENT[kind]
+        chooses = p.kind == VOCABULARY
+        moved = shape.rows * (_CHOICE if chooses else units * p.blocks * p.each * ELEMENT[kind])
         if shape.design == "cluster":
             total += moved * (shape.blocks - 1) / device.remote_bytes
         elif shape.design == "grid":
             total += blocks * shape.rows * _staged(program, p, grid=True) * ELEMENT[kind] / device.l2_bytes
+            total += blocks * moved * shape.blocks / device.l2_bytes if chooses else 0.0
     return total
+
+
+def _rate(kind: str, device: DeviceSpec) -> float:
+    """Flops a us of one SM."""
+    return {"full32": device.vector_flops, "tensor32": device.tensor_flops / 2}.get(kind, device.tensor_flops)
 
 
 def _attention(

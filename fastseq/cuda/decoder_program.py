@@ -1,5 +1,6 @@
 """A decoder's step as a `Program`: its phases forward, here, and backward, in `decoder_undone`."""
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +15,7 @@ from .decoder_phases import (
     READ,
     RESET,
     SCORE,
+    VOCABULARY,
     Addend,
     Dims,
     Phase,
@@ -54,8 +56,11 @@ def _forward(of: Shared) -> tuple[tuple[Vector, ...], tuple[Phase, ...], tuple[i
     if attends:
         fed = loop.feed == "context"  # then a step may read two contexts
         add("context", Vector(Place("contexts", 0, int(fed), True, dims.D), dims.D, slots=1 + fed, initial=fed))
+    elif dims.D:  # a fixed one
+        add("context", Vector(Place("memory", 0, 0, False, dims.D), dims.D, initial=True))
     if dims.R:
-        add("out", Vector(Place("outs", 0, 1, True, dims.R), dims.R, initial=True))
+        fed = loop.feed == "output"
+        add("out", Vector(Place("outs", 0, int(fed), True, dims.R), dims.R, initial=fed))
     if dims.projects:
         add("query", Vector(Place("queries", 0, 0, dims.save, dims.A), dims.A, raw=True))
     if loop.cell == "gru_reset_before":
@@ -66,6 +71,8 @@ def _forward(of: Shared) -> tuple[tuple[Vector, ...], tuple[Phase, ...], tuple[i
         attention.insert(0, Phase(QUERY, width=dims.A, segments=(asks,), output=index["query"]))
     query = (index["query"], 0) if dims.projects else (of.query_cell, of.query_offset)
     phases = order(of, lambda c: _cell(of, index, c), attention, _read(of, index) if dims.R else None)
+    if dims.V:
+        phases.append(_vocabulary(of, index))
     return tuple(vectors), tuple(phases), query
 
 
@@ -89,7 +96,7 @@ def _cell(of: Shared, index: dict[str, int], c: int) -> list[Phase]:
     gates = 4 if loop.cell == "lstm" else 3
     if c == 0:
         addends = [
-            Addend(Place("projected", 0, 0, True, gates * H), columns.input, H),
+            Addend(Place("projected", 0, 0, not dims.V, gates * H), columns.input, H, token=dims.V > 0),
             Addend(Place("beside", 0, 0, False, gates * H), columns.hidden, H),
         ]
     else:
@@ -106,20 +113,40 @@ def _cell(of: Shared, index: dict[str, int], c: int) -> list[Phase]:
     ]
 
 
-def _read(of: Shared, index: dict[str, int]) -> Phase:
-    dims, pair, last = of.dims, of.pair, of.loop.cells - 1
-    columns = (0, 1)[:pair]
-    source = {"state": (last, 1), "prev_state": (last, 0), "context": (index.get("context", -1), 0)}
-    segments = []
+def _parts(of: Shared, index: dict[str, int]) -> Iterator[tuple[int, int, int]]:
+    """The vector, its step's shift and the first column of each part of the readout but the input."""
+    last = of.loop.cells - 1
+    context = index.get("context", -1), int(of.loop.feed == "context")
+    source = {"state": (last, 1), "prev_state": (last, 0), "context": context}
     for part, at in of.starts.items():
-        if part == "input":  # a product of all steps
-            continue
+        if part != "input":
+            yield (*source[part], at)
+
+
+def _read(of: Shared, index: dict[str, int]) -> Phase:
+    dims, pair = of.dims, of.pair
+    columns = (0, 1)[:pair]
+    segments = []
+    for vector, shift, at in _parts(of, index):
         mask = Place("read_mask", 0, 0, True, dims.P, at) if dims.read_mask else NOWHERE
-        segments.append(Segment(*source[part], "w_read", at, pair * dims.P, 1, dims.P, columns, mask=mask))
+        segments.append(Segment(vector, shift, "w_read", at, pair * dims.P, 1, dims.P, columns, mask=mask))
     addends = [Addend(Place("b_read", stepped=False), columns, 1, pair, bias=True)]
     if "input" in of.starts:
-        addends.append(Addend(Place("read_input", 0, 0, True, pair * dims.R), columns, 1, pair))
+        addends.append(Addend(Place("read_input", 0, 0, not dims.V, pair * dims.R), columns, 1, pair, token=dims.V > 0))
     return Phase(
         READ, width=dims.R, columns=pair, segments=tuple(segments), addends=tuple(addends), output=index["out"],
         factors=((Place("out_mask", 0, 0, True, dims.R), 0),),
     )  # fmt: skip
+
+
+def _vocabulary(of: Shared, index: dict[str, int]) -> Phase:
+    """Logits of what the readout makes or, where it has no weights, of its parts side by side."""
+    dims = of.dims
+    addends = [Addend(Place("b_out", stepped=False), bias=True)]
+    if dims.R:
+        segments = [Segment(index["out"], int(of.loop.feed == "output"), "w_out", 0, dims.R, 1)]
+    else:
+        segments = [Segment(vector, shift, "w_out", at, dims.P, 1) for vector, shift, at in _parts(of, index)]
+        if "input" in of.starts:
+            addends.append(Addend(Place("out_input", 0, 0, False, dims.V), token=True))
+    return Phase(VOCABULARY, width=dims.V, segments=tuple(segments), addends=tuple(addends))

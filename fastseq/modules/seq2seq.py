@@ -402,6 +402,13 @@ class Seq2Seq(nn.Module):
         """The call of the decoder that `forward` makes, for `explain`."""
         return self.decoder.as_call(self.embedding(tgt_in), self._encode(src, None))
 
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """What a search in the kernels' loop makes tokens of; None where embedding or output are their user's own."""
+        if not _is_plain(self.embedding, nn.Embedding) or not _is_plain(self.output, nn.Linear):
+            return None
+        return Vocabulary(self.embedding.weight, self.output.weight, self.output.bias)  # type: ignore[arg-type]
+
     def config(self) -> dict[str, Any]:
         """The arguments that build it again, as plain data; a part is such data with its `kind`.
 

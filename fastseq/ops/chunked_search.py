@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from .decoder_search import Found, Search, Vocabulary
 
-__all__ = ["CHUNK", "chunked_search"]
+__all__ = ["CHUNK", "Rows", "State", "Whole", "chunked_search"]
 
 CHUNK = 16  # steps
 
@@ -37,17 +37,28 @@ class Rows(NamedTuple):
     weights: Tensor | None  # [N, as ids, S]
 
 
-def chunked_search(run: Run, state: State, of: Vocabulary, search: Search, source: int) -> Found:
-    """The likeliest token of each row, step after step. state: leaves with the batch at dimension 0; source: S."""
+Whole = Callable[[State, Rows], None]
+
+
+def chunked_search(
+    run: Run, state: State, of: Vocabulary, search: Search, source: int, whole: Whole | None = None
+) -> Found:
+    """The likeliest token of each row, step after step. state: leaves with the batch at dimension 0; source: S.
+
+    whole: what chooses all tokens by itself, from the state after the forced ones on.
+    """
     assert search.copies == 1
     batch, most = len(search.prefix), len(search.norms) - 1
     forced, seen = search.prefix[:, :-1], None
     if forced.shape[1]:
         _, state, seen = run(of.embedding[forced], state)
     rows = _begin(search, of, source)
-    state = tuple(leaf.clone() for leaf in state)  # written in place from here on
-    with torch.cuda.device_of(rows.tokens):
-        _follow(lambda: _step(run, state, rows, of, search), rows, most)
+    if whole is not None:
+        whole(state, rows)
+    else:
+        state = tuple(leaf.clone() for leaf in state)  # written in place from here on
+        with torch.cuda.device_of(rows.tokens):
+            _follow(lambda: _step(run, state, rows, of, search), rows, most)
     lengths = rows.lengths + forced.shape[1]
     tokens = torch.cat((search.prefix[:, 1:], rows.ids), 1)
     norms = torch.tensor(search.norms, device=rows.total.device)

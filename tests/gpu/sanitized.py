@@ -4,10 +4,11 @@ import torch
 
 import fastseq
 from tests.gpu.place import BACKEND, DEVICE
+from tests.seq2seq_models import model
 
 
 def main() -> None:
-    """Forward and backward of a layer of either kind of kernel, a cell, an attention and a decoder."""
+    """Forward and backward of a layer of either kind of kernel, a cell, an attention, a decoder and a search."""
     x = torch.randn(3, 5, 7, device=DEVICE)
     lengths = torch.tensor([3, 0, 1, 2, 3]).to(DEVICE)
     for hidden in (9, 150):
@@ -24,6 +25,10 @@ def main() -> None:
     for preset in (fastseq.Decoder.bahdanau, fastseq.Decoder.luong):
         decoder = preset(7, 9, memory_size=11, bridge="zero", backend=BACKEND).to(DEVICE)
         decoder(y, memory).output.sum().backward()
+    if BACKEND == "cuda":  # which has a kernel of its own for a search
+        of = model("luong", V=40).to(DEVICE)
+        of.decoder.backend = BACKEND
+        of.generate(torch.arange(4, device=DEVICE)[:, None], max_new_tokens=3)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     print("every kernel ran")

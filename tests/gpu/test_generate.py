@@ -35,10 +35,17 @@ def test_tokens(index: int, options: dict[str, Any]) -> None:
     same(back(there(of).generate(SRC.to(DEVICE), **options)), in_float64(of, SRC, **options))
 
 
+@pytest.mark.parametrize("V", [700, 3000, 30000])  # on the CUDA kernels one block, a cluster, a grid
+def test_large_vocabularies(V: int) -> None:
+    of = model("luong", V=V)
+    same(back(there(of).generate(SRC.to(DEVICE), max_new_tokens=6)), in_float64(of, SRC, max_new_tokens=6))
+
+
+@pytest.mark.parametrize("name", ["luong", "gnmt"])  # gnmt has a residual, with which no kernel runs all of a search
 @pytest.mark.parametrize("most", [40, 21])
-def test_a_long_search_repeats_its_graph(most: int) -> None:
+def test_a_long_search_repeats_its_graph(most: int, name: str) -> None:
     """Past the step that is recorded and the first look of the host; a second search has a graph of its own."""
-    of = model("luong")
+    of = model(name, num_layers=3)
     moved = there(of)
     for new in (most, most - 3):
         options = {"max_new_tokens": new, "min_new_tokens": new - 5}
