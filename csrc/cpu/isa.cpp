@@ -41,13 +41,15 @@ namespace fastseq {
 FS_DECLARE(base)
 #if defined(FS_HAVE_X86)
 FS_DECLARE(avx2)
+#endif
+#if defined(FS_HAVE_AVX512)
 FS_DECLARE(avx512)
+#endif
 #if defined(FS_HAVE_AVX512_BF16)
 FS_DECLARE(avx512_bf16)
 #endif
 #if defined(FS_HAVE_AMX)
 FS_DECLARE(amx_bf16)
-#endif
 #endif
 
 namespace {
@@ -55,10 +57,13 @@ namespace {
 bool always() { return true; }
 #if defined(FS_HAVE_X86)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+#endif
+#if defined(FS_HAVE_AVX512)
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+#endif
 #if defined(FS_HAVE_AVX512_BF16)
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
@@ -77,19 +82,20 @@ bool has_amx_bf16() {
   return found;
 }
 #endif
-#endif
 
 const Kernels kTable[] = {
     FS_ENTRY(base, always),
 #if defined(FS_HAVE_X86)
     FS_ENTRY(avx2, has_avx2),
+#endif
+#if defined(FS_HAVE_AVX512)
     FS_ENTRY(avx512, has_avx512),
+#endif
 #if defined(FS_HAVE_AVX512_BF16)
     FS_ENTRY(avx512_bf16, has_avx512_bf16),
 #endif
 #if defined(FS_HAVE_AMX)
     FS_ENTRY(amx_bf16, has_amx_bf16),
-#endif
 #endif
 };
 
