@@ -36,7 +36,7 @@ struct Exchange {
     expect_bytes(barriers + 1, count);
   }
 
-  __device__ __forceinline__ bool sends() const { return FS_HAS_CLUSTERS && group.meeting == Meeting::kCluster; }
+  __device__ __forceinline__ bool sends() const { return group.meeting == Meeting::kCluster; }
 
   // What is at `at` in this block's shared memory, to the same place in block `peer`'s.
   template <class Chunk>
@@ -63,7 +63,7 @@ struct Exchange {
     parity ^= 1u << (s & 1);
     return true;
   }
-  __device__ __forceinline__ bool broken() const { return sends() && *gone; }
+  __device__ __forceinline__ bool broken() const { return FS_HAS_CLUSTERS && sends() && *gone; }
 
   // All threads of all blocks, outside the steps; false if the group broke up. `whole`: this block had all that it waited for.
   __device__ __forceinline__ bool meet(bool whole = true) {
