@@ -4,7 +4,7 @@ import torch
 
 from .cases import LayerCase
 
-__all__ = ["algorithm", "onednn", "tf32"]
+__all__ = ["algorithm", "has_half", "onednn", "tf32"]
 
 
 def algorithm(case: LayerCase) -> str | None:
@@ -21,7 +21,12 @@ def onednn(case: LayerCase) -> str | None:
     """
     if case.device != "cpu" or case.op != "lstm" or case.rows != "full" or case.dtype == "float64":
         return None
-    return "oneDNN" if torch.backends.mkldnn.is_available() else None
+    return "oneDNN" if torch.backends.mkldnn.is_available() and (case.dtype == "float32" or has_half()) else None
+
+
+def has_half() -> bool:
+    """Whether PyTorch's oneDNN takes bf16 on this CPU: not without AVX-512."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _requested(case: LayerCase, half: bool) -> str:
