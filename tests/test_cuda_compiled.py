@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import pytest
@@ -67,7 +67,7 @@ def usage() -> Usage:
     return found
 
 
-@lru_cache(maxsize=8)
+@cache
 def instructions(path: Path, arch: str) -> dict[str, list[str]]:
     """The machine code of every kernel of an object."""
     found: dict[str, list[str]] = {}
