@@ -33,6 +33,7 @@ from benchmarks.programs import Program
 from benchmarks.registry import LONG_S, SETS, Entry
 from benchmarks.targets import TARGETS, group
 from benchmarks.timing import Effort
+from tests.conftest import NO_HALF_LSTM
 
 SHORT = Effort(seconds=0.0, least=2, most=2)
 FORMS: list[dict[str, Any]] = [
@@ -313,7 +314,7 @@ def test_reports_show_what_is_cited(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("op", ["lstm", "gru", "rnn_tanh", "lstm_cell"])
 def test_onednn_is_named_where_it_runs(op: str, rows: str, dtype: str) -> None:
     if op == "lstm" and dtype != "float32" and not cudnn.has_half():
-        pytest.skip("PyTorch's oneDNN has no bf16 on this CPU; an LSTM in bf16 after one in fp32 raises")
+        pytest.skip(NO_HALF_LSTM)
     case = LayerCase(op, "forward", 5, 3, 4, 6, rows="full" if op.endswith("cell") else rows, dtype=dtype)
     program = PEERS["torch.nn"].build(draw(case))
     with profile(activities=[ProfilerActivity.CPU]) as seen, torch.no_grad():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fastseq
+from tests.conftest import HAS_HALF_LSTM, NO_HALF_LSTM
 from tests.twins import BACKENDS, H, I, check_call, compare, draw, flatten, outcome, twins
 
 OPTIONS = [
@@ -187,6 +188,8 @@ def test_dropout_with_lengths_is_the_same_on_every_backend(kind: str, backend: s
 @pytest.mark.parametrize(("kind", "rows"), [*product(LAYERS, ("padded", "sorted")), *product(CELLS, ("padded",))])
 def test_autocast_dtypes_are_torchs(kind: str, rows: str, autocast: torch.dtype) -> None:
     """The table of output dtypes, taken anew from torch.nn; `auto` and every backend that can answer by it."""
+    if kind == "LSTM" and not HAS_HALF_LSTM:
+        pytest.skip(NO_HALF_LSTM)
     for dtype, state in product((torch.float32, autocast), (None, torch.float32, autocast)):
         stock, _ = twins(kind)
         x, hx = _autocast_arguments(stock, kind, rows, dtype, state)
