@@ -466,7 +466,9 @@ def budget(case: AttentionCase, measure: Callable[..., Results] = run) -> tuple[
     truth = measure(plain, problem, torch.float64)
     pairs = [(measure(plain, problem), truth)]
     fewest = min([t.numel() for t in truth.values() if largest(t) > TINY], default=32)
-    least = 8 if measure is second else 1  # the largest error of a second derivative varies more from problem to problem
+    least = (
+        8 if measure is second else 1
+    )  # the largest error of a second derivative varies more from problem to problem
     for seed in range(1, max(least, 32 // fewest)):
         near = problem.near(seed)
         pairs.append((measure(plain, near), measure(plain, near, torch.float64)))
