@@ -41,9 +41,9 @@ docs: $(SITE)/.stamp
 
 test: lint sanitize pytest
 
-# A process on every core, each with whole files: what is built for a file's tests is built once.
+# A process on every core; of the suite each has whole files, for what is built for a file's tests is built once.
 pytest: $(STAMPS)/dev strict | lint sanitize
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --dist loadfile tests/interpreted $(ARGS); interpreted=$$?; \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/interpreted $(ARGS); interpreted=$$?; \
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS) && exit $$interpreted
 
 lint: $(STAMPS)/dev

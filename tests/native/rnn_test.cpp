@@ -19,7 +19,7 @@
 namespace fastseq {
 namespace {
 
-constexpr int kProblems = 80;
+constexpr int kProblems = 48;
 constexpr int kTeams[] = {1, 2, 5};
 
 int64_t pick(Random& random, std::vector<int64_t> from) { return from[random() % from.size()]; }
