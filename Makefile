@@ -71,7 +71,7 @@ strict: $(NATIVE)/build.ninja
 
 sanitize: $(SANITIZE)/build.ninja
 	$(BIN)/cmake --build $(SANITIZE)
-	$(SANITIZE)/fastseq_native_test
+	$(SANITIZE)/fastseq_native_test names | xargs -n 1 -P $$(nproc) $(SANITIZE)/fastseq_native_test
 
 # On a machine with a GPU, by the Python that has PyTorch for it, without network: docs/gpu.md.
 OUT ?= build/gpu

@@ -2,6 +2,7 @@
 //
 // Every operand is a heap block of exactly its size. What must not be read holds NaN, what must not be written keeps it.
 // Every variant and team size must agree with the baseline on one thread; pytest compares the values with an oracle.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -9,6 +10,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -313,15 +315,24 @@ void agree_on_random_problems() {
 }  // namespace
 }  // namespace fastseq
 
-int main() {
-  fastseq::check_attention();
-  fastseq::check_attention_of_sequences();
-  fastseq::check_cells();
-  fastseq::check_decoder();
-  fastseq::check_search();
-  fastseq::check_normalised();
-  fastseq::check_products();
-  fastseq::refuse_bad_input();
-  fastseq::agree_on_random_problems();
-  for (const char* isa : fastseq::available_isas()) std::printf("native core under sanitizers: %s ok\n", isa);
+// All checks, or those of the given names; `names` prints the names, longest check first.
+int main(int count, char** names) {
+  const std::pair<const char*, void (*)()> checks[] = {
+      {"recurrence", fastseq::agree_on_random_problems}, {"products", fastseq::check_products},
+      {"decoder", fastseq::check_decoder},               {"normalised", fastseq::check_normalised},
+      {"attention", fastseq::check_attention},           {"attention_of_sequences", fastseq::check_attention_of_sequences},
+      {"search", fastseq::check_search},                 {"cells", fastseq::check_cells},
+      {"bad_input", fastseq::refuse_bad_input}};
+  if (count == 2 && !std::strcmp(names[1], "names")) {
+    for (auto& check : checks) std::puts(check.first);
+    return 0;
+  }
+  for (int i = 1; i < count; ++i)
+    fastseq::expect(std::any_of(std::begin(checks), std::end(checks), [&](auto& check) { return !std::strcmp(check.first, names[i]); }),
+                    std::string("no check is named ") + names[i]);
+  for (auto& [name, check] : checks) {
+    if (count > 1 && std::none_of(names + 1, names + count, [&, name = name](char* given) { return !std::strcmp(given, name); })) continue;
+    check();
+    for (const char* isa : fastseq::available_isas()) std::printf("%s under sanitizers: %s ok\n", name, isa);
+  }
 }
