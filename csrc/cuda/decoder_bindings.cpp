@@ -81,13 +81,6 @@ void run(const DecoderProgram& program, int kind, const SizesTuple& sizes, const
   check((program.forward() ? with.forward : with.backward)(a, made->shared, stream), name);
 }
 
-int clusters(int device, int kind, bool forward, const ShapeTuple& shape, int shared) {
-  int count = 0;
-  check(use_device(device), "a question about clusters");
-  check(launches(kind).clusters(forward, of<DecoderShape>(shape), shared, &count), "a question about clusters");
-  return count;
-}
-
 void keys(int kind, int B, int M, int S, int A, uint64_t queries, uint64_t of, uint64_t v, uint64_t d_scores,
           uint64_t d_keys, uint64_t d_v, const Where& where) {
   check(use_device(std::get<0>(where)), "decoder_keys");
@@ -112,7 +105,6 @@ void bind_decoder(py::module_& m) {
   py::class_<DecoderProgram>(m, "DecoderProgram", py::module_local()).def(py::init<const Numbers&>());
   m.def("decoder_sizes", sizes_of, "(bytes of shared memory of a block, bytes of the packed weights of all blocks)");
   m.def("decoder_run", run, unlocked);
-  m.def("decoder_clusters", clusters, "How many clusters of this kernel that GPU holds at once.");
   m.def("decoder_keys", keys, unlocked);
   m.def("decoder_key_blocks", decoder_key_blocks);
   m.def("decoder_tensors", tensor_names);
