@@ -54,9 +54,10 @@ def arguments(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def on_cuda(of: Seq2Seq, src: torch.Tensor = ALL, **options: Any) -> fastseq.GenerateOutput:
     of.decoder.backend = "cuda"
-    found = of.generate(src, **options)
-    of.decoder.backend = "auto"
-    return found
+    try:
+        return of.generate(src, **options)
+    finally:
+        of.decoder.backend = "auto"
 
 
 def check(of: Seq2Seq, src: torch.Tensor = ALL, **options: Any) -> fastseq.GenerateOutput:
@@ -173,14 +174,24 @@ def test_nan_is_refused(design: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @every_design
-def test_nan_in_one_logit(design: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of any token: whichever block has it, and beside finite ones that are larger."""
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["luong", "gnmt"])
+def test_nan_in_one_logit(
+    name: str, wrong: float, design: str, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any token: whichever block has it, and beside finite ones that are larger; of +inf the scores would be NaN.
+
+    In one launch, and of gnmt, which has a residual, step by step.
+    """
     for token in (0, 17, 38):
-        of = model("luong", V=39)
+        of = model(name, V=39, **({"num_layers": 3} if name == "gnmt" else {}))
         with torch.no_grad():
-            of.output.bias[token] = torch.nan
+            of.output.bias[token] = wrong
         with drawn(monkeypatch, design, token), pytest.raises(InputError, match="NaN for a row"):
             on_cuda(of, max_new_tokens=3)
+        with pytest.raises(InputError, match="NaN for a row"):
+            in_float64(of, ALL, max_new_tokens=3)
+    assert set(launches) == {"search" if name == "luong" else "forward"}
 
 
 @every_design
