@@ -46,7 +46,8 @@ def explain(target: Any, input: Any = None, hx: Any = None, *, lengths: Any = No
     itself makes its call, by as_call(input, hx) (Encoder, whose first layer is looked at: x; Decoder: y and memory;
     Attention: query and keys), or a call, such as decoder.as_call(y, keys, state). resets go to layers as lengths do.
     Of a frozen module it says whether the call uses the packed weights, of a Seq2Seq how the CUDA kernels would run a
-    greedy search from there. Raises what the call itself would raise for a wrong input.
+    greedy search of as many tokens as each row of the target has. Raises what the call itself would raise for a wrong
+    input.
 
     >>> print(fastseq.explain(torch.nn.LSTM(4, 8), torch.zeros(3, 2, 4)))
     """

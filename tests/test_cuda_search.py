@@ -284,13 +284,25 @@ def test_where_weights_lie(design: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize(("V", "design"), [(700, "block"), (3000, "cluster"), (30000, "grid")])
-def test_large_vocabularies_as_planned(V: int, design: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "V", "design"),
+    [("luong", 700, "block"), ("luong", 3000, "cluster"), ("luong", 30000, "grid"), ("bentrevett", 3000, "cluster")],
+)
+def test_large_vocabularies_as_planned(name: str, V: int, design: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For an H200, up to 66 blocks."""
     started, ran = host._run, []
     monkeypatch.setattr(host, "_run", lambda *args: (ran.append(args[1]), started(*args)))
-    check(model("luong", V=V), max_new_tokens=3)
+    check(model(name, V=V), max_new_tokens=3)
     assert [(p.way, p.shape.design) for p in ran] == [("search", design)]
+
+
+def test_a_table_that_is_too_large_is_not_made(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """[V, V], 3.4 GiB: the search goes step by step, as `explain` says."""
+    of = model("bentrevett", V=30000)
+    monkeypatch.setattr(host, "_tables", lambda *_: pytest.fail("a table was made"))
+    check(of, max_new_tokens=2)
+    assert "search" not in launches
+    assert "greedy search step by step: what a step makes of its input would be a table of 30000 tokens" in told(of)
 
 
 def test_as_planned(launches: list[str]) -> None:

@@ -109,10 +109,10 @@ def layouts(loop: LoopSpec, x: LoopTensors) -> tuple[DecoderPlan, DecoderPlan]:
     return _plan(program(loop, of, True), x), _plan(program(loop, of, False), x)
 
 
-def _plan(made: Program, x: LoopTensors) -> DecoderPlan:
+def _plan(made: Program, x: LoopTensors, steps: int = 1) -> DecoderPlan:
     source = 0 if x.keys is None else x.keys.shape[1]
     kind = kind_of(x.y.dtype, tf32_flag("matmul"))
-    return plan(made, x.y.shape[0], source, kind, devices.of(x.y.device))
+    return plan(made, x.y.shape[0], source, kind, devices.of(x.y.device), steps)
 
 
 @lru_cache(maxsize=256)
@@ -146,16 +146,16 @@ def _counters(chosen: DecoderPlan, x: LoopTensors) -> Tensor | None:
     return torch.zeros(chosen.shape.groups, dtype=torch.int32, device=x.y.device)
 
 
-def search_layout(loop: LoopSpec, x: LoopTensors, of: Vocabulary) -> DecoderPlan:
+def search_layout(loop: LoopSpec, x: LoopTensors, of: Vocabulary, steps: int) -> DecoderPlan:
     """How a search would be laid out, whose loop is all of the decoder; x.y [N, 1, I] is but a shape. Or CannotPlan."""
-    return _plan(program(loop, dims(loop, x, False, of), True), x)
+    return _plan(program(loop, dims(loop, x, False, of), True), x, steps)
 
 
 def search(loop: LoopSpec, x: LoopTensors, of: Vocabulary, asked: Search, rows: Rows) -> None:
     """A greedy search from the state in x and the tokens in `rows`, whose results it fills."""
     x, of = _aligned(loop, x), Vocabulary(*(None if t is None else aligned(t) for t in of))  # type: ignore[arg-type]
     made = program(loop, dims(loop, x, False, of), True)
-    chosen = _plan(made, x)
+    chosen = _plan(made, x, len(asked.norms) - 1)
     named = _of_two_steps(made, x) | _tables(loop, x, of)
     _begin(loop, x, named)
     named |= _read(x) | _between_blocks(made, chosen, x, named)
