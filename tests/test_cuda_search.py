@@ -333,16 +333,19 @@ def test_a_planted_fault_is_found(lost: str, monkeypatch: pytest.MonkeyPatch) ->
         check(of, max_new_tokens=5)
 
 
-def test_a_group_that_waits_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All blocks leave, and the next call says so."""
-    of = model("luong")
+@pytest.mark.parametrize(("name", "options"), [("luong", {}), ("bahdanau", {"readout": ("state", "context", "state")})])
+def test_a_group_that_waits_in_vain(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks leave, and the search itself says so, in one launch or at its last step; the next one runs."""
+    of = model(name, **options)
     monkeypatch.setattr(native, "patience", lambda: 1000)
     late = lambda chosen, x: torch.full((chosen.shape.groups,), -1000, dtype=torch.int32)  # noqa: E731
-    monkeypatch.setattr(host, "_counters", late)
     with fixed(monkeypatch, "grid", 2):
-        on_cuda(of, max_new_tokens=3)
-        with pytest.raises(RuntimeError, match="gave up"):
-            on_cuda(of, max_new_tokens=3)
+        with monkeypatch.context() as patch:
+            patch.setattr(host, "_counters", late)
+            with pytest.raises(RuntimeError, match="gave up"):
+                on_cuda(of, max_new_tokens=1)
+        monkeypatch.setattr(native, "patience", lambda: int(20e9))
+        check(of, max_new_tokens=3)
 
 
 def told(of: Seq2Seq) -> str:

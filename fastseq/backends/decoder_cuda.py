@@ -11,7 +11,7 @@ import torch
 
 from ..cuda import decoder as kernels
 from ..cuda.decoder_plan import DecoderPlan
-from ..cuda.native import obstacle_on, unavailable
+from ..cuda.native import obstacle_on, stop_flag, unavailable
 from ..cuda.plan import CannotPlan
 from ..ops.chunked_search import Rows
 from ..ops.decoder_search import Found, Search, Vocabulary
@@ -67,10 +67,13 @@ def refuses_search(call: DecoderCall) -> str | None:
 
 
 def search(call: DecoderCall, of: Vocabulary, asked: Search) -> Found | None:
-    """A greedy search; None of beams."""
+    """A greedy search; None of beams. Raises RuntimeError if one of its kernels gave up waiting."""
     steps = len(asked.norms) - 1
     launch = None if isinstance(_whole(call, of, steps), str) else _launch
-    return gpu_search.search(decoder, call, of, asked, launch)
+    found = gpu_search.search(decoder, call, of, asked, launch)
+    if found is not None:
+        stop_flag(call.y)  # the GPU has been waited for; a CUDA graph's launches do not look, and there is no next one
+    return found
 
 
 def greedy(call: DecoderCall, of: Vocabulary) -> str:
