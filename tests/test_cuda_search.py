@@ -372,3 +372,51 @@ def test_what_cannot_stay(launches: list[str], monkeypatch: pytest.MonkeyPatch) 
     assert "greedy search step by step: the output's weights of 20000 tokens x 12 features in full32 do not" in told(of)
     check(of, max_new_tokens=2)
     assert "search" not in launches
+
+
+def max_norm(of: Seq2Seq) -> None:
+    of.embedding.max_norm = 1.0
+
+
+def own_step(of: Seq2Seq) -> None:
+    of.decoder.step = of.decoder.step  # type: ignore[method-assign]
+
+
+def hooked(of: Seq2Seq) -> None:
+    of.output.register_forward_hook(lambda *_: None)
+
+
+def another_dtype(of: Seq2Seq) -> None:
+    of.output.double()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (max_norm, "the embedding is no plain torch.nn.Embedding"),
+        (own_step, "the decoder has a step of its own"),
+        (hooked, "the output is no plain torch.nn.Linear"),
+        (another_dtype, "embedding and output have several dtypes or devices"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_parts_of_the_users_own(change: Any, reason: str, launches: list[str]) -> None:
+    """`explain` and `why_stepwise` know what keeps `generate` from the launch, and give the same reason."""
+    of = model(V=9)
+    change(of)
+    assert f"greedy search step by step: {reason}" in told(of)
+    assert of.why_stepwise(ALL) == reason
+    if change is another_dtype:  # which the step itself refuses
+        with pytest.raises(RuntimeError, match="dtype"):
+            on_cuda(of, max_new_tokens=2)
+    else:
+        assert of.vocabulary is None
+        check(of, max_new_tokens=2)
+    assert "search" not in launches
+
+
+def test_explain_under_autocast() -> None:
+    of = model(V=9)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "greedy search step by step: autocast" in told(of)
+        assert of.why_stepwise(ALL) == "autocast"
