@@ -67,7 +67,7 @@ std::tuple<int, int64_t> sizes_of(const DecoderProgram& program, int kind, const
 }
 
 void run(const DecoderProgram& program, int kind, const SizesTuple& sizes, const ShapeTuple& shape, const Near& near,
-         const Tensors& tensors, uint64_t packed, const GroupTuple& group, const Where& where) {
+         const Tensors& tensors, uint64_t packed, bool pack, const GroupTuple& group, const Where& where) {
   const auto made = std::make_unique<LaidOut>(program, kind, sizes, shape, near, tensors);
   DecoderArgs& a = made->args;
   a.packed = made->packing.packed = at<unsigned char>(packed);
@@ -77,7 +77,7 @@ void run(const DecoderProgram& program, int kind, const SizesTuple& sizes, const
   const DecoderLaunches& with = launches(kind);
   check(use_device(std::get<0>(where)), name);
   void* const stream = at(std::get<1>(where));
-  check(with.pack(a, made->packing, stream), "decoder_pack");
+  if (pack) check(with.pack(a, made->packing, stream), "decoder_pack");  // else `packed` has them from a call before
   check((program.forward() ? with.forward : with.backward)(a, made->shared, stream), name);
 }
 

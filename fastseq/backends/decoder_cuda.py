@@ -70,7 +70,8 @@ def search(call: DecoderCall, of: Vocabulary, asked: Search) -> Found | None:
     """A greedy search; None of beams. Raises RuntimeError if one of its kernels gave up waiting."""
     steps = len(asked.norms) - 1
     launch = None if isinstance(_whole(call, of, steps), str) else _launch
-    found = gpu_search.search(decoder, call, of, asked, launch)
+    with kernels.packed_once():
+        found = gpu_search.search(decoder, call, of, asked, launch)
     if found is not None:
         stop_flag(call.y)  # the GPU has been waited for; a CUDA graph's launches do not look, and there is no next one
     return found
