@@ -59,14 +59,14 @@ def fastseq_program(problem: GenerateProblem, backend: str) -> Program:
         return [found.sequences[:, 0], found.scores[:, 0]]
 
     program = program_of(search, {}, [], False, chosen)
-    return replace(program, note=_way(model, src)) if chosen == "cuda" and case.beams == 1 else program
+    return replace(program, note=_way(model, src, case.T)) if chosen == "cuda" and case.beams == 1 else program
 
 
-def _way(model: fastseq.Seq2Seq, src: Tensor) -> str:
+def _way(model: fastseq.Seq2Seq, src: Tensor, steps: int) -> str:
     """Which way the CUDA kernels search, and what their cost model says of it, to stand beside what was measured."""
     assert model.vocabulary is not None
     with torch.no_grad():
-        found = decoder_cuda.layout_of_search(model.as_call(src, src[:, :1]), model.vocabulary)
+        found = decoder_cuda.layout_of_search(model.as_call(src, src[:, :1]), model.vocabulary, steps)
     if isinstance(found, str):
         return f"step by step: {found}"
     return f"one launch, predicted {found.step * found.waves:.2f} us a step ({found.shape.design})"

@@ -11,7 +11,9 @@ from .backends.decoder_call import AttentionCall, DecoderCall
 from .backends.fused import without_frozen
 from .checks import check_call, check_cell
 from .dispatch import BACKENDS, Call, candidates, check_name, load, obstacle
+from .generation.native import unfit
 from .modules.dropin import CELLS, DROP_INS, LAYERS, call_of
+from .modules.seq2seq import Seq2Seq
 from .ops.decoder_search import Vocabulary
 
 __all__ = ["Explanation", "Verdict", "explain"]
@@ -46,26 +48,39 @@ def explain(target: Any, input: Any = None, hx: Any = None, *, lengths: Any = No
     itself makes its call, by as_call(input, hx) (Encoder, whose first layer is looked at: x; Decoder: y and memory;
     Attention: query and keys), or a call, such as decoder.as_call(y, keys, state). resets go to layers as lengths do.
     Of a frozen module it says whether the call uses the packed weights, of a Seq2Seq how the CUDA kernels would run a
-    greedy search from there. Raises what the call itself would raise for a wrong input.
+    greedy search of as many tokens as each row of the target has. Raises what the call itself would raise for a wrong
+    input.
 
     >>> print(fastseq.explain(torch.nn.LSTM(4, 8), torch.zeros(3, 2, 4)))
     """
     named = engine.prefer(check_name(getattr(target, "backend", "auto")))
-    vocabulary = getattr(target, "vocabulary", None)
-    as_call = getattr(target, "as_call", None)
+    model, as_call = target, getattr(target, "as_call", None)
     if as_call is not None:
         if lengths is not None or resets is not None:
             raise TypeError(f"{type(target).__name__} takes no {'resets' if lengths is None else 'lengths'}")
         target = as_call(input, hx)
     if isinstance(target, (DecoderCall, AttentionCall)):
-        cast = decoding.as_asked(target)
-        return _verdicts(cast, named, vocabulary=vocabulary if cast is target else None)
+        search = None
+        if isinstance(model, Seq2Seq) and isinstance(target, DecoderCall):
+            search = _search_of(model, target)
+        return _verdicts(decoding.as_asked(target), named, search=search)
     if isinstance(target, RnnCall):
         call, cell = target, target.input.dim() == 2 and target.batch_sizes is None
     else:
         call, cell = _call(target, input, hx, lengths, resets)
     asked, _ = engine.as_asked(call, check_cell if cell else check_call)
     return _verdicts(asked, named, _of_frozen(call, asked))
+
+
+def _search_of(model: Seq2Seq, call: DecoderCall) -> Vocabulary | str:
+    """What a search from this call makes tokens of, or why `generate` steps from Python instead."""
+    vocabulary = model.vocabulary
+    if vocabulary is None:
+        return str(model.stepwise_part)
+    reason = unfit(call, vocabulary)
+    if reason is None and decoding.as_asked(call) is not call:
+        reason = "autocast"
+    return reason or vocabulary
 
 
 def _call(module: nn.Module, input: Any, hx: Any, lengths: Any, resets: Any) -> tuple[RnnCall, bool]:
@@ -105,8 +120,11 @@ def _of_frozen(call: RnnCall, asked: RnnCall) -> str:
     return "; with frozen weights" + ("" if current else ", packing them first")
 
 
-def _verdicts(call: Call, named: str, of_cpu: str = "", vocabulary: Vocabulary | None = None) -> Explanation:
-    """`named` is a backend, or "auto"; of_cpu: what to add where the CPU kernels run; vocabulary: of a search."""
+def _verdicts(call: Call, named: str, of_cpu: str = "", search: Vocabulary | str | None = None) -> Explanation:
+    """`named` is a backend, or "auto"; of_cpu: what to add where the CPU kernels run.
+
+    search: what a search makes tokens of, or why it steps from Python; None: there is none.
+    """
     obstacles = {name: obstacle(name, call) for name in BACKENDS}
     chosen, why = named, "named by backend= or use_backend"
     if named == "auto":
@@ -114,7 +132,7 @@ def _verdicts(call: Call, named: str, of_cpu: str = "", vocabulary: Vocabulary |
     verdicts = []
     for name, reason in obstacles.items():
         if name == chosen and reason is None:
-            runs = f"runs this call: {why}{_layout(name, call, vocabulary)}{of_cpu if name == 'cpu' else ''}"
+            runs = f"runs this call: {why}{_layout(name, call, search)}{of_cpu if name == 'cpu' else ''}"
             verdicts.append(Verdict(name, True, runs))
         elif name == chosen:
             verdicts.append(Verdict(name, False, str(reason)))
@@ -123,10 +141,11 @@ def _verdicts(call: Call, named: str, of_cpu: str = "", vocabulary: Vocabulary |
     return Explanation(verdicts)
 
 
-def _layout(name: str, call: Call, vocabulary: Vocabulary | None) -> str:
+def _layout(name: str, call: Call, search: Vocabulary | str | None) -> str:
     """How the backend's kernels would share out the work, of those that plan it."""
     backend: Any = load(name, call.OPERATOR)
     told = [str(plan) for plan in backend.layout(call)] if hasattr(backend, "layout") else []
-    if vocabulary is not None and hasattr(backend, "greedy"):
-        told.append(f"greedy search {backend.greedy(call, vocabulary)}")
+    if search is not None and hasattr(backend, "greedy"):
+        way = f"step by step: {search}" if isinstance(search, str) else backend.greedy(call, search)
+        told.append(f"greedy search {way}")
     return "".join(f"; {part}" for part in told)

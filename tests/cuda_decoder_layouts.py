@@ -52,7 +52,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, design: str, seed: int) -> Iterator[l
     """Loops are laid out in `design`, otherwise at random; the list has the plans that ran."""
     draw, ran = random.Random(seed), []
 
-    def pick(made: Any, x: Any) -> DecoderPlan:
+    def pick(made: Any, x: Any, steps: int = 1) -> DecoderPlan:
         blocks, chunk = draw.choice(BLOCKS[design]), draw.choice((8, 16))
         attends, groups = made.attends, draw.choice((1, 2))  # with one group it takes several blocks of rows
         pieces = draw.randint(1, blocks) if attends else 1
@@ -73,7 +73,7 @@ def fixed(
 ) -> Iterator[None]:
     """All loops in one layout of 8 rows a group; stays: with all weights, keys and memory in shared memory."""
 
-    def pick(made: Any, x: Any) -> DecoderPlan:
+    def pick(made: Any, x: Any, steps: int = 1) -> DecoderPlan:
         near, kept = tuple(ALL * stays for p in made.phases for _ in p.segments), made.attends and stays
         shape = DecoderShape(design, blocks, 8, 2, 8, pieces if made.attends else 1, near, kept, kept)
         return _made(made, x, shape)

@@ -1,12 +1,13 @@
 """How a decoder's loop is laid out on GPUs that are not here: memory as the kernels count it, limits, choices."""
 
+import math
 import random
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from fastseq.cuda import native
+from fastseq.cuda import decoder_plan, native
 from fastseq.cuda.decoder_phases import Dims, Program
 from fastseq.cuda.decoder_plan import DecoderShape, candidates, plan, sizes, tiles_of
 from fastseq.cuda.decoder_program import program
@@ -83,8 +84,9 @@ def test_memory_is_what_the_kernels_count(name: str, way: str, emulated: Any) ->
 
 @pytest.mark.parametrize("device", [H200, B200, A100], ids=lambda d: d.name)
 @pytest.mark.parametrize("name", LOOPS)
-def test_plans_fit(name: str, device: Any) -> None:
+def test_plans_fit(name: str, device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is laid out fits its GPU and all rows are run; what is printed has the reasons for the speed."""
+    monkeypatch.setattr(decoder_plan, "_CHOOSING", math.inf)  # no search is predicted to be faster step by step
     for N, S in ((1, 30), (64, 64), (256, 200)):
         for kind in native.KINDS:
             for forward, V in ((True, 0), (False, 0), (True, 999)):
@@ -101,8 +103,9 @@ def test_plans_fit(name: str, device: Any) -> None:
                     assert V == 0 or p.near[-1] == 1
                     if s.design == "cluster":
                         assert (s.blocks, s.groups) <= (s.blocks, dict(device.clusters)[s.blocks])
-                best = min(every, key=lambda p: p.step * p.waves) if V else plan(of, N, S, kind, device)
+                best = plan(of, N, S, kind, device)
                 assert best in every
+                assert best.step * best.waves == min(p.step * p.waves for p in every)
                 assert "us a step" in str(best)
 
 
@@ -143,8 +146,39 @@ def test_how_large_a_vocabulary_may_be(kind: str) -> None:
     assert "search: " in str(small)
     with pytest.raises(CannotPlan, match=f"weights of {large * 9} tokens x 96 features in {kind} do not fit"):
         plan(made("luong", True, V=large * 9), 32, 64, kind, H200)
-    assert plan(made("luong", True, V=large), 1, 64, kind, H200).shape.design == "grid"
-    with pytest.raises(CannotPlan, match=r"4096 rows is predicted to take \d+ us in one launch, \d+ us with"):
-        plan(made("luong", True, V=large), 4096, 64, kind, H200)
+    assert plan(made("luong", True, V=large), 1, 64, kind, H200, 32).shape.design == "grid"
+    with pytest.raises(CannotPlan, match=r"4096 rows is predicted to take \d+ us in one launch, .*; \d+ us with"):
+        plan(made("luong", True, V=large), 4096, 64, kind, H200, 32)
     with pytest.raises(CannotPlan, match="hidden_size=4096 with 100000 source positions needs"):
         plan(made("luong", True, 4096, 4096, 4096, V=1000), 64, 100000, "full32", A100)
+
+
+def test_tables_of_all_tokens_take_time() -> None:
+    """Which a search of few steps does not earn back; of many, no more than 32 are believed in."""
+    of = made("luong", True, V=1 << 15)
+    with pytest.raises(CannotPlan, match=r"launch, (\d+) of them for its part of tables of all tokens, which 1 steps"):
+        plan(of, 1, 64, "full32", H200, 1)
+    slow = replace(H200, memory_bytes=H200.memory_bytes / 64)
+    with pytest.raises(CannotPlan, match="which 32 steps read"):
+        plan(of, 1, 64, "full32", slow, 1000)
+    product = replace(H200, vector_flops=H200.vector_flops / 1000)
+    with pytest.raises(CannotPlan, match="which 32 steps read"):
+        plan(of._replace(dims=of.dims._replace(I=1 << 12)), 1, 64, "full32", product, 32)
+
+
+@pytest.mark.parametrize("kind", ["brain_half", "full32"])
+def test_tables_of_all_tokens_take_memory(kind: str) -> None:
+    """Of a readout that reads the input without weights of its own, V * V."""
+    large = LOOPS["bahdanau"]._replace(readout=("state", "input"))
+    of = program(large, Dims(7, 16, 16, 16, 0, 23, (23,), True, True, False, False, False, 30000), True)
+    element = 4 if kind == "full32" else 2
+    found, limit = (30000 * 30048 * element >> 20), H200.memory // 256 >> 20
+    expected = f"30000 tokens x 30048 numbers in {kind}, {found} MiB; at most 1/256 of the memory of H200, {limit} MiB"
+    with pytest.raises(CannotPlan, match=expected) as told:
+        plan(of, 4, 8, kind, H200, 1 << 20)
+    assert "with weights of its own (combine) a readout of the input has a smaller one" in str(told.value)
+    few = replace(H200, memory=H200.memory // 8)
+    with pytest.raises(CannotPlan, match=r"MiB, is taken for it$"):
+        plan(made("luong", True, V=1 << 15), 4, 8, kind, few, 32)
+    wide = replace(H200, memory=H200.memory * 8)
+    assert plan(of, 4, 8, "brain_half", wide, 1 << 20).way == "search"

@@ -54,9 +54,10 @@ def arguments(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def on_cuda(of: Seq2Seq, src: torch.Tensor = ALL, **options: Any) -> fastseq.GenerateOutput:
     of.decoder.backend = "cuda"
-    found = of.generate(src, **options)
-    of.decoder.backend = "auto"
-    return found
+    try:
+        return of.generate(src, **options)
+    finally:
+        of.decoder.backend = "auto"
 
 
 def check(of: Seq2Seq, src: torch.Tensor = ALL, **options: Any) -> fastseq.GenerateOutput:
@@ -173,14 +174,24 @@ def test_nan_is_refused(design: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @every_design
-def test_nan_in_one_logit(design: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of any token: whichever block has it, and beside finite ones that are larger."""
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["luong", "gnmt"])
+def test_nan_in_one_logit(
+    name: str, wrong: float, design: str, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any token: whichever block has it, and beside finite ones that are larger; of +inf the scores would be NaN.
+
+    In one launch, and of gnmt, which has a residual, step by step.
+    """
     for token in (0, 17, 38):
-        of = model("luong", V=39)
+        of = model(name, V=39, **({"num_layers": 3} if name == "gnmt" else {}))
         with torch.no_grad():
-            of.output.bias[token] = torch.nan
+            of.output.bias[token] = wrong
         with drawn(monkeypatch, design, token), pytest.raises(InputError, match="NaN for a row"):
             on_cuda(of, max_new_tokens=3)
+        with pytest.raises(InputError, match="NaN for a row"):
+            in_float64(of, ALL, max_new_tokens=3)
+    assert set(launches) == {"search" if name == "luong" else "forward"}
 
 
 @every_design
@@ -273,13 +284,25 @@ def test_where_weights_lie(design: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize(("V", "design"), [(700, "block"), (3000, "cluster"), (30000, "grid")])
-def test_large_vocabularies_as_planned(V: int, design: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "V", "design"),
+    [("luong", 700, "block"), ("luong", 3000, "cluster"), ("luong", 30000, "grid"), ("bentrevett", 3000, "cluster")],
+)
+def test_large_vocabularies_as_planned(name: str, V: int, design: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For an H200, up to 66 blocks."""
     started, ran = host._run, []
     monkeypatch.setattr(host, "_run", lambda *args: (ran.append(args[1]), started(*args)))
-    check(model("luong", V=V), max_new_tokens=3)
+    check(model(name, V=V), max_new_tokens=3)
     assert [(p.way, p.shape.design) for p in ran] == [("search", design)]
+
+
+def test_a_table_that_is_too_large_is_not_made(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """[V, V], 3.4 GiB: the search goes step by step, as `explain` says."""
+    of = model("bentrevett", V=30000)
+    monkeypatch.setattr(host, "_tables", lambda *_: pytest.fail("a table was made"))
+    check(of, max_new_tokens=2)
+    assert "search" not in launches
+    assert "greedy search step by step: what a step makes of its input would be a table of 30000 tokens" in told(of)
 
 
 def test_as_planned(launches: list[str]) -> None:
@@ -310,16 +333,40 @@ def test_a_planted_fault_is_found(lost: str, monkeypatch: pytest.MonkeyPatch) ->
         check(of, max_new_tokens=5)
 
 
-def test_a_group_that_waits_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All blocks leave, and the next call says so."""
-    of = model("luong")
+@pytest.mark.parametrize(("name", "options"), [("luong", {}), ("bahdanau", {"readout": ("state", "context", "state")})])
+def test_a_group_that_waits_in_vain(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks leave, and the search itself says so, in one launch or at its last step; the next one runs."""
+    of = model(name, **options)
     monkeypatch.setattr(native, "patience", lambda: 1000)
     late = lambda chosen, x: torch.full((chosen.shape.groups,), -1000, dtype=torch.int32)  # noqa: E731
-    monkeypatch.setattr(host, "_counters", late)
     with fixed(monkeypatch, "grid", 2):
-        on_cuda(of, max_new_tokens=3)
-        with pytest.raises(RuntimeError, match="gave up"):
-            on_cuda(of, max_new_tokens=3)
+        with monkeypatch.context() as patch:
+            patch.setattr(host, "_counters", late)
+            with pytest.raises(RuntimeError, match="gave up"):
+                on_cuda(of, max_new_tokens=1)
+        monkeypatch.setattr(native, "patience", lambda: int(20e9))
+        check(of, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_weights_are_packed_once(strided: bool, emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a search step by step, of whatever it need not copy at each step; the next search packs what they are then."""
+    packs: list[bool] = []
+    of, started = model("gnmt", num_layers=3), native.launch
+    if strided:
+        of.decoder.weight_hh_l0 = nn.Parameter(of.decoder.weight_hh_l0.T.contiguous().T)
+
+    def launch(function: str, x: Any, *args: Any) -> None:
+        packs.extend(args[7:8] if function == "decoder_run" else ())
+        started(function, x, *args)
+
+    monkeypatch.setattr(native, "launch", launch)
+    for _ in range(2):
+        packs.clear()
+        check(of, max_new_tokens=4)
+        assert packs == [True] * 4 if strided else [True, False, False, False]
+        with torch.no_grad():
+            of.decoder.get_parameter("weight_hh_l0").mul_(0.5)
 
 
 def told(of: Seq2Seq) -> str:
@@ -346,3 +393,51 @@ def test_what_cannot_stay(launches: list[str], monkeypatch: pytest.MonkeyPatch) 
     assert "greedy search step by step: the output's weights of 20000 tokens x 12 features in full32 do not" in told(of)
     check(of, max_new_tokens=2)
     assert "search" not in launches
+
+
+def max_norm(of: Seq2Seq) -> None:
+    of.embedding.max_norm = 1.0
+
+
+def own_step(of: Seq2Seq) -> None:
+    of.decoder.step = of.decoder.step  # type: ignore[method-assign]
+
+
+def hooked(of: Seq2Seq) -> None:
+    of.output.register_forward_hook(lambda *_: None)
+
+
+def another_dtype(of: Seq2Seq) -> None:
+    of.output.double()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (max_norm, "the embedding is no plain torch.nn.Embedding"),
+        (own_step, "the decoder has a step of its own"),
+        (hooked, "the output is no plain torch.nn.Linear"),
+        (another_dtype, "embedding and output have several dtypes or devices"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_parts_of_the_users_own(change: Any, reason: str, launches: list[str]) -> None:
+    """`explain` and `why_stepwise` know what keeps `generate` from the launch, and give the same reason."""
+    of = model(V=9)
+    change(of)
+    assert f"greedy search step by step: {reason}" in told(of)
+    assert of.why_stepwise(ALL) == reason
+    if change is another_dtype:  # which the step itself refuses
+        with pytest.raises(RuntimeError, match="dtype"):
+            on_cuda(of, max_new_tokens=2)
+    else:
+        assert of.vocabulary is None
+        check(of, max_new_tokens=2)
+    assert "search" not in launches
+
+
+def test_explain_under_autocast() -> None:
+    of = model(V=9)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "greedy search step by step: autocast" in told(of)
+        assert of.why_stepwise(ALL) == "autocast"

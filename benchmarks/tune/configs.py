@@ -24,7 +24,7 @@ UNTUNED = (
     "rnn_norm_sequence_backward",
     "rnn_norm_steps_forward",
     "rnn_norm_steps_backward",
-)  # of layer normalisation, of which the suite has no case: rows stay
+)  # of layer normalisation: not worth minutes before `gpu-options` has said which of these layers is too slow
 FIXED = {"rnn_sequence": ("units",)}  # by the kernel's beginning: blocks that hold all of a size
 
 

@@ -174,7 +174,6 @@ struct DecoderLaunches {
   int (*pack)(const DecoderArgs&, const DecoderPacking&, void* stream);
   int (*forward)(const DecoderArgs&, int shared, void* stream);  // or search
   int (*backward)(const DecoderArgs&, int shared, void* stream);
-  int (*clusters)(bool forward, const DecoderShape&, int shared, int* count);  // that may be resident at once
 };
 
 static_assert(k_w_hh - k_w_ih == kMostCells, "tensors of cells come in kMostCells");

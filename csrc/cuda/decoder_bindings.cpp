@@ -67,7 +67,7 @@ std::tuple<int, int64_t> sizes_of(const DecoderProgram& program, int kind, const
 }
 
 void run(const DecoderProgram& program, int kind, const SizesTuple& sizes, const ShapeTuple& shape, const Near& near,
-         const Tensors& tensors, uint64_t packed, const GroupTuple& group, const Where& where) {
+         const Tensors& tensors, uint64_t packed, bool pack, const GroupTuple& group, const Where& where) {
   const auto made = std::make_unique<LaidOut>(program, kind, sizes, shape, near, tensors);
   DecoderArgs& a = made->args;
   a.packed = made->packing.packed = at<unsigned char>(packed);
@@ -77,15 +77,8 @@ void run(const DecoderProgram& program, int kind, const SizesTuple& sizes, const
   const DecoderLaunches& with = launches(kind);
   check(use_device(std::get<0>(where)), name);
   void* const stream = at(std::get<1>(where));
-  check(with.pack(a, made->packing, stream), "decoder_pack");
+  if (pack) check(with.pack(a, made->packing, stream), "decoder_pack");  // else `packed` has them from a call before
   check((program.forward() ? with.forward : with.backward)(a, made->shared, stream), name);
-}
-
-int clusters(int device, int kind, bool forward, const ShapeTuple& shape, int shared) {
-  int count = 0;
-  check(use_device(device), "a question about clusters");
-  check(launches(kind).clusters(forward, of<DecoderShape>(shape), shared, &count), "a question about clusters");
-  return count;
 }
 
 void keys(int kind, int B, int M, int S, int A, uint64_t queries, uint64_t of, uint64_t v, uint64_t d_scores,
@@ -112,7 +105,6 @@ void bind_decoder(py::module_& m) {
   py::class_<DecoderProgram>(m, "DecoderProgram", py::module_local()).def(py::init<const Numbers&>());
   m.def("decoder_sizes", sizes_of, "(bytes of shared memory of a block, bytes of the packed weights of all blocks)");
   m.def("decoder_run", run, unlocked);
-  m.def("decoder_clusters", clusters, "How many clusters of this kernel that GPU holds at once.");
   m.def("decoder_keys", keys, unlocked);
   m.def("decoder_key_blocks", decoder_key_blocks);
   m.def("decoder_tensors", tensor_names);

@@ -40,11 +40,6 @@ const DecoderLaunches FS_LAUNCHES = {
     [](const DecoderArgs& a, int shared, void* stream) {
       return launch(decoder_backward<P, T, M>, launch_shape(a.shape, shared, stream), a);
     },
-    [](bool forward, const DecoderShape& shape, int shared, int* count) {
-      const LaunchShape of = launch_shape(shape, shared, nullptr);
-      if (forward) return clusters_resident(decoder_forward<P, T, M>, of, count);
-      return clusters_resident(decoder_backward<P, T, M>, of, count);
-    },
 };
 
 }  // namespace decoder

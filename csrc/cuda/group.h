@@ -1,8 +1,8 @@
-// The blocks that share one recurrence, and how they wait for each other after each step.
-//
-// Of three kinds: one block alone; the blocks of one cluster, by its hardware barrier; blocks anywhere on the GPU, by a counter in
-// global memory, sound only if all of them are resident (a cooperative launch). Between arrive and wait a block may do
-// what no other waits for: stores that stand before arrive are waited for, those after it are not.
+// The blocks that share one recurrence, and how they meet: of decoders after each phase of a step; of layers a cluster's before and
+// after the steps alone, within which they send messages (rnn_exchange.h). Of three kinds: one block alone; the blocks of one
+// cluster, by its hardware barrier; blocks anywhere on the GPU, by a counter in global memory, sound only if all of them are
+// resident (a cooperative launch). Between arrive and wait a block may do what no other waits for: stores that stand before arrive
+// are waited for, those after it are not.
 #pragma once
 
 #include "portable.h"

@@ -11,7 +11,7 @@ import torch
 
 from ..cuda import decoder as kernels
 from ..cuda.decoder_plan import DecoderPlan
-from ..cuda.native import obstacle_on, unavailable
+from ..cuda.native import obstacle_on, stop_flag, unavailable
 from ..cuda.plan import CannotPlan
 from ..ops.chunked_search import Rows
 from ..ops.decoder_search import Found, Search, Vocabulary
@@ -67,22 +67,28 @@ def refuses_search(call: DecoderCall) -> str | None:
 
 
 def search(call: DecoderCall, of: Vocabulary, asked: Search) -> Found | None:
-    """A greedy search; None of beams."""
-    return gpu_search.search(decoder, call, of, asked, None if isinstance(_whole(call, of), str) else _launch)
+    """A greedy search; None of beams. Raises RuntimeError if one of its kernels gave up waiting."""
+    steps = len(asked.norms) - 1
+    launch = None if isinstance(_whole(call, of, steps), str) else _launch
+    with kernels.packed_once():
+        found = gpu_search.search(decoder, call, of, asked, launch)
+    if found is not None:
+        stop_flag(call.y)  # the GPU has been waited for; a CUDA graph's launches do not look, and there is no next one
+    return found
 
 
 def greedy(call: DecoderCall, of: Vocabulary) -> str:
-    """How a greedy search from this call runs, in words."""
-    found = layout_of_search(replace(call, y=call.y[:, :1]), of)
+    """How a greedy search of as many steps as this call has runs, in words."""
+    found = layout_of_search(replace(call, y=call.y[:, :1]), of, call.y.shape[1])
     return f"in one launch, {found}" if isinstance(found, DecoderPlan) else f"step by step: {found}"
 
 
-def layout_of_search(call: DecoderCall, of: Vocabulary) -> DecoderPlan | str:
-    """How one launch of all steps from this call, of one, would be laid out; or why there is none."""
-    return refuses_search(call) or _whole(call, of)
+def layout_of_search(call: DecoderCall, of: Vocabulary, steps: int) -> DecoderPlan | str:
+    """How one launch of so many steps from this call, of one, would be laid out; or why there is none."""
+    return refuses_search(call) or _whole(call, of, steps)
 
 
-def _whole(call: DecoderCall, of: Vocabulary) -> DecoderPlan | str:
+def _whole(call: DecoderCall, of: Vocabulary, steps: int) -> DecoderPlan | str:
     """As layout_of_search, of a call that is not refused."""
     spec = call.spec
     if len(call.y) == 0:
@@ -97,7 +103,7 @@ def _whole(call: DecoderCall, of: Vocabulary) -> DecoderPlan | str:
         return f"a part twice in readout={spec.readout}"
     try:
         with torch.no_grad():
-            return kernels.search_layout(*decoder_fused.search_tensors(call), of)
+            return kernels.search_layout(*decoder_fused.search_tensors(call), of, steps)
     except CannotPlan as error:
         return str(error)
 

@@ -4,7 +4,9 @@ What happens at each step, the kernels do in one launch; products of all steps, 
 Those of a search are of all tokens: `search` chooses what each step reads within the launch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache, partial
 from typing import Any
 
@@ -25,7 +27,7 @@ from .decoder_plan import DecoderPlan, plan
 from .decoder_program import program
 from .native import KINDS, address, kind_of
 
-__all__ = ["backward", "forward", "layouts", "search", "search_layout"]
+__all__ = ["backward", "forward", "layouts", "packed_once", "search", "search_layout"]
 
 Named = dict[str, Tensor | None]  # by the names of decoder_phases.TENSORS
 
@@ -109,10 +111,10 @@ def layouts(loop: LoopSpec, x: LoopTensors) -> tuple[DecoderPlan, DecoderPlan]:
     return _plan(program(loop, of, True), x), _plan(program(loop, of, False), x)
 
 
-def _plan(made: Program, x: LoopTensors) -> DecoderPlan:
+def _plan(made: Program, x: LoopTensors, steps: int = 1) -> DecoderPlan:
     source = 0 if x.keys is None else x.keys.shape[1]
     kind = kind_of(x.y.dtype, tf32_flag("matmul"))
-    return plan(made, x.y.shape[0], source, kind, devices.of(x.y.device))
+    return plan(made, x.y.shape[0], source, kind, devices.of(x.y.device), steps)
 
 
 @lru_cache(maxsize=256)
@@ -130,13 +132,43 @@ def _run(
     if of is not None:
         steps, rules = len(of.norms) - 1, (of.eos_id, of.pad_id, of.min_new_tokens)
     sizes = (rows, steps, source, rows // batch, x.h0[0].dtype is torch.float32, save, *rules)
-    packed = torch.empty(chosen.packed * chosen.shape.blocks, dtype=torch.uint8, device=x.y.device)
+    packed, pack = _packed(made, chosen, x, named)
     counters, stop = _counters(chosen, x), native.stop_flag(x.y)
     native.launch(
         "decoder_run", x.y, _native_program(native.C, made), KINDS[chosen.kind], sizes, chosen.shape.native(),
-        chosen.shape.near, [address(named.get(name)) for name in TENSORS], packed.data_ptr(),
+        chosen.shape.near, [address(named.get(name)) for name in TENSORS], packed.data_ptr(), pack,
         (address(counters), stop.data_ptr(), native.patience()),
     )  # fmt: skip
+
+
+_kept: ContextVar[dict[Any, tuple[Tensor, list[Tensor | None]]] | None] = ContextVar("fastseq_packed", default=None)
+
+
+@contextmanager
+def packed_once() -> Iterator[None]:
+    """Within the block weights are packed at the first launch that reads them, and must not change after it."""
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def _packed(made: Program, chosen: DecoderPlan, x: LoopTensors, named: Named) -> tuple[Tensor, bool]:
+    """Room for the packed weights of a launch, and whether they must be packed into it."""
+    kept = _kept.get()
+    if kept is None:
+        return _room(chosen, x), True
+    weights = [named.get(s.weights) for p in made.phases for s in p.segments]
+    key = made, chosen, *map(address, weights)
+    new = key not in kept
+    if new:
+        kept[key] = _room(chosen, x), weights  # which live on, so that no others come to their addresses
+    return kept[key][0], new
+
+
+def _room(chosen: DecoderPlan, x: LoopTensors) -> Tensor:
+    return torch.empty(chosen.packed * chosen.shape.blocks, dtype=torch.uint8, device=x.y.device)
 
 
 def _counters(chosen: DecoderPlan, x: LoopTensors) -> Tensor | None:
@@ -146,16 +178,16 @@ def _counters(chosen: DecoderPlan, x: LoopTensors) -> Tensor | None:
     return torch.zeros(chosen.shape.groups, dtype=torch.int32, device=x.y.device)
 
 
-def search_layout(loop: LoopSpec, x: LoopTensors, of: Vocabulary) -> DecoderPlan:
+def search_layout(loop: LoopSpec, x: LoopTensors, of: Vocabulary, steps: int) -> DecoderPlan:
     """How a search would be laid out, whose loop is all of the decoder; x.y [N, 1, I] is but a shape. Or CannotPlan."""
-    return _plan(program(loop, dims(loop, x, False, of), True), x)
+    return _plan(program(loop, dims(loop, x, False, of), True), x, steps)
 
 
 def search(loop: LoopSpec, x: LoopTensors, of: Vocabulary, asked: Search, rows: Rows) -> None:
     """A greedy search from the state in x and the tokens in `rows`, whose results it fills."""
     x, of = _aligned(loop, x), Vocabulary(*(None if t is None else aligned(t) for t in of))  # type: ignore[arg-type]
     made = program(loop, dims(loop, x, False, of), True)
-    chosen = _plan(made, x)
+    chosen = _plan(made, x, len(asked.norms) - 1)
     named = _of_two_steps(made, x) | _tables(loop, x, of)
     _begin(loop, x, named)
     named |= _read(x) | _between_blocks(made, chosen, x, named)

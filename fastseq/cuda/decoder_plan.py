@@ -23,6 +23,8 @@ _MOST_ROWS = 64
 # Special-function and other instructions of a unit of an additive score, by kind, as clocks of one SM's 128 lanes.
 _TANH = {"full32": 30.0, "tensor32": 30.0, "brain_half": 12.0, "half": 20.0}
 _CLOCK = 1755.0  # a us
+_LONGEST = 32  # steps: the most that are asked for are a bound that is rarely met
+_TABLES = 256  # this part of a GPU's memory at most: a search is one of many things there
 _CHOOSING = 45.0  # * us of what fastseq/ops/chunked_search.py adds to a step: some 30 small kernels of a CUDA graph
 
 
@@ -108,12 +110,16 @@ class DecoderPlan:
         return f"{text}; predicted {self.step:.1f} us a step" + (f", {self.waves} times" if self.waves > 1 else "")
 
 
-def plan(program: Program, N: int, S: int, kind: str, device: DeviceSpec, copies: int = 1) -> DecoderPlan:
-    """The cheapest layout by the model. T only scales it. Raises CannotPlan.
+def plan(program: Program, N: int, S: int, kind: str, device: DeviceSpec, steps: int = 1) -> DecoderPlan:
+    """The cheapest layout by the model. Raises CannotPlan.
 
-    kind: a key of native.KINDS. copies: rows that read the same keys.
+    kind: a key of native.KINDS. steps: of a search, which are worth its tables or not; of others they only scale it.
     """
-    return _plan(program, max(N, 1), S, kind, device)
+    found = _plan(program, max(N, 1), S, kind, device)
+    if program.dims.V:
+        _check_tables(program, kind, device)
+        _check_time(program, found, device, min(max(steps, 1), _LONGEST))
+    return found
 
 
 @lru_cache(maxsize=4096)
@@ -125,14 +131,44 @@ def _plan(program: Program, N: int, S: int, kind: str, device: DeviceSpec) -> De
     )
     if found is None:
         raise CannotPlan(_obstacle(program, S, kind, device))
-    if program.dims.V:
-        whole, apart = found.step * found.waves, _apart(program, N, S, kind, device)
-        if whole > apart:
-            raise CannotPlan(
-                f"a step of {N} rows is predicted to take {whole:.0f} us in one launch, {apart:.0f} us with product "
-                "and choice of the tokens in launches of their own"
-            )
     return found
+
+
+def _check_tables(program: Program, kind: str, device: DeviceSpec) -> None:
+    """CannotPlan if what a search's launch reads of every token's input takes too much memory."""
+    tokens, columns, limit = program.dims.V, _columns(program), device.memory // _TABLES
+    found = tokens * columns * ELEMENT[kind]
+    if found > limit:
+        beside = any(a.place.tensor == "out_input" for a in program.phases[-1].addends)
+        raise CannotPlan(
+            f"what a step makes of its input would be a table of {tokens} tokens x {columns} numbers in {kind}, "
+            f"{found >> 20} MiB; at most 1/{_TABLES} of the memory of {device.name}, {limit >> 20} MiB, is taken for it"
+            + ("; with weights of its own (combine) a readout of the input has a smaller one" if beside else "")
+        )
+
+
+def _check_time(program: Program, found: DecoderPlan, device: DeviceSpec, steps: int) -> None:
+    """CannotPlan if a search in one launch is predicted to take longer than one step by step."""
+    kind, tables = found.kind, _tables_time(program, found.kind, device) / steps
+    whole, apart = found.step * found.waves + tables, _apart(program, found.N, found.S, kind, device)
+    if whole > apart:
+        raise CannotPlan(
+            f"a step of {found.N} rows is predicted to take {whole:.0f} us in one launch, {tables:.0f} of them for its "
+            f"part of tables of all tokens, which {steps} steps read; {apart:.0f} us with product and choice of the "
+            "tokens in launches of their own"
+        )
+
+
+def _columns(program: Program) -> int:
+    """Of a search's tables of all tokens, side by side."""
+    return sum(a.place.length for p in program.phases for a in p.addends if a.token)
+
+
+def _tables_time(program: Program, kind: str, device: DeviceSpec) -> float:
+    """us of the products that make the tables, or of writing these, whichever is more."""
+    numbers = program.dims.V * _columns(program)
+    flops = 2 * numbers * program.dims.I
+    return max(flops / (_rate(kind, device) * device.units), numbers * ELEMENT[kind] / device.memory_bytes)
 
 
 def _features(program: Program) -> int:

@@ -24,6 +24,8 @@ class DeviceSpec:
     shared_bytes: float = 225e3  # a us, an SM: 128 a clock
     remote_bytes: float = 25e3  # * a us, an SM: writes into another block's shared memory
     l2_bytes: float = 5.5e6  # * a us, the GPU
+    memory_bytes: float = 4.8e6  # * a us, the GPU
+    memory: int = 141 * 10**9  # bytes
     cluster_barrier: float = 0.4  # * us
     grid_barrier: float = 1.2  # * us
     step: float = (
@@ -34,11 +36,18 @@ class DeviceSpec:
 # Clusters: a GPC of an H100 or H200 has at most 18 SMs and some have fewer than 16, so of 16 blocks at most 7 fit.
 # Assumed: of the GPU at hand `of` asks the driver.
 H200 = DeviceSpec("H200", 90, 132, 227 * 1024, ((2, 66), (4, 32), (8, 16), (16, 7)))
-B200 = DeviceSpec("B200", 100, 148, 227 * 1024, ((2, 74), (4, 36), (8, 16), (16, 8)), tensor_flops=7.0e6)
+B200 = DeviceSpec(
+    "B200", 100, 148, 227 * 1024, ((2, 74), (4, 36), (8, 16), (16, 8)), tensor_flops=7.0e6, memory_bytes=8.0e6,
+    memory=180 * 10**9,
+)  # fmt: skip
 A100 = DeviceSpec(
-    "A100", 80, 108, 163 * 1024, tensor_flops=2.9e6, vector_flops=0.18e6, shared_bytes=180e3, l2_bytes=3.5e6
-)
-RTX_4090 = DeviceSpec("RTX 4090", 89, 128, 99 * 1024, tensor_flops=1.3e6, shared_bytes=320e3, l2_bytes=5.0e6)
+    "A100", 80, 108, 163 * 1024, tensor_flops=2.9e6, vector_flops=0.18e6, shared_bytes=180e3, l2_bytes=3.5e6,
+    memory_bytes=2.0e6, memory=80 * 10**9,
+)  # fmt: skip
+RTX_4090 = DeviceSpec(
+    "RTX 4090", 89, 128, 99 * 1024, tensor_flops=1.3e6, shared_bytes=320e3, l2_bytes=5.0e6, memory_bytes=1.0e6,
+    memory=24 * 10**9,
+)  # fmt: skip
 DEVICES = (A100, RTX_4090, H200, B200)
 EMULATED = H200  # what emulated kernels are planned for; tests choose others
 
@@ -52,12 +61,12 @@ def _found(index: int) -> DeviceSpec:
     clusters = tuple((n, count) for n in sizes if (count := _clusters(index, n, shared)))
     return DeviceSpec(
         found.name, arch, found.multi_processor_count, shared, clusters, like.tensor_flops, like.vector_flops,
-        like.shared_bytes, like.remote_bytes, like.l2_bytes,
+        like.shared_bytes, like.remote_bytes, like.l2_bytes, like.memory_bytes, found.total_memory,
     )  # fmt: skip
 
 
 def _clusters(index: int, blocks: int, shared: int) -> int:
-    """How many clusters of so many blocks fit, each block with all the shared memory it may have."""
+    """How many clusters of so many blocks fit, of any kernel: each block has all shared memory of an SM."""
     assert native.C is not None
     hidden = 32 * blocks
     try:

@@ -8,7 +8,7 @@ from ..ops.decoder_search import Search, Vocabulary
 from .request import Request
 from .search import GenerateOutput, assembled, refuse_nan
 
-__all__ = ["refuses", "refuses_native", "run_native"]
+__all__ = ["refuses", "refuses_native", "run_native", "unfit"]
 
 
 def refuses(request: Request) -> str | None:
@@ -23,11 +23,11 @@ def refuses(request: Request) -> str | None:
 
 def refuses_native(call: DecoderCall, of: Vocabulary, backend: str) -> str | None:
     """Why the steps of this call and the choice of their tokens are no search of a backend; None if they are."""
-    return _unfit(call, of) or refuses_search(call, backend)
+    return unfit(call, of) or refuses_search(call, backend)
 
 
-def _unfit(call: DecoderCall, of: Vocabulary) -> str | None:
-    """What is no matter of a kind of call."""
+def unfit(call: DecoderCall, of: Vocabulary) -> str | None:
+    """Why, whatever the backend, the steps of this call are no search of its; what is no matter of a kind of call."""
     if torch.compiler.is_compiling():
         return "torch.compile records single steps"
     if torch.autograd.forward_ad._current_level >= 0:
@@ -39,7 +39,7 @@ def _unfit(call: DecoderCall, of: Vocabulary) -> str | None:
 
 def run_native(call: DecoderCall, of: Vocabulary, request: Request, backend: str) -> GenerateOutput | None:
     """What is found from a call of one step, of N rows; None where the call's backend has no search for it."""
-    if _unfit(call, of) is not None:
+    if unfit(call, of) is not None:
         return None
     options = request.options
     lengths = range(options.max_new_tokens + 1)

@@ -374,9 +374,12 @@ class Seq2Seq(nn.Module):
 
     def _stepwise_for(self, request: Request) -> str | None:
         """What of the request, or of this model's own parts, the kernels' loop knows nothing of."""
+        return refuses(request) or self.stepwise_part
+
+    @property
+    def stepwise_part(self) -> str | None:
+        """Why all searches step from Python: a part of this model, of the user's own; None: no part needs it."""
         decoder, embedding, output = self.decoder, self.embedding, self.output
-        if (why := refuses(request)) is not None:
-            return why
         if not _is_plain(embedding, nn.Embedding) or embedding.max_norm is not None:
             return "the embedding is no plain torch.nn.Embedding"
         if not _is_plain(output, nn.Linear):
@@ -404,8 +407,12 @@ class Seq2Seq(nn.Module):
 
     @property
     def vocabulary(self) -> Vocabulary | None:
-        """What a search in the kernels' loop makes tokens of; None where embedding or output are their user's own."""
-        if not _is_plain(self.embedding, nn.Embedding) or not _is_plain(self.output, nn.Linear):
+        """What a search in the kernels' loop makes tokens of; None where there is a `stepwise_part`.
+
+        The parameters themselves, which such a search needs in one dtype: embedding.weight [V or more,
+        decoder.input_size], output.weight [V, decoder.output_size] and output.bias [V] or None.
+        """
+        if self.stepwise_part is not None:
             return None
         return Vocabulary(self.embedding.weight, self.output.weight, self.output.bias)  # type: ignore[arg-type]
 

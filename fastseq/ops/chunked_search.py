@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     total: Tensor  # [N]: the log-probability of its new tokens, fp32
     lengths: Tensor  # [N] int64: how many they are
     running: Tensor  # [N] bool
-    wrong: Tensor  # [] bool: a row that runs met NaN
+    wrong: Tensor  # [] bool: a logit of a row that runs was NaN or +inf
     at: Tensor  # [1] int64: new tokens so far
     ids: Tensor  # [N, most new ones]
     weights: Tensor | None  # [N, as ids, S]
@@ -120,7 +120,7 @@ def _step(run: Run, state: State, rows: Rows, of: Vocabulary, search: Search) ->
     for leaf, value in zip(state, new, strict=True):
         leaf.copy_(value)
     logits = linear(output, of.weight, of.bias).float()
-    wrong = logits.isnan()
+    wrong = logits.isnan() | (logits == torch.inf)  # of which the softmax would make NaN
     rows.wrong.logical_or_((wrong.any(-1) & rows.running).any())
     logits = logits.masked_fill(wrong, -torch.inf)
     norm = torch.logsumexp(logits, -1)

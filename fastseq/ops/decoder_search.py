@@ -53,7 +53,7 @@ class Found(NamedTuple):
     scores: Tensor  # [B, R], -inf where there are fewer
     trail: Tensor  # [B, R, T]: which of the k rows chose each token
     weights: Tensor | None  # [N, T, S]
-    wrong: bool  # a logit was NaN
+    wrong: bool  # a logit was NaN or +inf
 
 
 def decoder_search(
