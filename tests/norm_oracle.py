@@ -26,7 +26,7 @@ from tests.oracle import (
     run,
 )
 
-__all__ = ["CELLS", "NormProblem", "check_norm", "check_norm_second", "norm_plain"]
+__all__ = ["CELLS", "NormProblem", "check_norm", "check_norm_second", "norm_budget", "norm_plain"]
 
 CELLS = ("lstm", "gru")
 
