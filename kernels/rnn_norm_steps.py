@@ -100,7 +100,7 @@ class Places(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What forward leaves; without `save` only the first two."""
+    """What forward leaves; without `save` only the first two, and cells where they are asked for."""
 
     out: Any  # [tokens, H], 0 behind the lengths
     h_n: Any  # [B, H]: at first the initial state, which a row of length 0 keeps
