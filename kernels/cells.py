@@ -15,7 +15,7 @@ from fastseq.ops import cells
 
 from .blocks import tanh
 
-__all__ = ["CELLS", "Cell"]
+__all__ = ["CELLS", "Cell", "lstm_written", "written"]
 
 
 class Cell(NamedTuple):
@@ -60,6 +60,13 @@ def lstm_backward(saved, before, after, dh, carry, update=None):
         after = f * before + i * written(g, update)
     squashed = tanh(after)
     dc = carry + dh * o * (1 - squashed * squashed)
+    return lstm_written(saved, before, squashed, dh, dc, update)
+
+
+@triton.jit
+def lstm_written(saved, before, squashed, dh, dc, update=None):
+    """The LSTM's backward from all of c's gradient on; squashed: what o multiplies."""
+    i, f, g, o = saved
     return (
         dc * written(g, update) * i * (1 - i), dc * before * f * (1 - f), written(dc * i, update) * (1 - g * g),
         dh * squashed * o * (1 - o),

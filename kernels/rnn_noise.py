@@ -7,7 +7,7 @@ import triton.language as tl
 
 from fastseq.ops.extras import Extras
 
-__all__ = ["Masks", "masked", "masked_backward"]
+__all__ = ["SILENT", "Masks", "held_c", "held_h", "masked", "masked_backward", "stepped", "update_of"]
 
 
 class Masks(NamedTuple):
@@ -36,19 +36,51 @@ class Masks(NamedTuple):
         """Whether some of h stays from step to step."""
         return self.hold_h is not None or self.share_h is not None
 
+    @property
+    def of_c(self) -> bool:
+        """Whether some of c does."""
+        return self.hold_c is not None or self.share_c is not None
+
+
+SILENT = Masks(None, None, None, None, None, None)
+
 
 @triton.jit
 def masked(CELL: tl.constexpr, pre, h, c, masks, at, there):
     """Any cell's forward under masks. at: where the tile lies in `out`; there: what of it exists."""
+    new_h, new_c, saved = stepped(CELL, pre, h, c, masks, at, there)
+    return held_h(h, new_h, masks, at, there), held_c(c, new_c, masks, at, there), saved
+
+
+@triton.jit
+def stepped(CELL: tl.constexpr, pre, h, c, masks, at, there):
+    """The same before anything is held."""
     update = None
     if masks.update is not None:
-        update = tl.load(masks.update + at, there, 0).to(tl.float32) * masks.scale
-    new_h, new_c, saved = CELL(pre, h, c, update)
+        update = update_of(masks, at, there)
+    return CELL(pre, h, c, update)
+
+
+@triton.jit
+def held_h(old, new, masks, at, there):
+    """`new`, but for what stays of h; from a gradient and 0, what of it goes past the step."""
     if (masks.hold_h is not None) or (masks.share_h is not None):
-        new_h = _mixed(h, new_h, masks.hold_h, masks.share_h, at, there)
+        new = _mixed(old, new, masks.hold_h, masks.share_h, at, there)
+    return new
+
+
+@triton.jit
+def held_c(old, new, masks, at, there):
+    """The same of c."""
     if (masks.hold_c is not None) or (masks.share_c is not None):
-        new_c = _mixed(c, new_c, masks.hold_c, masks.share_c, at, there)
-    return new_h, new_c, saved
+        new = _mixed(old, new, masks.hold_c, masks.share_c, at, there)
+    return new
+
+
+@triton.jit
+def update_of(masks, at, there):
+    """What multiplies what a step writes, where there is such a mask."""
+    return tl.load(masks.update + at, there, 0).to(tl.float32) * masks.scale
 
 
 @triton.jit
@@ -59,16 +91,14 @@ def masked_backward(CELL: tl.constexpr, CELL_STATE: tl.constexpr, saved, before,
     """
     update = None
     if masks.update is not None:
-        update = tl.load(masks.update + at, there, 0).to(tl.float32) * masks.scale
+        update = update_of(masks, at, there)
     if not CELL_STATE:
         dh = dh + carry
         carry = tl.zeros_like(carry)
-    kept = tl.zeros_like(dh)
-    if (masks.hold_h is not None) or (masks.share_h is not None):
-        kept = _mixed(dh, 0.0, masks.hold_h, masks.share_h, at, there)
-        dh = dh - kept
+    kept = held_h(dh, tl.zeros_like(dh), masks, at, there)
+    dh = dh - kept
     if (masks.hold_c is not None) or (masks.share_c is not None):
-        held = _mixed(carry, 0.0, masks.hold_c, masks.share_c, at, there)
+        held = held_c(carry, tl.zeros_like(carry), masks, at, there)
         d_pre, carry = CELL(saved, before, None, dh, carry - held, update)  # the cell's own c' is not `after`
         carry += held
     else:

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq.ops.rnn_gpu import Batch, aligned, without_autocast
+from fastseq.ops.extras import Extras
+from fastseq.ops.rnn_gpu import Batch, aligned, aligned_masks, without_autocast
 from fastseq.ops.rnn_norm import GIVEN, Given, norm_gradients, norm_outputs, spread_sums
 
 from . import rnn_norm_inputs, rnn_norm_sequence, rnn_norm_steps, rnn_norm_steps_backward
 from .cells import CELLS
 from .configs import Config, choose, find
 from .launch import Launch, cdiv, device_of, precision, run, tf32_allowed
+from .rnn_noise import SILENT, Masks
 from .rnn_norm_blocks import Norms
 from .rnn_norm_steps import Kept, Places, Static, Work
 from .rnn_norm_steps_backward import Back, Found
@@ -38,7 +40,10 @@ def forward(cell: str, *args: Any) -> list[Tensor | None]:
         for saved in results[4:8]:
             if saved is not None:
                 saved.zero_()
-    out, h_n, c_n, _, *saved, _ = results
+    out, h_n, c_n, _, *saved, c_out = results
+    if c_out is not None and not save:
+        new = x.new_zeros if batch.ragged else x.new_empty
+        saved[2] = new((batch.tokens, given.hidden), dtype=_WIDE)
     inputs = torch.mm(x.reshape(batch.tokens, x.shape[-1]), w_ih.t())
     results[3] = inputs.view(*x.shape[:-1], w_ih.shape[0]) if save else None
     _run_inputs("forward", cell, given, batch, (inputs, results[7]))
@@ -48,7 +53,9 @@ def forward(cell: str, *args: Any) -> list[Tensor | None]:
             tensors = (inputs, given.weights[1], _norms(given), given.h0, given.c0, *batch.places, out, h_n, c_n)
             _run_sequence("forward", cell, given, batch, (*tensors, *saved), config)
         else:
-            results[1:3] = _forward_steps(cell, given, batch, inputs, results)
+            results[1:3] = _forward_steps(cell, given, batch, inputs, out, h_n, saved)
+    if c_out is not None and saved[2] is not None:
+        c_out.view(batch.tokens, given.hidden).copy_(saved[2])
     return results
 
 
@@ -64,18 +71,20 @@ def backward(
     d_x, d_h0, d_c0, *d_weights = results
     new = x.new_zeros if batch.ragged else x.new_empty
     d_gates, d_products = (new((batch.tokens, n * hidden)) for n in (kind.columns, kind.gates))
-    h_before, d_read = new((batch.tokens, hidden)), new((batch.tokens, hidden)) if kind.cell_state else None
+    h_before = new((batch.tokens, hidden))
+    d_read = new((batch.tokens, hidden)) if kind.cell_state else None
+    hats_c = new((batch.tokens, hidden), dtype=_WIDE) if kind.cell_state else None
     if batch.B:
-        grads = [None if g is None else aligned(g) for g in (d_out, d_h_n, d_c_n)]
+        grads = [None if g is None else aligned(g) for g in (d_out, d_h_n, d_c_n, d_c_out)]
         saved = (out, hats, gates, cells if kind.cell_state else None, stats)
         states = [d if d.numel() else None for d in (d_h0, d_c0)]
-        found = (d_gates, d_read, d_products, h_before)
+        found = (d_gates, d_read, hats_c, d_products, h_before)
         config = find("rnn_norm_sequence_backward", x.dtype, hidden, device_of(x))
         if config is not None:
             tensors = (*grads, given.weights[1], _norms(given), given.h0, given.c0, *batch.places, *saved, *found)
             _run_sequence("backward", cell, given, batch, (*tensors, *states), config)
         else:
-            read = rnn_norm_steps_backward.Given(*grads[:2], given.h0, given.c0, *saved)
+            read = rnn_norm_steps_backward.Given(*grads[:2], grads[3], given.h0, given.c0, *saved)
             d_c0 = _backward_steps(cell, given, batch, read, grads[2], Found(*found, states[0]))
             if states[1] is not None:
                 results[2] = d_c0.to(states[1].dtype)
@@ -87,13 +96,13 @@ def backward(
         if needs[3]:
             torch.mm(d_inputs.t(), x.reshape(batch.tokens, x.shape[-1]), out=d_weights[0])
             torch.mm(d_products.t(), h_before, out=d_weights[1])
-            sums = _sums(cell, d_gates, d_read, hats_x.view(hats.shape), hats, cells, stats)
+            sums = _sums(cell, d_gates, d_read, hats_x.view(hats.shape), hats, hats_c)
             results[5:] = spread_sums(sums, given.weights, given.norms)
     return results
 
 
 def _sums(
-    cell: str, d_gates: Tensor, d_read: Tensor | None, hats_x: Tensor, hats: Tensor, cells: Tensor | None, stats: Tensor
+    cell: str, d_gates: Tensor, d_read: Tensor | None, hats_x: Tensor, hats: Tensor, hats_c: Tensor | None
 ) -> Tensor:
     """As `spread_sums` has them."""
     kind = CELLS[cell]
@@ -103,8 +112,8 @@ def _sums(
         places = [kind.PLACE[kind.HIDDEN.index(gate)] for gate in range(kind.gates)]
         of_h = torch.cat([d_gates.narrow(1, place * hidden, hidden) for place in places], 1)
     products = [of_h * hats, of_h, of_x * hats_x, of_x]
-    if d_read is not None and cells is not None:
-        products += [d_read * ((cells - stats.narrow(1, 1, 1)) * stats.narrow(1, 2, 1)), d_read]
+    if d_read is not None and hats_c is not None:
+        products += [d_read * hats_c, d_read]
     return torch.cat([p.sum(0, dtype=torch.float32) for p in products])
 
 
@@ -114,7 +123,13 @@ def _aligned(given: Given) -> Given:
         h0, c0 = h0.float(), c0.float()
     h0, c0 = (None if s is None else aligned(s) for s in (h0, c0))
     weights, norms = ([aligned(t) for t in of] for of in given[6:8])
-    return given._replace(h0=h0, c0=c0, weights=weights, norms=norms)
+    extras = aligned_masks(given.extras)
+    return given._replace(h0=h0, c0=c0, weights=weights, norms=norms, masks=extras.masks)
+
+
+def _masks(extras: Extras) -> Masks:
+    """Of a direction, all None where they would do nothing."""
+    return Masks.of(extras) or SILENT
 
 
 def _norms(given: Given) -> Norms:
@@ -148,28 +163,36 @@ def _run_sequence(way: str, cell: str, given: Given, batch: Batch, tensors: tupl
         "CELL_STATE": kind.cell_state, "SPLIT": _split(cell), "H": given.hidden, "PRECISION": _precision(x),
         **config.constants,
     }  # fmt: skip
-    constants |= {"INPUT": kind.INPUT} if way == "forward" else {"PLACE": kind.PLACE, "DIRECT": kind.direct}
+    masks = _masks(given.extras)
+    if way == "forward":
+        constants["INPUT"] = kind.INPUT
+    else:
+        constants |= {"PLACE": kind.PLACE, "MASKED": masks is not SILENT, "DIRECT": kind.direct}
     kernel = getattr(rnn_norm_sequence, f"{way}_kernel")
     grid = (cdiv(batch.B, config.blocks["rows"]),)
-    args = (*tensors, *batch.sizes, int(given.reverse))
+    args = (*tensors, masks, given.extras.recurrent, *batch.sizes, int(given.reverse))
     run(x, Launch(kernel, grid, args, constants, config.warps, config.stages, unshared=True))
 
 
 def _forward_steps(
-    cell: str, given: Given, batch: Batch, inputs: Tensor, results: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor | None]:
-    """h_n and c_n; what else is of `results` is filled."""
+    cell: str, given: Given, batch: Batch, inputs: Tensor, out: Tensor | None, like: Tensor | None,
+    saved: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """h_n, of like's shape, and c_n; `out` and `saved` are filled."""
     kind, x = CELLS[cell], given.x
     config = choose("rnn_norm_steps_forward", x.dtype, given.hidden, device_of(x))
     z = _static(cell, given, config)
-    out, like, _, _, *saved, _ = results
+    masks, recurrent = _masks(given.extras), given.extras.recurrent
     h_n = torch.zeros_like(like) if given.h0 is None else given.h0.clone()
-    handed = h_n.squeeze(0).to(x.dtype, copy=True)
+    handed = (h_n if recurrent is None else h_n * recurrent).squeeze(0).to(x.dtype, copy=True)
     carry = _started(given.c0 if kind.cell_state else given.h0, batch.B, given)
+    h_carry = _started(given.h0, batch.B, given) if kind.cell_state and masks.of_h else None
+    made = torch.empty_like(carry) if kind.cell_state and masks.of_c else None
     opened = torch.empty_like(carry) if kind.cell_state else None
     products = x.new_empty((batch.B, kind.gates * given.hidden), dtype=_WIDE)
-    work = Work(handed, carry, opened, products, *_parts(z, batch.B, x), _counter(x))
-    pointers = (inputs, given.weights[1], _norms(given), Places(*batch.places), work, Kept(out, h_n, *saved))
+    work = Work(handed, carry, h_carry, made, opened, products, *_parts(z, batch.B, x), _counter(x))
+    fixed = (inputs, given.weights[1], _norms(given), Places(*batch.places), masks, recurrent)
+    pointers = (*fixed, work, Kept(out, h_n, *saved))
     each = [(s, s + 1, p, p + 1) for s in range(batch.T) for p in range(z.phases)]
     _run_steps("forward", cell, given, batch, z, config, pointers, (0, batch.T, 0, z.phases), each)
     return h_n, carry.unsqueeze(0).to(h_n.dtype) if kind.cell_state else None
@@ -183,10 +206,12 @@ def _backward_steps(
     config = choose("rnn_norm_steps_backward", x.dtype, given.hidden, device_of(x))
     z = _static(cell, given, config)
     carry = _started(d_c_n, batch.B, given)
+    masks, recurrent = _masks(given.extras), given.extras.recurrent
+    kept = torch.zeros_like(carry) if kind.cell_state and masks.of_h else None
     dh = torch.empty_like(carry) if kind.cell_state else None
     d_hats = x.new_empty((batch.B, kind.gates * given.hidden), dtype=_WIDE)
-    back = Back(carry, dh, d_hats, *_parts(z, batch.B, x), _counter(x))
-    pointers = (given.weights[1], _norms(given), Places(*batch.places), read, found, back)
+    back = Back(carry, kept, dh, d_hats, *_parts(z, batch.B, x), _counter(x))
+    pointers = (given.weights[1], _norms(given), Places(*batch.places), masks, recurrent, read, found, back)
     last = batch.T + (found.h0 is not None)
     each = [(s, s + 1, p, p + 1) for s in range(batch.T) for p in range(z.phases)]
     each += [(s, s + 1, 0, 1) for s in range(batch.T, last)]
@@ -217,8 +242,9 @@ def _run_steps(
 def _static(cell: str, given: Given, config: Config) -> Static:
     kind, of = CELLS[cell], config.blocks
     return Static(
-        kind.INPUT, kind.HIDDEN, kind.PLACE, kind.gates, kind.columns, kind.cell_state, kind.direct, _split(cell),
-        given.hidden, of["rows"], of["units"], of["k"], _precision(given.x),
+        kind.INPUT, kind.HIDDEN, kind.PLACE, kind.gates, kind.columns, kind.cell_state, kind.direct,
+        _masks(given.extras) is not SILENT, _split(cell), given.hidden, of["rows"], of["units"], of["k"],
+        _precision(given.x),
     )  # fmt: skip
 
 

@@ -11,9 +11,11 @@ import triton.language as tl
 from fastseq.ops.rnn_norm import STATS
 
 from .blocks import tanh
+from .cells import lstm_written, written
+from .rnn_noise import held_c, update_of
 
 __all__ = [
-    "EPS", "PER_TOKEN", "Norms", "gradient_sums", "hats_of", "joined", "load_columns", "lstm_backward",
+    "EPS", "PER_TOKEN", "Norms", "c_made", "gradient_sums", "hats_of", "joined", "load_columns", "lstm_backward",
     "pre_activations", "read", "read_backward", "spread", "store_columns", "through", "through_gains", "whole_hats",
 ]  # fmt: skip
 
@@ -169,9 +171,30 @@ def read_backward(o, hat_c, norms, dh, units, units_in, H: tl.constexpr):
 
 
 @triton.jit
-def lstm_backward(saved, before, squashed, dh, dc):
-    """(gradients of the columns, dL/dc before) of an LSTM that reads c normalised. dc: all of c's gradient."""
-    i, f, g, o = saved
-    return (
-        dc * g * i * (1 - i), dc * before * f * (1 - f), dc * i * (1 - g * g), dh * squashed * o * (1 - o)
-    ), dc * f  # fmt: skip
+def c_made(saved, before, masks, at, there):
+    """c' as an LSTM's cell made it, of which h is, where masks then kept some of c: what was saved is what came of it.
+    masks, at, there: as rnn_noise.py has them.
+    """
+    i, f, g, _ = saved
+    update = None
+    if masks.update is not None:
+        update = update_of(masks, at, there)
+    return f * before + i * written(g, update)
+
+
+@triton.jit
+def lstm_backward(saved, before, squashed, dh, dc, of_read, masks, at, there):
+    """(gradients of the columns, dL/dc before) of an LSTM that reads c normalised.
+
+    dc: the gradient of the state that came out of the step; of_read: of c' as the cell made it, by way of h.
+    """
+    update = None
+    if masks.update is not None:
+        update = update_of(masks, at, there)
+    if (masks.hold_c is not None) or (masks.share_c is not None):
+        held = held_c(dc, tl.zeros_like(dc), masks, at, there)
+        d_pre, carry = lstm_written(saved, before, squashed, dh, dc - held + of_read, update)
+        carry += held
+    else:
+        d_pre, carry = lstm_written(saved, before, squashed, dh, dc + of_read, update)
+    return d_pre, carry

@@ -9,8 +9,10 @@ import triton.language as tl
 
 from .blocks import dot
 from .rnn_batch import before, lengths_of, load_either, starts_anew, token
+from .rnn_noise import held_c, held_h, masked_backward, stepped
 from .rnn_norm_blocks import (
     PER_TOKEN,
+    c_made,
     gradient_sums,
     load_columns,
     lstm_backward,
@@ -45,6 +47,8 @@ def forward_kernel(
     gates,  # [tokens, COLUMNS, H]
     cells,  # [tokens, H] fp32
     stats,  # [tokens, STATS] fp32
+    masks,  # rnn_noise.Masks
+    recurrent,  # [B, H] or None: multiplies h on its way into W_hh
     T,
     B,
     tokens,
@@ -80,6 +84,8 @@ def forward_kernel(
     c = tl.zeros((BLOCK_ROWS, BLOCK_UNITS), tl.float32)
     if c0 is not None:
         c = tl.load(c0 + state_at, tile_in, 0.0).to(tl.float32)
+    if recurrent is not None:
+        factor = tl.load(recurrent + state_at, tile_in, 0.0).to(tl.float32)
     steps = tl.max(length)
     for s in range(steps):
         t = tl.where(d == 0, s, steps - 1 - s) + tl.zeros_like(length)
@@ -90,11 +96,16 @@ def forward_kernel(
             anew = starts_anew(resets, t, d, length, active, rows, starts, step, row)
             h = tl.where(anew[:, None], 0.0, h)
             c = tl.where(anew[:, None], 0.0, c)
+        state = at[:, None] * H + units[None, :]
         of_x = load_columns(hats_x + at[:, None] * (GATES * H), here, units, GATES, H)
+        h_in = h
+        if recurrent is not None:
+            h_in = h * factor
+        h_in = h_in.to(w_hh.dtype.element_ty)
         of_h = ()
         for g in tl.static_range(GATES):
             zero = tl.zeros((BLOCK_ROWS, BLOCK_UNITS), tl.float32)
-            of_h = of_h + (dot(h.to(w_hh.dtype.element_ty), weights[g], zero, PRECISION),)
+            of_h = of_h + (dot(h_in, weights[g], zero, PRECISION),)
         hats_h, _, scale = whole_hats(of_h, 0, SPLIT, units_in, H)
         p_stats = stats
         if stats is not None:
@@ -108,17 +119,20 @@ def forward_kernel(
         if hats is not None:
             store_columns(hats + at[:, None] * (GATES * H), hats_h, here, units, H)
         pre = pre_activations(of_x, hats_h, norms, units, units_in, INPUT, HIDDEN, COLUMNS, H)
-        new_h, new_c, saved = CELL(pre, h, c)
+        new_h, new_c, saved = stepped(CELL, pre, h, c, masks, state, here)
         if CELL_STATE:  # its h is that of an LSTM which is not normalised
             of_c, mean_c, scale_c = whole_hats((new_c,), 0, 1, units_in, H)
             new_h = read(saved[3], of_c[0], norms, units, units_in, H)
+            new_c = held_c(c, new_c, masks, state, here)
             c = tl.where(active[:, None], new_c, c)
             if cells is not None:
-                tl.store(cells + at[:, None] * H + units[None, :], new_c, here)
+                tl.store(cells + state, new_c, here)
+            if stats is not None:
                 tl.store(p_stats + 1, mean_c, active)
                 tl.store(p_stats + 2, scale_c, active)
+        new_h = held_h(h, new_h, masks, state, here)
         h = tl.where(active[:, None], new_h, h)
-        tl.store(out + at[:, None] * H + units[None, :], new_h.to(out.dtype.element_ty), here)
+        tl.store(out + state, new_h.to(out.dtype.element_ty), here)
         if gates is not None:
             store_columns(gates + at[:, None] * (COLUMNS * H), saved, here, units, H)
     tl.store(h_n + state_at, h.to(h_n.dtype.element_ty), tile_in)
@@ -131,6 +145,7 @@ def backward_kernel(
     d_out,  # [tokens, H] or None
     d_h_n,  # [B, H] or None
     d_c_n,
+    d_cells,  # [tokens, H] or None: of c of every step
     w_hh,  # [G * H, H]
     norms,  # rnn_norm_blocks.Norms
     h0,  # [B, H] or None
@@ -145,10 +160,13 @@ def backward_kernel(
     stats,  # [tokens, STATS] fp32
     d_gates,  # [tokens, COLUMNS, H]; column k at PLACE[k]. This and the rest: 0 behind the lengths
     d_read,  # [tokens, H] or None: of gain and bias of N(c)
+    hats_c,  # [tokens, H] fp32 or None: N(c) itself
     d_products,  # [tokens, G * H]: of h W_hh'
     h_before,  # [tokens, H]: that h
     d_h0,  # [B, H] or None
     d_c0,
+    masks,  # rnn_noise.Masks
+    recurrent,  # [B, H] or None
     T,
     B,
     tokens,
@@ -162,6 +180,7 @@ def backward_kernel(
     COLUMNS: tl.constexpr,
     CELL_STATE: tl.constexpr,
     SPLIT: tl.constexpr,
+    MASKED: tl.constexpr,  # whether masks do anything
     DIRECT: tl.constexpr,
     H: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -207,21 +226,40 @@ def backward_kernel(
             grad += tl.load(d_out + state, here, 0.0).to(tl.float32)
         saved = load_columns(gates + at[:, None] * (COLUMNS * H), here, units, COLUMNS, H)
         h_in = load_either(out, earlier_at, from_step, h0, state_at, from_initial)
-        tl.store(h_before + state, h_in.to(h_before.dtype.element_ty), here)
+        multiplied = h_in
+        if recurrent is not None:
+            multiplied = h_in * tl.load(recurrent + state_at, tile_in, 0.0).to(tl.float32)
+        tl.store(h_before + state, multiplied.to(h_before.dtype.element_ty), here)
         p_stats = stats + at * PER_TOKEN
         if CELL_STATE:
             mean_c = tl.load(p_stats + 1, active, 0.0)
             scale_c = tl.load(p_stats + 2, active, 0.0)
-            hat_c = tl.where(here, (tl.load(cells + state, here, 0.0) - mean_c[:, None]) * scale_c[:, None], 0.0)
             c_in = load_either(cells, earlier_at, from_step, c0, state_at, from_initial)
+            if (masks.hold_c is not None) or (masks.share_c is not None):
+                made = c_made(saved, c_in, masks, state, here)
+            else:
+                made = tl.load(cells + state, here, 0.0)
+            hat_c = tl.where(here, (made - mean_c[:, None]) * scale_c[:, None], 0.0)
+            arrived = carry
+            if d_cells is not None:
+                arrived += tl.load(d_cells + state, here, 0.0).to(tl.float32)
             grad = tl.where(here, grad, 0.0)
+            kept = held_h(grad, tl.zeros_like(grad), masks, state, here)
+            grad -= kept
             squashed, d_of_read, d_hat = read_backward(saved[3], hat_c, norms, grad, units, units_in, H)
             plain, by_hat = gradient_sums((d_hat,), (hat_c,), 0, 1)
             of_c = through((d_hat,), (hat_c,), 0, 1, plain, by_hat, H, scale_c, here)
-            d_pre, new_carry = lstm_backward(saved, c_in, squashed, grad, carry + of_c[0])
+            d_pre, new_carry = lstm_backward(saved, c_in, squashed, grad, arrived, of_c[0], masks, state, here)
             tl.store(d_read + state, d_of_read.to(d_read.dtype.element_ty), here)
-        else:
+            tl.store(hats_c + state, hat_c, here)
+        elif not MASKED:
             d_pre, new_carry = CELL(saved, h_in, h_in, grad, carry)
+        else:
+            d_pre, new_carry, kept = masked_backward(CELL, False, saved, h_in, h_in, grad, carry, masks, state, here)
+        if MASKED:
+            if resets is not None:
+                kept = tl.where(anew[:, None], 0.0, kept)
+            dh = tl.where(active[:, None], kept, dh)  # before the products: a tile less to keep meanwhile
         p_grads = d_gates + at[:, None] * (COLUMNS * H) + units[None, :]
         for k in tl.static_range(COLUMNS):
             tl.store(p_grads + PLACE[k] * H, d_pre[k].to(d_gates.dtype.element_ty), here)
@@ -243,7 +281,12 @@ def backward_kernel(
             new_dh = dot(of_gate, weights[g], new_dh, PRECISION)
         if resets is not None:
             new_carry = tl.where(anew[:, None], 0.0, new_carry)
-        dh = tl.where(active[:, None], new_dh, dh)
+        if recurrent is not None:
+            new_dh *= tl.load(recurrent + state_at, tile_in, 0.0).to(tl.float32)  # kept, it would take registers
+        if MASKED:
+            dh += tl.where(active[:, None], new_dh, 0.0)
+        else:
+            dh = tl.where(active[:, None], new_dh, dh)
         carry = tl.where(active[:, None], new_carry, carry)
     if d_h0 is not None:
         if DIRECT:

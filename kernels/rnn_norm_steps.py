@@ -16,6 +16,7 @@ import triton.language as tl
 from .blocks import product, tile_of, wait_for_all, wide, zeros
 from .launch import cdiv
 from .rnn_batch import lengths_of, starts_anew, token
+from .rnn_noise import held_c, held_h, stepped
 from .rnn_norm_blocks import (
     EPS,
     PER_TOKEN,
@@ -48,6 +49,7 @@ class Static:
     columns: int
     cell_state: bool
     direct: bool
+    masked: bool  # whether masks do anything
     split: int  # gates of the first block of statistics
     H: int
     rows: int  # of a tile
@@ -98,7 +100,7 @@ class Places(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What forward leaves; without `save` only the first two."""
+    """What forward leaves; without `save` only the first two, and cells where they are asked for."""
 
     out: Any  # [tokens, H], 0 behind the lengths
     h_n: Any  # [B, H]: at first the initial state, which a row of length 0 keeps
@@ -113,6 +115,8 @@ class Work(NamedTuple):
 
     handed: Any  # [B, H]: h, as W_hh multiplies it; at first the initial one, which a row keeps until it begins
     carry: Any  # [B, H]: c of a cell with a cell state, otherwise h; at first the initial one
+    h_carry: Any  # the same of h beside c, where masks keep some of it; otherwise None
+    made: Any  # [B, H]: c' as the cell made it, between cell and read, where masks keep some of c; otherwise None
     opened: Any  # [B, H]: the output gate, between cell and read
     products: Any  # [B, G * H]: h W_hh'
     parts: Any  # [blocks of statistics, 2, B, blocks of units]: means, squares around them
@@ -208,7 +212,7 @@ def _products(tile, s, w_hh, places, work, sizes, Z: tl.constexpr):
 
 
 @triton.jit
-def _cell(tile, s, hats_x, norms, places, work, kept, sizes, Z: tl.constexpr, CELL: tl.constexpr):
+def _cell(tile, s, hats_x, norms, places, masks, recurrent, work, kept, sizes, Z: tl.constexpr, CELL: tl.constexpr):
     """A tile of the cell: a GRU's h, of an LSTM all but what reads c."""
     B = wide(sizes[1])
     rows, rows_in, units, units_in = tile_of(tile, B, Z.H, Z.rows, Z.units)
@@ -232,24 +236,29 @@ def _cell(tile, s, hats_x, norms, places, work, kept, sizes, Z: tl.constexpr, CE
     goes_on = active & ~anew_at(places, sizes, t, length, active, rows)
     state_at = rows[:, None] * Z.H + units[None, :]
     state = tl.load(work.carry + state_at, goes_on[:, None] & units_in[None, :], 0.0)
-    new_h, new_c, saved = CELL(pre, state, state)
+    of_out = at[:, None] * Z.H + units[None, :]
+    new_h, new_c, saved = stepped(CELL, pre, state, state, masks, of_out, here)
     if kept.hats is not None:
         store_columns(kept.hats + at[:, None] * (Z.gates * Z.H), hats, here, units, Z.H)
         store_columns(kept.gates + at[:, None] * (Z.columns * Z.H), saved, here, units, Z.H)
     if Z.cell_state:
-        tl.store(work.carry + state_at, new_c, here)
         tl.store(work.opened + state_at, saved[3], here)
         both = spread((new_c,), 0, 1, units_in, _units_of(block, Z))
         store_parts(work.cell_parts, 0, both, block, rows, rows_in, B, Z)
+        if work.made is not None:
+            tl.store(work.made + state_at, new_c, here)
+        new_c = held_c(state, new_c, masks, of_out, here)
+        tl.store(work.carry + state_at, new_c, here)
         if kept.cells is not None:
-            tl.store(kept.cells + at[:, None] * Z.H + units[None, :], new_c, here)
+            tl.store(kept.cells + of_out, new_c, here)
     else:
+        new_h = held_h(state, new_h, masks, of_out, here)
         tl.store(work.carry + state_at, new_h, here)
-        _hand_on(new_h, work, kept, sizes, t, length, active, at, state_at, units, units_in, Z)
+        _hand_on(new_h, recurrent, work, kept, sizes, t, length, active, at, state_at, units, units_in, Z)
 
 
 @triton.jit
-def _read(tile, s, norms, places, work, kept, sizes, Z: tl.constexpr):
+def _read(tile, s, norms, places, masks, recurrent, work, kept, sizes, Z: tl.constexpr):
     """A tile of an LSTM's h, of c normalised."""
     B = wide(sizes[1])
     rows, rows_in, units, units_in = tile_of(tile, B, Z.H, Z.rows, Z.units)
@@ -257,11 +266,19 @@ def _read(tile, s, norms, places, work, kept, sizes, Z: tl.constexpr):
     here = active[:, None] & units_in[None, :]
     state_at = rows[:, None] * Z.H + units[None, :]
     mean, scale = _statistics(work.cell_parts, 0, 1, rows, rows_in, B, Z)
-    c = tl.load(work.carry + state_at, here, 0.0)
+    made = work.carry
+    if work.made is not None:
+        made = work.made
+    c = tl.load(made + state_at, here, 0.0)
     hats = hats_of((c,), 0, 1, mean, scale, here)
     o = tl.load(work.opened + state_at, here, 0.0)
     new_h = read(o, hats[0], norms, units, units_in, Z.H)
-    _hand_on(new_h, work, kept, sizes, t, length, active, at, state_at, units, units_in, Z)
+    if work.h_carry is not None:
+        goes_on = active & ~anew_at(places, sizes, t, length, active, rows)
+        h = tl.load(work.h_carry + state_at, goes_on[:, None] & units_in[None, :], 0.0)
+        new_h = held_h(h, new_h, masks, at[:, None] * Z.H + units[None, :], here)
+        tl.store(work.h_carry + state_at, new_h, here)
+    _hand_on(new_h, recurrent, work, kept, sizes, t, length, active, at, state_at, units, units_in, Z)
     if kept.stats is not None:
         own = active & (tile % Z.across == 0)
         tl.store(kept.stats + at * PER_TOKEN + 1, mean, own)
@@ -269,10 +286,13 @@ def _read(tile, s, norms, places, work, kept, sizes, Z: tl.constexpr):
 
 
 @triton.jit
-def _hand_on(new_h, work, kept, sizes, t, length, active, at, state_at, units, units_in, Z: tl.constexpr):
+def _hand_on(new_h, recurrent, work, kept, sizes, t, length, active, at, state_at, units, units_in, Z: tl.constexpr):
     """A tile of h to where others read it."""
     here = active[:, None] & units_in[None, :]
-    tl.store(work.handed + state_at, new_h.to(work.handed.dtype.element_ty), here)
+    handed = new_h
+    if recurrent is not None:
+        handed = new_h * tl.load(recurrent + state_at, here, 0.0).to(tl.float32)
+    tl.store(work.handed + state_at, handed.to(work.handed.dtype.element_ty), here)
     tl.store(kept.out + at[:, None] * Z.H + units[None, :], new_h.to(kept.out.dtype.element_ty), here)
     ends = tl.where(sizes[4] == 0, t == length - 1, t == 0) & active
     tl.store(kept.h_n + state_at, new_h.to(kept.h_n.dtype.element_ty), ends[:, None] & units_in[None, :])
@@ -284,6 +304,8 @@ def forward_kernel(
     w_hh,  # [G * H, H]
     norms,  # rnn_norm_blocks.Norms
     places,  # Places, and so on
+    masks,
+    recurrent,  # [B, H] or None: multiplies h on its way into W_hh
     work,
     kept,
     T,
@@ -310,9 +332,9 @@ def forward_kernel(
                     if p == 0:
                         _products(tile, s, w_hh, places, work, sizes, Z)
                     elif p == 1:
-                        _cell(tile, s, hats_x, norms, places, work, kept, sizes, Z, CELL)
+                        _cell(tile, s, hats_x, norms, places, masks, recurrent, work, kept, sizes, Z, CELL)
                     else:
-                        _read(tile, s, norms, places, work, kept, sizes, Z)
+                        _read(tile, s, norms, places, masks, recurrent, work, kept, sizes, Z)
                 if BARRIER:
                     if (s + 1 < s1) | (p + 1 < p1):  # after the last the kernel ends
                         arrived += tl.num_programs(0)

@@ -2,19 +2,22 @@
 
 import os
 from collections.abc import Generator, Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastseq import _gpus, _native
+from fastseq import _gpus, _native, _triton
 from fastseq.ops import decoder_native
 
 collect_ignore = []
-if (
-    os.environ.get("TRITON_INTERPRET") != "1"
-):  # fixed when a kernel is decorated: those tests have a process of their own
+if not _triton.interprets():  # fixed when a kernel is decorated: those tests have a process of their own
     collect_ignore.append("interpreted")
+elif find_spec("triton") is not None:
+    from tests.interpreter import patch_once
+
+    patch_once()
 NO_GPU = None if os.environ.get("FASTSEQ_REHEARSE") == "1" else _gpus.no_gpu()
 if NO_GPU is not None:
     collect_ignore.append("gpu")

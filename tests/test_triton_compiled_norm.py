@@ -1,6 +1,7 @@
 """The layer-normalised kernels as GPUs would be given them: compiled ahead of time, on a machine without one.
 
-All shape classes, cells and devices crossed: `python -m tests.test_triton_compiled_norm [device]`.
+Every row of the table is compiled for every device that it is for, with cells and options taking turns; these crossed
+too, in an hour, by `python -m tests.test_triton_compiled_norm [device]`.
 """
 
 import itertools
@@ -16,18 +17,21 @@ from torch._subclasses import FakeTensorMode
 pytest.importorskip("triton")
 
 from fastseq.kernels import launch, rnn_norm
+from fastseq.kernels.configs import find
 from fastseq.kernels.devices import DEVICES, Device
 from fastseq.kernels.launch import Launch
 
 from fastseq.ops.rnn_gpu import Batch
-from tests.compiled import check, compile_key, compile_launch, faults
+from tests.compiled import check, compile_key, compile_launch, faults, unmet_rows
 from tests.oracle import GATES
+from tests.test_triton_compiled_rnn import NOISE, extras_of
 
 BF16, FP32 = torch.bfloat16, torch.float32
-CLASSES = ((BF16, 16), (FP32, 16), (BF16, 32), (FP32, 24), (BF16, 64), (FP32, 64), (BF16, 100), (BF16, 128))
-GRIDS = (
-    *((BF16, 130), (FP32, 128), (BF16, 256), (FP32, 300), (BF16, 512), (FP32, 512), (BF16, 1024), (FP32, 1024)),
-)  # classes that no program holds
+CELLS, ROWS = ("lstm", "gru"), ("full", "lengths", "packed", "resets")
+CLASSES = (  # dtype, H; the last six no program holds
+    (BF16, 128), (FP32, 64), (BF16, 64), (FP32, 32), (BF16, 32), (FP32, 16), (BF16, 16), (BF16, 100), (FP32, 24),
+    (BF16, 512), (FP32, 512), (BF16, 130), (FP32, 300), (BF16, 1024), (FP32, 1024),
+)  # fmt: skip
 
 
 class Shape(NamedTuple):
@@ -35,6 +39,7 @@ class Shape(NamedTuple):
     dtype: torch.dtype
     hidden: int
     rows: str = "full"  # "lengths", "packed", "resets": with lengths
+    noise: str = ""  # a key of NOISE; with masks also every cell state
 
 
 def launches(shape: Shape, device: Device, B: int = 8, T: int = 3, features: int = 48) -> list[Launch]:
@@ -60,54 +65,61 @@ def launches(shape: Shape, device: Device, B: int = 8, T: int = 3, features: int
         if packed:  # of fake batch_sizes nobody knows the values
             batch = Batch(T, B, T * B, 0, 1, new(T, dtype=ints), new(B, dtype=ints))
             patch.setattr(Batch, "of", lambda *args: batch)
-        given = (
-            x,
-            h0,
-            h0 if lstm else None,
-            lengths,
-            resets,
-            batch_sizes,
-            weights,
-            norms,
-            False,
-            shape.rows == "lengths",
-            [],
-            (1.0, 0.0, 0.0),
-        )
-        out, h_n, c_n, *saved, c_out = rnn_norm.forward(shape.cell, *given, False, True)
-        rnn_norm.backward(shape.cell, out, h_n, c_n, c_out, *given, out, *saved, [True] * 4)
+        extras = extras_of(shape, new, (T * B,) if packed else (T, B), B)
+        places = (lengths, resets, batch_sizes)
+        options = (weights, norms, False, shape.rows == "lengths", extras.masks, extras.rates)
+        given = (x, h0, h0 if lstm else None, *places, *options)
+        out, h_n, c_n, *saved, _ = rnn_norm.forward(shape.cell, *given, False, True)
+        d_c_out = out if lstm and extras.hold_h is not None else None  # of every cell state
+        rnn_norm.backward(shape.cell, out, h_n, c_n, d_c_out, *given, out, *saved, [True] * 4)
     return started
 
 
-def shapes(classes: tuple[tuple[torch.dtype, int], ...] = CLASSES + GRIDS) -> Iterator[Shape]:
-    for (dtype, hidden), cell, rows in itertools.product(
-        classes, ("lstm", "gru"), ("full", "lengths", "packed", "resets")
-    ):
-        yield Shape(cell, dtype, hidden, rows)
+def shapes() -> Iterator[Shape]:
+    for (dtype, hidden), cell, rows, noise in itertools.product(CLASSES, CELLS, ROWS, NOISE):
+        yield Shape(cell, dtype, hidden, rows, noise)
 
 
-CHOSEN = [d for d in DEVICES if d.arch in (80, 90, 120, "gfx942")]
-
-
-@pytest.mark.parametrize(("turn", "device"), [*enumerate(CHOSEN)], ids=lambda value: getattr(value, "name", ""))
-def test_classes_fit_their_devices(turn: int, device: Device) -> None:
-    """Shared memory within the device's, no register spilled. Each device has every second class, with a cell and a
-    kind of rows by turns; a class that no program of it holds goes to the grid.
+def turns() -> list[tuple[Device, list[Shape]]]:
+    """For each device a shape of every class that meets a row which none before it has met; each device begins with
+    another class. Cells, kinds of rows and noise by turns: half are without noise, most others have all that a module
+    draws.
     """
-    own = list(shapes(CLASSES))  # 8 of each class
-    mine = [own[8 * k + (3 * k + 5 * turn) % 8] for k in range(turn % 2, len(CLASSES), 2)]
-    for shape in mine:
+    noise, found = ("state", "", "update", "", "state", "", "mean", ""), []
+    for index, device in enumerate(DEVICES):
+        met: set[int] = set()
+        mine = []
+        for k in range(2 * index, 2 * index + len(CLASSES)):
+            place = k % len(CLASSES)
+            (dtype, hidden), turn = CLASSES[place], index + place
+            rows = rows_of(dtype, hidden, device)
+            if not rows <= met:
+                cell, of_rows = CELLS[turn % 2], ROWS[(turn + turn // 4) % 4]
+                mine.append(Shape(cell, dtype, hidden, of_rows, noise[turn // 2 % 8]))
+            met |= rows
+        found.append((device, mine))
+    return found
+
+
+def rows_of(dtype: torch.dtype, hidden: int, device: Device) -> set[int]:
+    """Of configs.json, by identity: those of the kernels that such a layer runs."""
+    both = [
+        [find(f"rnn_norm_{design}_{way}", dtype, hidden, device) for design in ("sequence", "steps")]
+        for way in ("forward", "backward")
+    ]
+    return {id(sequence or steps) for sequence, steps in both}
+
+
+@pytest.mark.parametrize(("device", "own"), turns(), ids=lambda value: value.name if isinstance(value, Device) else "")
+def test_every_row_fits_its_devices(device: Device, own: list[Shape]) -> None:
+    """Shared memory within the device's, no register spilled. What runs beside the recurrence, once."""
+    assert unmet_rows("rnn_norm", ((s.dtype, s.hidden) for s in own), device) == []
+    beside = set()
+    for shape in own:
         for one in launches(shape, device):
-            check(one, device)
-
-
-@pytest.mark.parametrize(("turn", "device"), [*enumerate(DEVICES)], ids=lambda value: getattr(value, "name", ""))
-def test_grids_fit_their_devices(turn: int, device: Device) -> None:
-    """The same of two classes a device, so that each class meets one or two."""
-    own = list(shapes(GRIDS))
-    for k in (turn, turn + 3):
-        for one in {o.kernel: o for o in launches(own[k % 8 * 8 + (3 * turn + k) % 8], device)}.values():
-            check(one, device)
+            if "inputs" not in one.kernel.__module__ or one.kernel not in beside:
+                check(one, device)
+            beside.add(one.kernel)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])

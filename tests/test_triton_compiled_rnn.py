@@ -8,7 +8,7 @@ import itertools
 import random
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -116,7 +116,10 @@ def launches(shape: Shape, device: Device, B: int = 8, T: int = 3, features: int
             batch = Batch(T, B, T * B, 0, 1, new(T, dtype=ints), new(B, dtype=ints))
             patch.setattr(Batch, "of", lambda *args: batch)
         options = (lengths, resets, None, False, shape.bidirectional)
-        extras, states = extras_of(shape, new, (T * B,) if packed else (T, B), B), shape.noise in ("state", "update")
+        extras, states = (
+            extras_of(shape, new, (T * B,) if packed else (T, B), B, dirs),
+            shape.noise in ("state", "update"),
+        )
         of_cells = new(dirs, T * B, hidden, dtype=FP32)
         patch.setattr(rnn_gpu, "_of_directions", lambda *args: of_cells)  # which copies; fake tensors ask for a driver
         out, h_n, c_n, _, gates, cells = rnn.forward(shape.cell, x, h0, c0, weights, *options, True, extras)
@@ -126,12 +129,12 @@ def launches(shape: Shape, device: Device, B: int = 8, T: int = 3, features: int
     return started
 
 
-def extras_of(shape: Shape, new: Callable[..., Tensor], lead: tuple[int, ...], B: int) -> Extras:
+def extras_of(shape: Any, new: Callable[..., Tensor], lead: tuple[int, ...], B: int, dirs: int = 1) -> Extras:
     """The masks of a layer's call."""
     if not shape.noise:
         return NONE
     *masks, drop, share_h, share_c = NOISE[shape.noise]
-    dirs, lstm = 2 if shape.bidirectional else 1, shape.cell == "lstm"
+    lstm = shape.cell == "lstm"
     update, hold_h, hold_c = (new(*lead, dirs * shape.hidden, dtype=torch.bool) if mask else None for mask in masks)
     recurrent = new(dirs, B, shape.hidden) if drop else None
     rates = (1.5 if update is not None else 1.0, share_h, share_c if lstm else 0.0)

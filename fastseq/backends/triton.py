@@ -16,16 +16,10 @@ rnn_cell = partial(fused.rnn_cell, on=NAME)
 
 
 def refuses(call: RnnCall) -> str | None:
-    return obstacle_on("the input", call.input) or fused.not_fused(call) or _beside_norms(call)
+    return obstacle_on("the input", call.input) or fused.not_fused(call)
 
 
 def rnn(call: RnnCall) -> tuple[Tensor, tuple[Tensor, ...]]:
     if call.lengths is not None:
         call.lengths = call.lengths.to(call.device, non_blocking=True)  # once for all layers
     return fused.rnn(call, NAME)
-
-
-def _beside_norms(call: RnnCall) -> str | None:
-    if call.norms is not None and (call.noise is not None or call.states):
-        return "layer normalisation with zoneout, recurrent dropout or every cell state is not in these kernels"
-    return None

@@ -17,7 +17,7 @@ from .common import PLAIN
 from .extras import Extras
 
 __all__ = [
-    "Batch", "GivenGradients", "Recurrence", "Saved", "StepResults", "aligned", "backward",
+    "Batch", "GivenGradients", "Recurrence", "Saved", "StepResults", "aligned", "aligned_masks", "backward",
     "cell_gradients", "forward", "tf32_flag", "without_autocast",
 ]  # fmt: skip
 
@@ -165,7 +165,7 @@ def forward(
         c_out = torch.empty_like(out) if cells is not None and extras.states else None
         return out, like.new_empty(shape), like.new_empty(shape) if kind.cell_state else None, c_out, gates, cells
     saved = Saved(out, gates, cells)
-    h_n, c_n = recurrence.forward(cell, batch, inputs, w_hh, b_ih, b_hh, h0, c0, saved, like, _aligned_masks(extras))
+    h_n, c_n = recurrence.forward(cell, batch, inputs, w_hh, b_ih, b_hh, h0, c0, saved, like, aligned_masks(extras))
     c_out = None
     if cells is not None and extras.states:  # [D, tokens, H], as x's rows -> [.., D * H]
         c_out = torch.empty_like(out)
@@ -215,7 +215,7 @@ def backward(
         h0, c0 = (None if t is None else aligned(t) for t in (h0, c0))
         saved = Saved(out, gates, cells if kind.cell_state else None)
         d_c0 = recurrence.backward(
-            cell, batch, given, w_hh, h0, c0, saved, d_gates, h_before, d_h0, d_c0, _aligned_masks(extras)
+            cell, batch, given, w_hh, h0, c0, saved, d_gates, h_before, d_h0, d_c0, aligned_masks(extras)
         )
     if needs[3] and batch.ragged:  # behind a row's end may stand NaN
         x = torch.where(batch.valid(batch_first), x, 0.0)
@@ -244,7 +244,7 @@ def _states(h0: Tensor | None, c0: Tensor | None) -> tuple[Tensor | None, Tensor
     return None if h0 is None else aligned(h0), None if c0 is None else aligned(c0)
 
 
-def _aligned_masks(extras: Extras) -> Extras:
+def aligned_masks(extras: Extras) -> Extras:
     """Its masks contiguous, and bools as bytes."""
     update, hold_h, hold_c = (None if m is None else aligned(m.view(torch.uint8)) for m in extras[:3])
     recurrent = None if extras.recurrent is None else aligned(extras.recurrent)

@@ -5,19 +5,23 @@ TRITON_INTERPRET=1 on the kernels in Triton's interpreter.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastseq import dispatch
+from fastseq.backends import reference
 from fastseq.backends.call import RnnCall
 from fastseq.backends.decoder_call import mapped
+from fastseq.ops.extras import NONE
+from fastseq.ops.rnn import rnn_layer
+from fastseq.ops.rnn_norm import rnn_norm_layer
 from tests.decoder_oracle import Problem, Step, fast
 from tests.oracle import Results
 
-__all__ = ["BACKEND", "DEVICE", "DTYPES", "REHEARSES", "layer", "step", "there"]
+__all__ = ["BACKEND", "DEVICE", "DTYPES", "REHEARSES", "layer", "noisy_layer", "step", "there"]
 
 REHEARSES = os.environ.get("FASTSEQ_REHEARSE") == "1"
 DEVICE = "cpu" if REHEARSES else "cuda"
@@ -49,6 +53,21 @@ def layer(
     assert dispatch.obstacle(BACKEND, call) is None
     out, state = dispatch.load(BACKEND).rnn(call)
     return out.cpu(), state[0].cpu(), state[1].cpu() if cell == "lstm" else None
+
+
+def noisy_layer(
+    cell: str, x: Tensor, h0: Any, c0: Any, weights: list[Tensor], *options: Any, norms: Sequence[Tensor] = ()
+) -> Any:
+    """As `layer`, under given masks: a module draws its own."""
+    lengths, resets, batch_sizes, batch_first, bidirectional, *extras = options
+    masks = there(extras[0]) if extras else NONE
+    given = (cell, *there((x, h0, c0, tuple(weights), lengths, resets)), batch_sizes, batch_first, bidirectional, masks)
+    more: dict[str, Any] = {"norms": there(tuple(norms))} if norms else {}
+    if BACKEND == "reference":
+        results = reference.layer(*given, **more)
+    else:
+        results = (rnn_norm_layer if norms else rnn_layer)(*given, **more, on=BACKEND)
+    return tuple(None if t is None else t.cpu() for t in results)
 
 
 def step(problem: Problem, tensors: Mapping[str, Tensor]) -> Results:

@@ -1,17 +1,12 @@
 """Recurrent layers on a GPU against the fp64 oracle: options, corners, both kinds of kernels, TF32."""
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import fastseq
-from fastseq.backends import reference
-from fastseq.ops.extras import NONE
-from fastseq.ops.rnn import rnn_layer
-from tests.gpu.place import BACKEND, DEVICE, DTYPES, layer, there
+from tests.gpu.place import BACKEND, DEVICE, DTYPES, layer, noisy_layer, there
 from tests.oracle import CELLS, Case, Problem, cell_kinds, check_layer, check_second, plain, run
 
 ROWS = ("full", "lengths", "packed")
@@ -59,15 +54,6 @@ def test_fp32_state_beside_half_precision(cell: str, rows: str, dtype: torch.dty
 @pytest.mark.parametrize("rows", ROWS)
 def test_second_derivatives(cell: str, rows: str) -> None:
     check_second(layer, Problem.draw(Case(cell, T=3, B=2, I=3, H=4, rows=rows)))
-
-
-def noisy_layer(cell: str, x: Tensor, h0: Any, c0: Any, weights: list[Tensor], *options: Any) -> Any:
-    """As `layer`, under given masks: a module draws its own."""
-    lengths, resets, batch_sizes, batch_first, bidirectional, *extras = options
-    masks = there(extras[0]) if extras else NONE
-    given = (cell, *there((x, h0, c0, tuple(weights), lengths, resets)), batch_sizes, batch_first, bidirectional, masks)
-    results = reference.layer(*given) if BACKEND == "reference" else rnn_layer(*given, on=BACKEND)
-    return tuple(None if t is None else t.cpu() for t in results)
 
 
 def noisy_cases() -> list[Case]:

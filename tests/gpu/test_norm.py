@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tests.gpu.place import DTYPES, REHEARSES, layer
+from tests.gpu.place import DTYPES, REHEARSES, layer, noisy_layer
 from tests.norm_oracle import CELLS, NormProblem, check_norm
 from tests.oracle import Case, run
 
@@ -24,18 +24,20 @@ TURNS = itertools.cycle(itertools.product((True, False), repeat=3))
 
 
 def cases() -> list[Case]:
-    """Each shape with each cell and dtype; kinds of rows and the other options take turns."""
+    """Each shape with each cell and dtype; kinds of rows, of noise and the other options take turns."""
     found, rows = [], itertools.cycle(KINDS)
+    noise = itertools.cycle(("both", "", "zoneout", "", "update", "mean", "state"))  # 7: all meet all
     for shape, cell, dtype in itertools.product(SHAPES, CELLS, DTYPES):
         (two, hx, bias), (kind, resets) = next(TURNS), next(rows)
         batch_first = hx and kind == "full"
-        found.append(Case(cell, dtype, *shape, two and shape[3] < 1000, kind, hx, bias, batch_first, resets=resets))
+        two, kept = two and shape[3] < 1000, next(noise)
+        found.append(Case(cell, dtype, *shape, two, kind, hx, bias, batch_first, None, 1, resets, kept, hx or not kept))
     return found
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_layer(case: Case) -> None:
-    check_norm(layer, NormProblem.draw(case))
+    check_norm(noisy_layer if case.noise or case.states else layer, NormProblem.draw(case))
 
 
 @pytest.mark.parametrize("cell", CELLS)
