@@ -65,6 +65,12 @@ FS_INLINE Masks<vf> load_masks(const Noise& noise, const Sequence& seq, int64_t 
           load_mask(noise.keep_c, seq, t, r, u, n, 1.f, noise.share_c)};
 }
 
+// Times the mask of the recurrent product, if there is one: h on its way into W_hh, or its gradient on the way back. at: in [B, H].
+template <class T>
+FS_INLINE vf recurrent_masked(const Noise& noise, vf h, int64_t at, int n) {
+  return noise.recurrent ? h * load(static_cast<const T*>(noise.recurrent) + at, n) : h;
+}
+
 // The gate of the input (recurrent) product that adds to a pre-activation column, or -1.
 template <class Cell>
 constexpr int input_gate(int column) {

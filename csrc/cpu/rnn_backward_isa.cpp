@@ -91,7 +91,7 @@ class Backward {
           const bool anew = r < active && seq_.starts_anew(t, r, pass_.dir.reverse);
           for (int64_t u = p * kPanel; u < (p + 1) * kPanel && u < H_; u += W) {
             vf dh = arrived[i - begin][(u - p * kPanel) / W];
-            if (pass_.noise.recurrent && r < before) dh *= recurrent_mask(r, u);
+            if (r < before) dh = recurrent_masked<T>(pass_.noise, dh, seq_.order[r] * H_ + u, lanes(u));
             r < active ? through_cell(t, r, u, dh, anew) : to_initial_state(r, u, dh);
           }
         }
@@ -122,10 +122,6 @@ class Backward {
       add_up(acc);
       for_each_sum(count, acc, [&](int m, int v, vf& sum) FS_LAMBDA { arrived[m][v] = sum; });
     }
-  }
-
-  FS_INLINE vf recurrent_mask(int64_t r, int64_t u) const {
-    return load(static_cast<const T*>(pass_.noise.recurrent) + seq_.order[r] * H_ + u, lanes(u));
   }
 
   // h before step t of a row: of the step before, or the initial one.
@@ -180,7 +176,7 @@ class Backward {
     if (!pass_.noise.recurrent) return;
     vf h = previous;
     if constexpr (Cell::kCellState) h = anew ? vf{} : load_h_before(t, r, u, n);
-    store(buf_.operands + (seq_.offsets[t] + r) * H_ + u, h * recurrent_mask(r, u), n);
+    store(buf_.operands + (seq_.offsets[t] + r) * H_ + u, recurrent_masked<T>(pass_.noise, h, seq_.order[r] * H_ + u, n), n);
   }
 
   FS_INLINE void to_initial_state(int64_t r, int64_t u, vf dh) const {

@@ -93,14 +93,12 @@ class NormBackward {
     if (!active || last) return;
     buf_.product.run(active, buf_.operands + rows_.first, 0, {}, dh_of(0), buf_.pitch(), s & 1);
     if (!pass_.noise.recurrent) return;
-    for (int64_t i = 0; i < active; ++i)
-      for_vectors(H_, [&](int64_t u, int n) FS_LAMBDA { store(dh_of(i) + u, multiplied(load(dh_of(i) + u, n), rows_.own.row(i), u, n), n); });
-  }
-
-  // h as W_hh met it, and the gradient of that on its way back.
-  FS_INLINE vf multiplied(vf h, int64_t r, int64_t u, int n) const {
-    const T* mask = static_cast<const T*>(pass_.noise.recurrent);
-    return mask ? h * load(mask + seq_.order[r] * H_ + u, n) : h;
+    for (int64_t i = 0; i < active; ++i) {
+      const int64_t at = seq_.order[rows_.own.row(i)] * H_;
+      for_vectors(H_, [&](int64_t u, int n) FS_LAMBDA {
+        store(dh_of(i) + u, recurrent_masked<T>(pass_.noise, load(dh_of(i) + u, n), at + u, n), n);
+      });
+    }
   }
 
   // What one token reads and writes.
@@ -125,7 +123,7 @@ class NormBackward {
       token.cells = pass_.cells + at * H_;
       if (earlier && !anew) token.cells_before = pass_.cells + (seq_.offsets[e] + r) * H_;
     }
-    for_vectors(H_, [&](int64_t u, int n) FS_LAMBDA { store(token.before + u, multiplied(h_before(token, u, n), r, u, n), n); });
+    for_vectors(H_, [&](int64_t u, int n) FS_LAMBDA { store(token.before + u, recurrent_masked<T>(pass_.noise, h_before(token, u, n), seq_.order[r] * H_ + u, n), n); });
     return token;
   }
 
