@@ -54,6 +54,12 @@ FS_INLINE void store_state(const Shape& shape, void* to, int64_t at, vf x, int n
   shape.state_is_f32 ? store(static_cast<float*>(to) + at, x, n) : store(static_cast<T*>(to) + at, x, n);
 }
 
+// The step before t in a direction's order, or -1 where the row has none.
+FS_INLINE int64_t step_before(const Sequence& seq, int64_t t, int64_t r, bool reverse) {
+  const int64_t e = reverse ? t + 1 : t - 1;
+  return e >= 0 && e < seq.steps && r < seq.active(e) ? e : -1;
+}
+
 // The masks of units [u, u + n) of a row at one step; past n whatever.
 FS_INLINE vf load_mask(const View& mask, const Sequence& seq, int64_t t, int64_t r, int64_t u, int n, float set, float without) {
   return mask.data ? load_flags(mask.at<const uint8_t>(seq, t, r) + u, n) * set : splat(without);

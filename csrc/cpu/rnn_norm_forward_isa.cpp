@@ -44,11 +44,7 @@ class NormForward {
       : shape_(shape), seq_(seq), pass_(pass), buf_(buffers), team_(team), rows_(team, seq.rows), H_(shape.hidden) {}
 
   void run() const {
-    buf_.product.pack(share(buf_.product.panels(), team_.rank, team_.size));
-    if (team_.rank == 0) {
-      std::memset(buf_.product.bias(), 0, sizeof(float) * buf_.pitch());
-      buf_.gains.template fill<T>(pass_, kG * H_, H_);
-    }
+    prepare(buf_.product, buf_.gains, pass_, team_);
     for (int64_t i = 0; i < rows_.count; ++i) start_row(i);
     team_.sync();
     for (int64_t s = 0; s < seq_.steps; ++s) step(s, pass_.reverse ? seq_.steps - 1 - s : s);
