@@ -59,7 +59,7 @@ FS_INLINE void unroll(std::integer_sequence<int, I...>, F&& f) {
   (f(std::integral_constant<int, I>{}), ...);
 }
 
-// f(0) ... f(N - 1), each a constant, written out one by one: vectors of an array that a loop walks through live in memory, not in registers.
+// f of the constants 0 ... N - 1, one by one: vectors of an array that a loop walks through live in memory, not in registers.
 template <int N, class F>
 FS_INLINE void unroll(F&& f) {
   unroll(std::make_integer_sequence<int, N>{}, f);
