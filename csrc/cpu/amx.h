@@ -6,7 +6,6 @@
 
 #include <cstdint>
 #include <cstdlib>
-#include <type_traits>
 
 #include "simd.h"
 #include "team.h"
@@ -25,17 +24,6 @@ struct FirstSums {
 #if defined(FS_AMX)
 constexpr bool kTileRegisters = true;
 static_assert(W == 16, "a row of a tile register is a vector");
-
-template <int... I, class F>
-FS_INLINE void each(std::integer_sequence<int, I...>, F&& f) {
-  (f(std::integral_constant<int, I>{}), ...);
-}
-
-// f(0) ... f(N - 1), each a constant.
-template <int N, class F>
-FS_INLINE void each(F&& f) {
-  each(std::make_integer_sequence<int, N>{}, f);
-}
 
 #if defined(FS_EMULATE_AMX)
 struct TileFile {
@@ -149,11 +137,11 @@ struct RegisterTile {
   }
 
   FS_INLINE void add(int64_t i, int units, const uint32_t* b, int64_t pitch) {
-    each<R>([&](auto r) FS_LAMBDA { load_rows<r>(i, units); });
-    each<NV>([&](auto v) FS_LAMBDA {
+    unroll<R>([&](auto r) FS_LAMBDA { load_rows<r>(i, units); });
+    unroll<NV>([&](auto v) FS_LAMBDA {
       constexpr int kV = decltype(v)::value, kColumn = kB + kV % kColumns;
       load_tile<kColumn>(b + kV * W, 4 * pitch);
-      each<R>([&](auto r) FS_LAMBDA { multiply_tiles<decltype(r)::value * NV + kV, kA + decltype(r)::value, kColumn>(); });
+      unroll<R>([&](auto r) FS_LAMBDA { multiply_tiles<decltype(r)::value * NV + kV, kA + decltype(r)::value, kColumn>(); });
     });
   }
 
@@ -161,7 +149,7 @@ struct RegisterTile {
   template <int N>
   FS_INLINE void run(const uint32_t* panel, int64_t pitch, int64_t k, const FirstSums<N>& first, int v, vf (*acc)[N]) {
     panel += v * W;
-    each<R * NV>([&](auto i) FS_LAMBDA {
+    unroll<R * NV>([&](auto i) FS_LAMBDA {
       const int64_t step = first.pitch[v + i % NV];
       load_tile<i>(first.from[v + i % NV] + i / NV * kRegisterRows * step, 4 * step);
     });
@@ -172,7 +160,7 @@ struct RegisterTile {
       for (int u = 0; u < units; ++u) std::memcpy(rest[u], panel + (i + u) * pitch, NV * kBytes);
       add(i, units, rest[0], NV * W);
     }
-    each<R * NV>([&](auto i) FS_LAMBDA { store_tile<i>(&acc[i / NV * kRegisterRows][v + i % NV], N * kBytes); });
+    unroll<R * NV>([&](auto i) FS_LAMBDA { store_tile<i>(&acc[i / NV * kRegisterRows][v + i % NV], N * kBytes); });
   }
 };
 

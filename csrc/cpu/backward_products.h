@@ -137,9 +137,8 @@ class Products {
     }
     p.for_tokens(begin, count, rows, [&](int64_t t, int64_t position) -> const T* {
       if (p.seq_.starts_anew(t, position, p.pass_.dir.reverse)) return reinterpret_cast<const T*>(p.gates_.zeros);
-      const int64_t e = p.pass_.dir.reverse ? t + 1 : t - 1;
-      const bool has_earlier = e >= 0 && e < p.seq_.steps && position < p.seq_.active(e);
-      return has_earlier ? p.pass_.out.template at<T>(p.seq_, e, position) : p.gates_.h0 + position * p.H_;
+      const int64_t e = step_before(p.seq_, t, position, p.pass_.dir.reverse);
+      return e >= 0 ? p.pass_.out.template at<T>(p.seq_, e, position) : p.gates_.h0 + position * p.H_;
     });
   }
 

@@ -54,6 +54,12 @@ FS_INLINE void store_state(const Shape& shape, void* to, int64_t at, vf x, int n
   shape.state_is_f32 ? store(static_cast<float*>(to) + at, x, n) : store(static_cast<T*>(to) + at, x, n);
 }
 
+// The step before t in a direction's order, or -1 where the row has none.
+FS_INLINE int64_t step_before(const Sequence& seq, int64_t t, int64_t r, bool reverse) {
+  const int64_t e = reverse ? t + 1 : t - 1;
+  return e >= 0 && e < seq.steps && r < seq.active(e) ? e : -1;
+}
+
 // The masks of units [u, u + n) of a row at one step; past n whatever.
 FS_INLINE vf load_mask(const View& mask, const Sequence& seq, int64_t t, int64_t r, int64_t u, int n, float set, float without) {
   return mask.data ? load_flags(mask.at<const uint8_t>(seq, t, r) + u, n) * set : splat(without);
@@ -63,6 +69,12 @@ FS_INLINE Masks<vf> load_masks(const Noise& noise, const Sequence& seq, int64_t 
   return {{load_mask(noise.update, seq, t, r, u, n, noise.update_scale, 1.f)},
           load_mask(noise.keep_h, seq, t, r, u, n, 1.f, noise.share_h),
           load_mask(noise.keep_c, seq, t, r, u, n, 1.f, noise.share_c)};
+}
+
+// Times the mask of the recurrent product, if there is one: h on its way into W_hh, or its gradient on the way back. at: in [B, H].
+template <class T>
+FS_INLINE vf recurrent_masked(const Noise& noise, vf h, int64_t at, int n) {
+  return noise.recurrent ? h * load(static_cast<const T*>(noise.recurrent) + at, n) : h;
 }
 
 // The gate of the input (recurrent) product that adds to a pre-activation column, or -1.

@@ -47,7 +47,6 @@ class Backward {
 
   // Walks against forward: the last step of the sequence first, unless forward was reversed.
   int64_t time(int64_t s) const { return pass_.dir.reverse ? s : seq_.steps - 1 - s; }
-  int64_t earlier(int64_t t) const { return pass_.dir.reverse ? t + 1 : t - 1; }  // the step before t in forward's order
 
   int lanes(int64_t u) const { return H_ - u < W ? static_cast<int>(H_ - u) : W; }
 
@@ -91,7 +90,7 @@ class Backward {
           const bool anew = r < active && seq_.starts_anew(t, r, pass_.dir.reverse);
           for (int64_t u = p * kPanel; u < (p + 1) * kPanel && u < H_; u += W) {
             vf dh = arrived[i - begin][(u - p * kPanel) / W];
-            if (pass_.noise.recurrent && r < before) dh *= recurrent_mask(r, u);
+            if (r < before) dh = recurrent_masked<T>(pass_.noise, dh, seq_.order[r] * H_ + u, lanes(u));
             r < active ? through_cell(t, r, u, dh, anew) : to_initial_state(r, u, dh);
           }
         }
@@ -124,15 +123,10 @@ class Backward {
     }
   }
 
-  FS_INLINE vf recurrent_mask(int64_t r, int64_t u) const {
-    return load(static_cast<const T*>(pass_.noise.recurrent) + seq_.order[r] * H_ + u, lanes(u));
-  }
-
   // h before step t of a row: of the step before, or the initial one.
   FS_INLINE vf load_h_before(int64_t t, int64_t r, int64_t u, int n) const {
-    const int64_t e = earlier(t);
-    const bool has_earlier = e >= 0 && e < seq_.steps && r < seq_.active(e);
-    return has_earlier ? load(pass_.out.template at<T>(seq_, e, r) + u, n) : load_state<T>(shape_, pass_.dir.h0, seq_.order[r] * H_ + u, n);
+    const int64_t e = step_before(seq_, t, r, pass_.dir.reverse);
+    return e >= 0 ? load(pass_.out.template at<T>(seq_, e, r) + u, n) : load_state<T>(shape_, pass_.dir.h0, seq_.order[r] * H_ + u, n);
   }
 
   // anew: the row started from zeros at this step, so that nothing goes on to the step before.
@@ -143,11 +137,10 @@ class Backward {
     vf saved[kColumns], dpre[kColumns], after = {}, previous;
     for (int j = 0; j < kColumns; ++j) saved[j] = load(static_cast<const T*>(pass_.gates) + (token * kColumns + j) * H_ + u, n);
     if constexpr (Cell::kCellState) {
-      const int64_t e = earlier(t);
-      const bool has_earlier = e >= 0 && e < seq_.steps && r < seq_.active(e);
+      const int64_t e = step_before(seq_, t, r, pass_.dir.reverse);
       after = load(pass_.cells + token * H_ + u, n);
-      previous = has_earlier ? load(pass_.cells + (seq_.offsets[e] + r) * H_ + u, n)
-                             : load_state<T>(shape_, pass_.dir.c0, seq_.order[r] * H_ + u, n);
+      previous = e >= 0 ? load(pass_.cells + (seq_.offsets[e] + r) * H_ + u, n)
+                        : load_state<T>(shape_, pass_.dir.c0, seq_.order[r] * H_ + u, n);
     } else {
       previous = load_h_before(t, r, u, n);
     }
@@ -180,7 +173,7 @@ class Backward {
     if (!pass_.noise.recurrent) return;
     vf h = previous;
     if constexpr (Cell::kCellState) h = anew ? vf{} : load_h_before(t, r, u, n);
-    store(buf_.operands + (seq_.offsets[t] + r) * H_ + u, h * recurrent_mask(r, u), n);
+    store(buf_.operands + (seq_.offsets[t] + r) * H_ + u, recurrent_masked<T>(pass_.noise, h, seq_.order[r] * H_ + u, n), n);
   }
 
   FS_INLINE void to_initial_state(int64_t r, int64_t u, vf dh) const {

@@ -176,19 +176,13 @@ class Forward {
       const int n = lanes(p);
       const vf h = anew ? vf{} : load_state<T>(shape_, pass_.dir.h0, from + p * W, n);
       store(buf_.h + r * width_ + p * W, h, W);
-      for (uint32_t* operand : operands) store(reinterpret_cast<T*>(operand) + p * W, multiplied(h, r, p * W, n), n);
+      for (uint32_t* operand : operands) store(reinterpret_cast<T*>(operand) + p * W, recurrent_masked<T>(pass_.noise, h, from + p * W, n), n);
       if constexpr (Cell::kCellState)
         store(buf_.c + r * width_ + p * W, anew ? vf{} : load_state<T>(shape_, pass_.dir.c0, from + p * W, n), W);
     }
   }
 
   int lanes(int64_t p) const { return at_.lanes(p); }
-
-  // h as W_hh multiplies it.
-  FS_INLINE vf multiplied(vf h, int64_t r, int64_t u, int n) const {
-    const T* mask = static_cast<const T*>(pass_.noise.recurrent);
-    return mask ? h * load(mask + seq_.order[r] * H_ + u, n) : h;
-  }
 
   // W_ih x + bias, for the input's gates, all steps of the chunk, one slot a row and step: a panel of weights serves them all
   // while it is in the cache.
@@ -322,7 +316,7 @@ class Forward {
     store(h_state, h, W);
     if constexpr (Cell::kCellState) store(c_state, c, W);
     T* operand = reinterpret_cast<T*>(buf_.operand[(s + 1) & 1] + r * buf_.depth_h) + u;
-    store(operand, multiplied(h, r, u, n), n);
+    store(operand, recurrent_masked<T>(pass_.noise, h, seq_.order[r] * H_ + u, n), n);
     store(pass_.out.template at<T>(seq_, t, r) + u, h, n);
     if (pass_.gates) {
       const int64_t token = seq_.offsets[t] + r;

@@ -54,11 +54,7 @@ class NormBackward {
   }
 
   void run() const {
-    buf_.product.pack(share(buf_.product.panels(), team_.rank, team_.size));
-    if (team_.rank == 0) {
-      std::memset(buf_.product.bias(), 0, sizeof(float) * buf_.pitch());
-      buf_.gains.template fill<T>(pass_, kG * H_, H_);
-    }
+    prepare(buf_.product, buf_.gains, pass_, team_);
     std::memset(d_gain_, 0, sizeof(float) * buf_.sums_size);
     for (int64_t i = 0; i < rows_.count; ++i) start_row(i);
     team_.sync();
@@ -93,14 +89,12 @@ class NormBackward {
     if (!active || last) return;
     buf_.product.run(active, buf_.operands + rows_.first, 0, {}, dh_of(0), buf_.pitch(), s & 1);
     if (!pass_.noise.recurrent) return;
-    for (int64_t i = 0; i < active; ++i)
-      for_vectors(H_, [&](int64_t u, int n) FS_LAMBDA { store(dh_of(i) + u, multiplied(load(dh_of(i) + u, n), rows_.own.row(i), u, n), n); });
-  }
-
-  // h as W_hh met it, and the gradient of that on its way back.
-  FS_INLINE vf multiplied(vf h, int64_t r, int64_t u, int n) const {
-    const T* mask = static_cast<const T*>(pass_.noise.recurrent);
-    return mask ? h * load(mask + seq_.order[r] * H_ + u, n) : h;
+    for (int64_t i = 0; i < active; ++i) {
+      const int64_t at = seq_.order[rows_.own.row(i)] * H_;
+      for_vectors(H_, [&](int64_t u, int n) FS_LAMBDA {
+        store(dh_of(i) + u, recurrent_masked<T>(pass_.noise, load(dh_of(i) + u, n), at + u, n), n);
+      });
+    }
   }
 
   // What one token reads and writes.
@@ -114,18 +108,16 @@ class NormBackward {
   };
 
   Token token_of(int64_t t, int64_t i, bool anew) const {
-    const int64_t r = rows_.own.row(i), at = seq_.offsets[t] + r, e = pass_.reverse ? t + 1 : t - 1;
-    const bool earlier = e >= 0 && e < seq_.steps && r < seq_.active(e);
+    const int64_t r = rows_.own.row(i), at = seq_.offsets[t] + r, e = anew ? -1 : step_before(seq_, t, r, pass_.reverse);
     Token token{t, r, static_cast<const T*>(pass_.gates) + at * kColumns * H_, static_cast<const T*>(pass_.hats) + at * kG * H_,
                 pass_.inputs.template at<T>(seq_, t, r), pass_.d_out.data ? pass_.d_out.template at<T>(seq_, t, r) : nullptr,
-                earlier && !anew ? pass_.out.template at<T>(seq_, e, r) : nullptr, nullptr, nullptr, pass_.stats + at * kNormStats, dh_of(i),
+                e >= 0 ? pass_.out.template at<T>(seq_, e, r) : nullptr, nullptr, nullptr, pass_.stats + at * kNormStats, dh_of(i),
                 pass_.d_inputs.template at<T>(seq_, t, r), static_cast<T*>(pass_.d_products) + at * kG * H_,
-                static_cast<T*>(pass_.before) + at * H_, carry_of(i), kept_of(i), earlier || anew ? -1 : seq_.order[r] * H_};
+                static_cast<T*>(pass_.before) + at * H_, carry_of(i), kept_of(i), anew || e >= 0 ? -1 : seq_.order[r] * H_};
     if constexpr (Cell::kCellState) {
       token.cells = pass_.cells + at * H_;
-      if (earlier && !anew) token.cells_before = pass_.cells + (seq_.offsets[e] + r) * H_;
+      if (e >= 0) token.cells_before = pass_.cells + (seq_.offsets[e] + r) * H_;
     }
-    for_vectors(H_, [&](int64_t u, int n) FS_LAMBDA { store(token.before + u, multiplied(h_before(token, u, n), r, u, n), n); });
     return token;
   }
 
@@ -142,6 +134,9 @@ class NormBackward {
   void through_row(int64_t t, int64_t i) const {
     const bool anew = seq_.starts_anew(t, rows_.own.row(i), pass_.reverse);
     const Token token = token_of(t, i, anew);
+    for_vectors(H_, [&](int64_t u, int n) FS_LAMBDA {
+      store(token.before + u, recurrent_masked<T>(pass_.noise, h_before(token, u, n), seq_.order[token.r] * H_ + u, n), n);
+    });
     BlockSums of_h[Blocked::kCount], of_x[Blocked::kCount];
     if constexpr (Cell::kCellState) {
       lstm(token, of_h, of_x);

@@ -44,11 +44,7 @@ class NormForward {
       : shape_(shape), seq_(seq), pass_(pass), buf_(buffers), team_(team), rows_(team, seq.rows), H_(shape.hidden) {}
 
   void run() const {
-    buf_.product.pack(share(buf_.product.panels(), team_.rank, team_.size));
-    if (team_.rank == 0) {
-      std::memset(buf_.product.bias(), 0, sizeof(float) * buf_.pitch());
-      buf_.gains.template fill<T>(pass_, kG * H_, H_);
-    }
+    prepare(buf_.product, buf_.gains, pass_, team_);
     for (int64_t i = 0; i < rows_.count; ++i) start_row(i);
     team_.sync();
     for (int64_t s = 0; s < seq_.steps; ++s) step(s, pass_.reverse ? seq_.steps - 1 - s : s);
@@ -68,7 +64,7 @@ class NormForward {
     for_vectors(H_, [&](int64_t u, int n) FS_LAMBDA {
       const vf h = load_state<T>(shape_, pass_.h0, from + u, n);
       store(h_of(i) + u, h, W);
-      store(reinterpret_cast<T*>(operand) + u, multiplied(h, rows_.own.row(i), u, n), n);
+      store(reinterpret_cast<T*>(operand) + u, recurrent_masked<T>(pass_.noise, h, from + u, n), n);
       if constexpr (Cell::kCellState) store(c_of(i) + u, load_state<T>(shape_, pass_.c0, from + u, n), W);
     });
   }
@@ -88,12 +84,6 @@ class NormForward {
     float* sums = buf_.sums + rows_.first * buf_.pitch();
     buf_.product.run(multiplied, buf_.operands + rows_.first, 0, {}, sums, buf_.pitch(), s & 1);
     for (int64_t i = 0; i < active; ++i) through_cell(t, i, sums + i * buf_.pitch());
-  }
-
-  // h as W_hh meets it.
-  FS_INLINE vf multiplied(vf h, int64_t r, int64_t u, int n) const {
-    const T* mask = static_cast<const T*>(pass_.noise.recurrent);
-    return mask ? h * load(mask + seq_.order[r] * H_ + u, n) : h;
   }
 
   // What one token reads and writes.
@@ -151,7 +141,8 @@ class NormForward {
   FS_INLINE Masks<vf> masks(const Token& token, int64_t u, int n) const { return load_masks(pass_.noise, seq_, token.t, token.r, u, n); }
 
   FS_INLINE void publish(const Token& token, vf h, int64_t u, int n) const {
-    store(token.h + u, h, W), store(token.operand + u, multiplied(h, token.r, u, n), n), store(token.out + u, h, n);
+    store(token.h + u, h, W), store(token.out + u, h, n);
+    store(token.operand + u, recurrent_masked<T>(pass_.noise, h, seq_.order[token.r] * H_ + u, n), n);
   }
 
   void gru(const Token& token, const Moments* of_h, const Moments* of_x, const float* sums) const {

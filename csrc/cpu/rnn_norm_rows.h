@@ -45,15 +45,16 @@ struct NormBlocks {
 
 // Gains and biases of a call as fp32, which every thread reads.
 struct NormGains {
+  int64_t rows, hidden;
   float *gain, *bias, *gain_x, *bias_x, *cell_gain, *cell_bias;
 
-  NormGains(Carver& carve, int64_t rows, int64_t hidden) {
+  NormGains(Carver& carve, int64_t rows, int64_t hidden) : rows(rows), hidden(hidden) {
     for (float** of_rows : {&gain, &bias, &gain_x, &bias_x}) *of_rows = carve.take<float>(rows);
     cell_gain = carve.take<float>(hidden), cell_bias = carve.take<float>(hidden);
   }
 
   template <class T>
-  void fill(const NormPass& pass, int64_t rows, int64_t hidden) const {
+  void fill(const NormPass& pass) const {
     widen_all<T>(pass.gain, gain, rows), widen_all<T>(pass.bias, bias, rows);
     widen_all<T>(pass.gain_x, gain_x, rows), widen_all<T>(pass.bias_x, bias_x, rows);
     widen_all<T>(pass.cell_gain, cell_gain, pass.cell_gain ? hidden : 0);
@@ -66,6 +67,15 @@ struct NormGains {
     for_vectors(count, [&](int64_t u, int n) FS_LAMBDA { store(to + u, from ? load(static_cast<const T*>(from) + u, n) : vf{}, n); });
   }
 };
+
+// A thread's share of what a pass multiplies by: W_hh, packed; gains, which the first thread widens.
+template <class T>
+void prepare(const StepProduct<T>& product, const NormGains& gains, const NormPass& pass, Team team) {
+  product.pack(share(product.panels(), team.rank, team.size));
+  if (team.rank > 0) return;
+  std::memset(product.bias(), 0, sizeof(float) * product.panels() * kStepPanel);
+  gains.fill<T>(pass);
+}
 
 // A thread's rows, and where they stand side by side among all threads' rows: a step needs no other thread.
 struct NormRows {

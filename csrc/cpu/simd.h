@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
@@ -55,10 +56,10 @@ typedef uint16_t vh __attribute__((vector_size(2 * W)));
 
 template <class F, int... I>
 FS_INLINE void unroll(std::integer_sequence<int, I...>, F&& f) {
-  (f(I), ...);
+  (f(std::integral_constant<int, I>{}), ...);
 }
 
-// f(0) ... f(N - 1), written out one by one: vectors of an array that a loop walks through live in memory, not in registers.
+// f of the constants 0 ... N - 1, one by one: vectors of an array that a loop walks through live in memory, not in registers.
 template <int N, class F>
 FS_INLINE void unroll(F&& f) {
   unroll(std::make_integer_sequence<int, N>{}, f);

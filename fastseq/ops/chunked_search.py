@@ -5,6 +5,7 @@ lives as long as its search: no other call can find a stale address in it. Lette
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from threading import Lock
 from typing import NamedTuple
@@ -99,7 +100,12 @@ def _recorded(step: Callable[[], None], device: torch.device) -> torch.cuda.CUDA
     stream.wait_stream(current)
     with _recording, torch.cuda.stream(stream):
         graph.capture_begin(capture_error_mode="thread_local")
-        step()
+        try:
+            step()
+        except BaseException:
+            with suppress(RuntimeError):  # that the recording failed, as it does if the GPU refused part of the step
+                graph.capture_end()  # else the stream would record on, and no other search could
+            raise
         graph.capture_end()
     current.wait_stream(stream)
     return graph

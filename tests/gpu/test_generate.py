@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import fastseq
+from fastseq.ops import chunked_search
+from tests.gpu.conftest import needs_gpu
 from tests.gpu.place import BACKEND, DEVICE
 from tests.seq2seq_models import PRESETS, in_float64, model, same
 
@@ -50,6 +52,25 @@ def test_a_long_search_repeats_its_graph(most: int, name: str) -> None:
     for new in (most, most - 3):
         options = {"max_new_tokens": new, "min_new_tokens": new - 5}
         same(back(moved.generate(SRC.to(DEVICE), **options)), in_float64(of, SRC, **options))
+
+
+@needs_gpu
+def test_a_step_that_raises_ends_its_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error arrives, and the next search records again."""
+    of, options, steps, step = model("gnmt", num_layers=3), {"max_new_tokens": 9}, [], chunked_search._step
+    moved = there(of)
+
+    def fails(*args: Any) -> None:
+        step(*args)
+        steps.append(1)
+        if len(steps) == 2:  # the one that is recorded
+            raise ArithmeticError("of this test")
+
+    monkeypatch.setattr(chunked_search, "_step", fails)
+    with pytest.raises(ArithmeticError, match="of this test"):
+        moved.generate(SRC.to(DEVICE), **options)
+    same(back(moved.generate(SRC.to(DEVICE), **options)), in_float64(of, SRC, **options))
+    assert len(steps) == 4  # two of each search: the others are replays
 
 
 def test_sampling_draws_from_the_generator_it_is_given() -> None:
