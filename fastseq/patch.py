@@ -1,10 +1,12 @@
 """Give torch.nn's own recurrent classes fastseq's forward, for as long as wanted."""
 
+import functools
 import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from .engine import run, run_cell
@@ -35,7 +37,20 @@ _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
 }
 _originals: dict[type[nn.Module], Callable[..., Any]] = {}  # not empty while any patch is in force
 _patches = 0
-_lock = threading.Lock()
+_lock = threading.RLock()
+_torch_script = torch.jit.script
+
+
+@functools.wraps(_torch_script)
+def _script(obj: Any, *args: Any, **options: Any) -> Any:
+    """torch.jit.script while a patch is in force: with torch's own forwards, whose source it can compile."""
+    options["_frames_up"] = options.get("_frames_up", 0) + 1  # it looks names up in its caller
+    with _lock:
+        _restore()
+        try:
+            return _torch_script(obj, *args, **options)
+        finally:
+            _replace()
 
 
 class Patch:
@@ -61,10 +76,11 @@ class Patch:
 
 
 def patch() -> Patch:
-    """From now on torch.nn.LSTM, GRU, LSTMCell and GRUCell run on fastseq, in the whole process.
+    """From now on torch.nn.LSTM, GRU, RNN and their cells run on fastseq, in the whole process.
 
     The classes stay the same objects and only their `forward` changes: instances made before, subclasses that do not
-    override forward, pickles, and modules that did `from torch.nn import LSTM` earlier are all served.
+    override forward, pickles, and modules that did `from torch.nn import LSTM` earlier are all served. While
+    torch.jit.script compiles, which takes torch's own forward, that is put back.
 
     >>> with fastseq.patch():
     ...     third_party_training()
@@ -82,10 +98,20 @@ def _count(change: int) -> None:
     with _lock:
         _patches += change
         if _patches == 1 and change == 1:
-            for cls, forward in _FORWARDS.items():
-                _originals[cls] = cls.forward
-                cls.forward = forward
+            _replace()
         elif _patches == 0:
-            for cls, original in _originals.items():
-                cls.forward = original
+            _restore()
             _originals.clear()
+
+
+def _replace() -> None:
+    for cls, forward in _FORWARDS.items():
+        _originals[cls] = cls.forward
+        cls.forward = forward
+    torch.jit.script = _script
+
+
+def _restore() -> None:
+    torch.jit.script = _torch_script
+    for cls, original in _originals.items():
+        cls.forward = original

@@ -129,6 +129,17 @@ def test_changed_saved_tensors_are_refused() -> None:
         out.sum().backward()
 
 
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True}])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_changed_outputs_are_refused(kind: str, options: dict[str, bool]) -> None:
+    """As under cuDNN: backward reads them; and the error names the way out."""
+    layer, x = getattr(fastseq, kind)(4, 4, backend="cpu", **options), torch.randn(3, 2, 4)
+    out, _ = layer(x)
+    out += x
+    with pytest.raises(RuntimeError, match=r"inplace operation.* write out = out \+ x"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(reentrant: bool) -> None:
     """Saved tensors may be dropped and made again."""

@@ -226,6 +226,7 @@ def test_disturbed_rounds_do_not_count(disturbed: int) -> None:
 def test_watch_knows_a_slow_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     took = 20_000
     monkeypatch.setattr(calm, "_loop_ns", lambda: took)
+    monkeypatch.setattr(calm, "_waited_ns", lambda: 0)
     watch = calm.Watch(tmp_path / "made" / "calm.json")
     before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     for threads in (1, os.cpu_count() or 1):
@@ -276,6 +277,7 @@ def test_watch_knows_that_others_have_our_cpus(monkeypatch: pytest.MonkeyPatch, 
 def test_a_watch_trusts_its_own_memory_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of this machine and Python; a file that was cut counts for nothing."""
     monkeypatch.setattr(calm, "_loop_ns", lambda: 20_000)
+    monkeypatch.setattr(calm, "_waited_ns", lambda: 0)
     memory = tmp_path / "calm.json"
     watch = calm.Watch(memory)
     assert watch.calm(1)

@@ -12,6 +12,7 @@ import fastseq
 from tests.twins import H, I, flatten
 
 KINDS = ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"]
+SCRIPT = torch.jit.script
 ORIGINALS = {kind: getattr(nn, kind).forward for kind in KINDS}
 
 
@@ -113,6 +114,42 @@ def test_an_error_takes_it_back() -> None:
     with pytest.raises(fastseq.InputError), fastseq.patch():
         nn.LSTM(I, H)(torch.zeros(3, 2, I + 1))
     assert nn.LSTM.forward is ORIGINALS["LSTM"]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_script_compiles_torchs_own_forward(kind: str, ran: list[str]) -> None:
+    model, x = nn.Sequential(nn.Linear(I, I), getattr(nn, kind)(I, H)), torch.randn(3, I)
+    ours = nn.Sequential(getattr(fastseq, kind)(I, H))
+    expected = flatten(model(x))
+    with fastseq.patch():
+        script = torch.jit.script(model)
+        assert getattr(torch.jit.script(ours), "0").original_name == kind
+
+        @torch.jit.script
+        def twice(x: torch.Tensor) -> torch.Tensor:
+            return _double(x)
+
+        assert not ran
+        torch.testing.assert_close(flatten(script(x)), expected)
+        assert twice(x).equal(x + x)
+        torch.testing.assert_close(flatten(model(x)), expected)
+        assert len(ran) == 1  # the Python model is patched as before
+        with pytest.raises(RuntimeError, match="forward"):
+            torch.jit.script(Unscriptable())
+        model(x)
+        assert len(ran) == 2
+    assert getattr(nn, kind).forward is ORIGINALS[kind]
+    assert torch.jit.script is SCRIPT
+
+
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return x + x
+
+
+class Unscriptable(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + len(dir(x))
 
 
 def test_the_torch_backend_does_not_come_back_to_the_patch() -> None:

@@ -12,7 +12,7 @@ from ..errors import InputError
 
 __all__ = [
     "PLAIN", "Kernels", "address", "distinct", "gpu_kernels", "is_direct", "needs_recording", "not_recorded",
-    "runs_once", "saves_unseen", "schema", "through_reference",
+    "runs_once", "saved_by", "saves_unseen", "schema", "through_reference",
 ]  # fmt: skip
 
 PLAIN = {Tensor, torch.nn.Parameter}
@@ -68,6 +68,21 @@ def saves_unseen() -> bool:
     """Whether a Function alone holds what it saves now: no hooks pack it, who might keep and read it later."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # absent before torch 2.8
     return top is not None and top(True) is None
+
+
+def saved_by(ctx: Any) -> Sequence[Tensor]:
+    """What a Function saved. Raises RuntimeError, as PyTorch, if some of it was changed in place since."""
+    if torch.compiler.is_compiling():
+        return ctx.saved_tensors  # type: ignore[no-any-return]
+    try:
+        return ctx.saved_tensors  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{error} fastseq's backward reads inputs, weights and, as cuDNN's, the output itself: change none of them "
+            "in place before it; write out = out + x, not out += x, and change a clone() of out"
+        ) from None
 
 
 def runs_once() -> bool:

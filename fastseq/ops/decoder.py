@@ -24,6 +24,7 @@ from .common import (
     needs_recording,
     not_recorded,
     runs_once,
+    saved_by,
     saves_unseen,
     schema,
     through_reference,
@@ -209,7 +210,7 @@ class _DecoderLoop(torch.autograd.Function):
 
 def _backward_of(ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """Gradients of LoopTensors, flattened, from what the Function saved."""
-    loop, needs, saved = ctx.loop, ctx.needs, ctx.saved_tensors
+    loop, needs, saved = ctx.loop, ctx.needs, saved_by(ctx)
     if all(g is None for g in grads):
         return [None] * len(needs)
     flat, kept = saved[: len(needs)], saved[len(needs) :]

@@ -20,6 +20,7 @@ from .common import (
     is_direct,
     needs_recording,
     not_recorded,
+    saved_by,
     schema,
     through_reference,
 )
@@ -262,7 +263,7 @@ _FIXED = 10  # of a Function's tensors, in front of the weights: x, h0, c0, leng
 
 def _backward_of(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Gradients of what the Functions below take, from what one saved; grads: of out, h_n, c_n, c_out."""
-    saved = ctx.saved_tensors  # asked for once: under activation checkpointing a second time is an error
+    saved = saved_by(ctx)  # asked for once: under activation checkpointing a second time is an error
     x, h0, c0, lengths, resets, batch_sizes, *masks, out, gates, cells = saved[: _FIXED + 3]
     weights = saved[_FIXED + 3 :]
     if all(g is None for g in grads):

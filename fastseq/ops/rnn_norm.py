@@ -21,6 +21,7 @@ from .common import (
     is_direct,
     needs_recording,
     not_recorded,
+    saved_by,
     through_reference,
 )
 from .extras import NONE, Extras
@@ -280,7 +281,7 @@ class _NormDirection(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        static, needs, saved = ctx.static, ctx.needs, ctx.saved_tensors
+        static, needs, saved = ctx.static, ctx.needs, saved_by(ctx)
         tensors, results = saved[:-6], saved[-6:]
         if all(g is None for g in grads):
             return (None,) * (1 + len(tensors))

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _native
 from ..backends import reference
 from .cells import CELLS
-from .common import Kernels, address, gpu_kernels, needs_recording, through_reference
+from .common import Kernels, address, gpu_kernels, needs_recording, saved_by, through_reference
 from .packed import PACKED_PRODUCTS, PackedLayer
 
 __all__ = ["StepShape", "rnn_step"]
@@ -128,7 +128,7 @@ class _RnnStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        x, h0, c0, gates, cells, *weights = ctx.saved_tensors
+        x, h0, c0, gates, cells, *weights = saved_by(ctx)
         if needs_recording(grads):
             return None, None, None, *through_reference(partial(_reference, ctx.shape), (x, h0, c0, *weights), grads)
         return None, None, None, *ctx.kernels.backward(ctx.shape, ctx.needs, grads, x, h0, c0, weights, gates, cells)
