@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fastseq
+from fastseq.generation.request import Request
 from tests.generate_oracle import BOS, EOS, PAD, Toy
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -99,6 +100,14 @@ def test_wrong_steps(name: str) -> None:
     options = {"batch_size": 3, "bos_id": BOS, "eos_id": EOS, "pad_id": PAD, "max_new_tokens": 2}
     with pytest.raises(kind, match=message):
         fastseq.generate(step, None, return_weights="weights" in name, **options)  # type: ignore[arg-type]
+
+
+def test_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything else, since an error in the middle of it would spoil the user's recording."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(fastseq.InputError, match=r"within the capture of a CUDA graph.* capture Decoder\.step"):
+        Request.of(device=torch.device("cuda"))
+    assert Request.of(device=torch.device("cpu"), batch_size=1, bos_id=BOS, eos_id=EOS, pad_id=PAD, max_new_tokens=3)
 
 
 def test_wrong_state() -> None:

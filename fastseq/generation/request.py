@@ -39,6 +39,12 @@ class Request:
         **numbers: Any,
     ) -> "Request":
         """Of the arguments of `generate`; InputError or TypeError, naming the option."""
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise InputError(
+                "generate within the capture of a CUDA graph: how many steps it takes is read from the GPU, which a "
+                "capture does not allow; call it outside (a greedy search makes a graph of its own), or capture "
+                "Decoder.step or a call with the target given"
+            )
         options = Options(**numbers)
         processors, stream = _processors(logits_processor), _stream(streamer)
         if stream is not None and options.num_beams > 1:
