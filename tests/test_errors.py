@@ -90,6 +90,12 @@ TYPES: dict[str, tuple[Callable[[], Any], str]] = {
     "resets of a cell": (lambda: CELL(X[0], resets=R), r"resets"),
     "resets of a cell, explained": (lambda: fastseq.explain(CELL, X[0], resets=R), r"a cell takes no resets"),
     "no module": (lambda: fastseq.accelerate(torch.relu), r"torch.nn.Module"),
+    "explained without input": (lambda: fastseq.explain(LSTM), r"of the kind LSTM needs input"),
+    "explained without input, Encoder": (lambda: fastseq.explain(fastseq.Encoder(5, 6)), r"Encoder needs x"),
+    "explained lengths of no such module": (
+        lambda: fastseq.explain(fastseq.Attention(4, 5, 6), X, X, lengths=[1]),
+        r"Attention takes no lengths",
+    ),
     "nothing to explain": (lambda: fastseq.explain(nn.Linear(2, 2), X), r"got Linear"),
 }
 

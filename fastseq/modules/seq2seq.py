@@ -401,9 +401,13 @@ class Seq2Seq(nn.Module):
         """The decoder's."""
         return self.decoder.backend
 
-    def as_call(self, src: Any, tgt_in: Tensor) -> DecoderCall:
-        """The call of the decoder that `forward` makes, for `explain`."""
-        return self.decoder.as_call(self.embedding(tgt_in), self._encode(src, None))
+    def as_call(self, src: Any, tgt_in: Tensor, lengths: Lengths = None) -> DecoderCall:
+        """The call of the decoder that `forward(src, tgt_in, lengths)` makes, for `explain`."""
+        if tgt_in is None:
+            raise TypeError("explain of a Seq2Seq needs tgt_in, ids [B, T], beside src: explain(model, src, tgt_in)")
+        tgt_in = self._within("tgt_in", tgt_in, None)
+        self._need_rows("tgt_in", tgt_in, src)
+        return self.decoder.as_call(self.embedding(tgt_in), self._encode(src, lengths))
 
     @property
     def vocabulary(self) -> Vocabulary | None:
