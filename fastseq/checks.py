@@ -30,7 +30,7 @@ def lengths_on_cpu(lengths: Any, batch: int, steps: int, name: str = "lengths") 
         lengths = torch.tensor(lengths, dtype=torch.int64)
     lengths = _integers(lengths, batch, name).to("cpu", torch.int64).contiguous()  # kernels read them as they lie
     if not torch.compiler.is_compiling():  # there the backend, which never reads behind T, is the only guard
-        values = lengths.tolist()
+        values = _seen(lengths).flatten().tolist()
         if values and not 0 <= min(values) <= max(values) <= steps:
             row, bad = next((row, n) for row, n in enumerate(values) if not 0 <= n <= steps)
             remedy = "clamp it" if bad < 0 else f"clamp it, or pad the input to {bad} steps"
@@ -59,6 +59,13 @@ def _integers(lengths: Any, batch: int, name: str) -> Tensor:
         raise TypeError(f"{name} must hold integers, got {lengths.dtype}; convert with lengths.long()")
     if lengths.shape != (batch,):
         raise InputError(f"{name} has shape {tuple(lengths.shape)}, expected ({batch},): one length for each batch row")
+    return lengths
+
+
+def _seen(lengths: Tensor) -> Tensor:
+    """The values of all samples within torch.func.vmap, whose tensors do not show them."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(lengths):
+        lengths = torch._C._functorch.get_unwrapped(lengths)
     return lengths
 
 
