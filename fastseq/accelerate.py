@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .errors import InputError
+from .errors import InputError, with_article
 from .interop.adapters import Adapter
 from .interop.registry import adapter_of, known, why_not
 from .modules.dropin import DROP_INS, own_forward
@@ -113,7 +113,9 @@ def _made_elsewhere(name: str, module: nn.Module) -> Change | None:
     if of not in _NAMES:
         return None
     if isinstance(module, torch.jit.ScriptModule):
-        return Change(name, "skipped", f"{_a(of)} that torch.jit compiled; accelerate the Python model it was made of")
+        return Change(
+            name, "skipped", f"{with_article(of)} that torch.jit compiled; accelerate the Python model it was made of"
+        )
     if kind.__module__.startswith("torch.ao."):
         told = f"is {kind.__module__}.{of}, made to be quantized, which fastseq's kernels do not run"
         remedy = "accelerated before, the layer stays in floating point"
@@ -138,10 +140,6 @@ def _adapt(name: str, module: nn.Module) -> Change | None:
     module.__class__ = adapter_of(kind)
     setattr(module, _MARK, True)
     return Change(name, "accelerated", f"{_full(kind)} runs its steps as one operator")
-
-
-def _a(name: str) -> str:
-    return f"{'an' if name[:2] in ('LS', 'RN') else 'a'} {name}"  # as they are said
 
 
 def _full(kind: type) -> str:

@@ -158,7 +158,8 @@ def _verdicts(call: Call, named: str, of_cpu: str = "", search: Vocabulary | str
         elif name == chosen:
             verdicts.append(Verdict(name, False, f"cannot run this call, which raises InputError: {reason}; {why}"))
         else:
-            verdicts.append(Verdict(name, False, reason or f"could; {chosen} goes first: {why}"))
+            behind = "could" if obstacles[chosen] is not None else f"could; {chosen} goes first: {why}"
+            verdicts.append(Verdict(name, False, reason or behind))
     return Explanation(verdicts)
 
 

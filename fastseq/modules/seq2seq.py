@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..backends.decoder_call import DecoderCall
 from ..checks import checked_lengths
 from ..config import described, part
-from ..errors import InputError
+from ..errors import InputError, with_article
 from ..functional import Lengths
 from ..generation import GenerateOutput, LogitsProcessor
 from ..generation.native import refuses, refuses_native, run_native
@@ -280,7 +280,8 @@ class Seq2Seq(nn.Module):
         memory = self.encoder(src, src_lengths)
         if not isinstance(memory, Memory):
             raise TypeError(
-                f"the encoder gave a {type(memory).__name__}; expected a fastseq.Memory, see Memory.from_rnn"
+                f"the encoder gave {with_article(type(memory).__name__)}; expected a fastseq.Memory,"
+                " see Memory.from_rnn"
             )
         if isinstance(src, Tensor) and rows_of(memory) != src.shape[0]:
             raise InputError(
@@ -438,7 +439,8 @@ class Seq2Seq(nn.Module):
         model = load(path, device=device)
         if not isinstance(model, cls):
             raise InputError(
-                f"{os.fspath(path)} holds one {type(model).__name__}, not a {cls.__name__}; use fastseq.load"
+                f"{os.fspath(path)} holds one {type(model).__name__}, not {with_article(cls.__name__)};"
+                " use fastseq.load"
             )
         return model
 
