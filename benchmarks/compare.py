@@ -150,7 +150,7 @@ def _differences(before: Report, after: Report) -> Iterator[str]:
     for c in after.ceilings:
         known = tops.get((c.what, c.threads, c.device, c.size))
         if known is not None and not abs(c.value / known - 1) <= DRIFT:
-            name = f"{c.what}{f' {c.size:,} B' if c.size else ''} at {c.threads} threads"
+            name = f"{c.what}{f' {c.size:,} B' if c.size else ''} at {c.threads} thread{'s' * (c.threads != 1)}"
             yield f"another machine, or another clock: ceiling of {name} {known:.3g} -> {c.value:.3g} {unit(c.what)}"
 
 

@@ -114,7 +114,7 @@ class Runner:
                     program = replace(program, first=program.first or first_call)
                 except Unequal as error:
                     if not self.lenient or program.backend in KERNELS:
-                        raise Unequal(f"{name}, {case}, {n} threads: {error}") from None
+                        raise Unequal(f"{name}, {case}, threads={n}: {error}") from None
                     program = replace(program, note="; ".join(filter(None, (program.note, str(error)))))
                 runnables[name] = Runnable(program, n, case.device, entry.measure == "cold")
         return runnables, same_as

@@ -1,5 +1,6 @@
 """`python -m fastseq`: what this machine has, what is absent and why, and what is lost thereby."""
 
+import argparse
 import os
 import platform
 from collections.abc import Iterator
@@ -77,4 +78,5 @@ def _names() -> set[str]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser("python -m fastseq", description=(__doc__ or "").partition(": ")[2]).parse_args()
     print(report())

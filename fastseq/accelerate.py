@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .errors import InputError
+from .errors import InputError, with_article
 from .interop.adapters import Adapter
 from .interop.registry import adapter_of, known, why_not
-from .modules.dropin import DROP_INS
+from .modules.dropin import DROP_INS, own_forward
 from .modules.encoder import Encoder
 from .modules.frozen import KEY
 from .modules.modes import beyond_torch
@@ -33,7 +33,11 @@ class Change(NamedTuple):
 class Report(list[Change]):
     """One Change for each recurrent module of the model; str() is a table."""
 
+    nothing = "nothing here that fastseq replaces: no torch.nn.LSTM, GRU, RNN or cell of these, no toolkit's decoder"
+
     def __str__(self) -> str:
+        if not self:
+            return self.nothing
         width = max((len(c.name) for c in self), default=0)
         return "\n".join(f"{c.action:<11} {c.name or '(model)':<{max(width, 7)}} {c.reason}" for c in self)
 
@@ -43,8 +47,8 @@ def accelerate(model: nn.Module, undo: bool | str = False) -> Report:
 
     Only the class of the instances changes: parameters, parametrizations, buffers, hooks and training mode stay as they
     are, and a module shared by several parents is changed for all. Subclasses are left alone (their code may rely on
-    torch's forward; `fastseq.patch()` serves them), and so is what another tool has compiled, sharded or quantized: the
-    report says why.
+    torch's forward; `fastseq.patch()` serves those that come to it), and so are an instance with a forward of its own
+    and what another tool has compiled, sharded or quantized: the report says why.
 
     Also JoeyNMT's RecurrentEncoder and RecurrentDecoder, OpenNMT-py's InputFeedRNNDecoder and fairseq's LSTMDecoder,
     whose steps then run as one operator: signatures, state_dict and isinstance stay, and on the CPU random draws do.
@@ -61,11 +65,17 @@ def accelerate(model: nn.Module, undo: bool | str = False) -> Report:
         _revert(name, module, undo == "all", id(module) in parts) if undo else _swap(name, module)
         for name, module in model.named_modules()
     )
-    return Report(c for c in found if c is not None)
+    report = Report(c for c in found if c is not None)
+    if undo:
+        report.nothing = "nothing here to revert: no module is fastseq's"
+    return report
 
 
 def _swap(name: str, module: nn.Module) -> Change | None:
     kind = _kind(module)
+    if kind in _FAST and "forward" in vars(module):
+        told = "has a forward set on the instance, which goes before any class's; accelerate before it is set"
+        return Change(name, "skipped", told)
     if kind in _FAST:
         _become(module, _FAST[kind])
         setattr(module, _MARK, True)
@@ -75,15 +85,25 @@ def _swap(name: str, module: nn.Module) -> Change | None:
     if isinstance(module, tuple(_STOCK)):
         return Change(name, "skipped", f"{kind.__name__} is a subclass of a fastseq module already")
     if isinstance(module, tuple(_FAST)):
-        return Change(name, "skipped", _why_not(type(module)))
+        return Change(name, "skipped", _why_not(module))
     return _made_elsewhere(name, module) or _adapt(name, module)
 
 
-def _why_not(kind: type[nn.Module]) -> str:
-    """Of a subclass of torch's."""
+def _why_not(module: nn.Module) -> str:
+    """Of an instance of a subclass of torch's."""
+    kind = type(module)
     if any(base.__module__.startswith("torch.distributed.") for base in kind.__mro__):
         return f"{kind.__name__} is sharded; accelerate before fully_shard"
-    return f"{_full(kind)} is a subclass; use fastseq.patch()"
+    if "forward" in vars(module):
+        return f"{_full(kind)} is a subclass, and has a forward set on the instance, which patch() does not reach"
+    own = own_forward(module)
+    if own is None:
+        return f"{_full(kind)} is a subclass; use fastseq.patch()"
+    if own[1]:
+        return f"{_full(kind)} is a subclass whose forward calls super().forward(); use fastseq.patch()"
+    return (
+        f"{_full(kind)} is a subclass with a forward of its own, which calls no super().forward(): nothing to replace"
+    )
 
 
 def _made_elsewhere(name: str, module: nn.Module) -> Change | None:
@@ -93,7 +113,13 @@ def _made_elsewhere(name: str, module: nn.Module) -> Change | None:
     if of not in _NAMES:
         return None
     if isinstance(module, torch.jit.ScriptModule):
-        return Change(name, "skipped", f"a {of} that torch.jit compiled; accelerate the Python model it was made of")
+        return Change(
+            name, "skipped", f"{with_article(of)} that torch.jit compiled; accelerate the Python model it was made of"
+        )
+    if kind.__module__.startswith("torch.ao."):
+        told = f"is {kind.__module__}.{of}, made to be quantized, which fastseq's kernels do not run"
+        remedy = "accelerated before, the layer stays in floating point"
+        return Change(name, "skipped", f"{told}; {remedy}")
     if kind.__module__.startswith("torch."):
         return Change(name, "skipped", f"is {kind.__module__}.{of}, not torch.nn.{of}; accelerate the model before")
     return None

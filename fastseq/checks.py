@@ -25,12 +25,16 @@ def need_tensor(name: str, value: Any, remedy: str = "pass a torch.Tensor") -> T
 def lengths_on_cpu(lengths: Any, batch: int, steps: int, name: str = "lengths") -> Tensor:
     """`lengths`, a list or an integer tensor [B] on any device, as int64 on the CPU; each must lie within [0, T]."""
     if isinstance(lengths, (list, tuple)):
-        if not all(isinstance(n, int) and not isinstance(n, bool) for n in lengths):
-            raise TypeError(f"{name} must hold integers; convert with lengths.long() or int(n)")
+        for row, n in enumerate(lengths):
+            if not isinstance(n, int) or isinstance(n, bool):
+                remedy = (
+                    "give each row's number of steps" if isinstance(n, (bool, list, tuple)) else "convert by int(n)"
+                )
+                raise TypeError(f"{name} must hold integers, got {name}[{row}]={n!r}; {remedy}")
         lengths = torch.tensor(lengths, dtype=torch.int64)
     lengths = _integers(lengths, batch, name).to("cpu", torch.int64).contiguous()  # kernels read them as they lie
     if not torch.compiler.is_compiling():  # there the backend, which never reads behind T, is the only guard
-        values = lengths.tolist()
+        values = _seen(lengths).flatten().tolist()
         if values and not 0 <= min(values) <= max(values) <= steps:
             row, bad = next((row, n) for row, n in enumerate(values) if not 0 <= n <= steps)
             remedy = "clamp it" if bad < 0 else f"clamp it, or pad the input to {bad} steps"
@@ -56,10 +60,26 @@ def _integers(lengths: Any, batch: int, name: str) -> Tensor:
     """`lengths` if it is an integer tensor [B]."""
     need_tensor(name, lengths, "pass a list or an integer tensor [B]")
     if lengths.dtype == torch.bool or lengths.is_floating_point() or lengths.is_complex():
-        raise TypeError(f"{name} must hold integers, got {lengths.dtype}; convert with lengths.long()")
+        remedy = _of_mask(lengths, batch) or f"convert with {name}.long()"
+        raise TypeError(f"{name} must hold integers, got {lengths.dtype}; {remedy}")
     if lengths.shape != (batch,):
-        raise InputError(f"{name} has shape {tuple(lengths.shape)}, expected ({batch},): one length for each batch row")
+        remedy = _of_mask(lengths, batch) or "one length for each batch row"
+        raise InputError(f"{name} has shape {tuple(lengths.shape)}, expected ({batch},): {remedy}")
     return lengths
+
+
+def _seen(lengths: Tensor) -> Tensor:
+    """The values of all samples within torch.func.vmap, whose tensors do not show them."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(lengths):
+        lengths = torch._C._functorch.get_unwrapped(lengths)
+    return lengths
+
+
+def _of_mask(lengths: Tensor, batch: int) -> str | None:
+    """The remedy where a mask of steps stands for lengths; None: it is no mask."""
+    if lengths.dim() != 2 or batch not in lengths.shape:
+        return None
+    return f"of a mask, True or 1 where a step counts, pass mask.sum({1 if lengths.shape[0] == batch else 0})"
 
 
 def check_resets(resets: Any, x: Tensor) -> None:
@@ -76,7 +96,8 @@ def check_resets(resets: Any, x: Tensor) -> None:
 def check_call(call: RnnCall, autocast: torch.dtype | None) -> None:
     """Raise InputError or TypeError unless `call`, of a layer stack, is sound."""
     x = need_tensor("input", call.input, "or a PackedSequence")
-    kinds = "packed [N, I]" if call.batch_sizes is not None else "[T, B, I], or unbatched [T, I]"
+    padded = "[B, T, I] (batch_first)" if call.batch_first else "[T, B, I]"
+    kinds = "packed [N, I]" if call.batch_sizes is not None else f"{padded}, or unbatched [T, I]"
     if x.dim() != (2 if call.batch_sizes is not None else 3):
         raise InputError(f"input has shape {_shape(x)}, {x.dim()}-D; expected {kinds}")
     _check_weights(call)
@@ -86,7 +107,7 @@ def check_call(call: RnnCall, autocast: torch.dtype | None) -> None:
     if call.resets is not None:
         check_resets(call.resets, x)
     rows = call.num_layers * (2 if call.bidirectional else 1)
-    _check_inputs(call, autocast, (rows, call.batch), call.proj_size or call.hidden_size)
+    _check_inputs(call, autocast, (rows, call.batch), call.proj_size or call.hidden_size, "_l{}{}")
 
 
 def check_cell(call: RnnCall, autocast: torch.dtype | None) -> None:
@@ -95,7 +116,7 @@ def check_cell(call: RnnCall, autocast: torch.dtype | None) -> None:
     if x.dim() != 2:
         raise InputError(f"input has shape {_shape(x)}, {x.dim()}-D; expected [B, I], or unbatched [I]")
     _check_weights(call)
-    _check_inputs(call, autocast, (x.shape[0],), call.hidden_size)
+    _check_inputs(call, autocast, (x.shape[0],), call.hidden_size, "")
 
 
 def _check_weights(call: RnnCall) -> None:
@@ -136,13 +157,17 @@ def _check_norms(call: RnnCall) -> None:
 def _weight_fault(call: RnnCall, k: int, j: int, shape: tuple[int, ...]) -> str:
     w = call.weights[k]
     if k == 0 and w.dim() == 2 and w.shape[0] % GATES[call.cell] == 0:
-        return f"input has {call.input.shape[-1]} features, the weights take input_size={w.shape[1]}"
+        features = call.input.shape[-1]
+        return (
+            f"input has {features} features, the weights take input_size={w.shape[1]}; features are the last dimension:"
+            f" give it {w.shape[1]}, or build with input_size={features}"
+        )
     name = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[j] if j < 4 and w.dim() == len(shape) else "weight"
     return f"{name} (weights[{k}]) has shape {_shape(w)}, expected {shape}"
 
 
-def _check_inputs(call: RnnCall, autocast: torch.dtype | None, lead: tuple[int, ...], state: int) -> None:
-    """The states' shapes, and one dtype and device for all."""
+def _check_inputs(call: RnnCall, autocast: torch.dtype | None, lead: tuple[int, ...], state: int, ending: str) -> None:
+    """The states' shapes, and one dtype and device for all. ending: of parameters' names, of layer and direction."""
     x = call.input
     if x.dtype not in DTYPES:
         raise InputError(f"input is {x.dtype}; expected a real floating dtype: input.float()")
@@ -159,18 +184,34 @@ def _check_inputs(call: RnnCall, autocast: torch.dtype | None, lead: tuple[int, 
     if call.h0 is not None and call.c0 is not None:
         _check_same("c0", call.c0, "h0", call.h0, autocast is not None)
     for k, w in enumerate(call.weights):
-        _check_same(f"weights[{k}]", w, "input", x, autocast is not None)
+        if w.dtype != x.dtype or w.device != x.device:
+            _check_same(_parameter(call, k, ending), w, "input", x, autocast is not None, w is call.weights[0])
     for k, n in enumerate(call.norms or ()):
         _check_same(f"norms[{k}]", n, "input", x, autocast is not None)
 
 
-def _check_same(name: str, t: Tensor, other: str, x: Tensor, cast: bool) -> None:
-    """One device, and one dtype unless both are dtypes that autocast or the kernels `cast`."""
+def _parameter(call: RnnCall, k: int, ending: str) -> str:
+    """The name that torch.nn gives the parameter, and its place among the weights."""
+    kinds = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if call.has_bias else [])]
+    kinds += ["weight_hr"] if call.proj_size else []
+    row, kind = divmod(k, len(kinds))
+    layer, reverse = divmod(row, 2) if call.bidirectional else (row, 0)
+    return f"{kinds[kind]}{ending.format(layer, '_reverse' if reverse else '')} (weights[{k}])"
+
+
+def _check_same(name: str, t: Tensor, other: str, x: Tensor, cast: bool, module: bool = False) -> None:
+    """One device, and one dtype unless both are dtypes that autocast or the kernels `cast`.
+
+    module: t is the first of a module's parameters, so that all of them differ from x.
+    """
+    what = f"{other}.to({{}}), or the module: .to({{}})" if module else f"{name.partition(' ')[0]}.to({{1}})"
     if t.device != x.device:
-        raise InputError(f"{name} is on {t.device}, {other} on {x.device}; move one: .to({str(x.device)!r})")
+        move = what.format(repr(str(t.device)), repr(str(x.device)))
+        raise InputError(f"{name} is on {t.device}, {other} on {x.device}; move {move}")
     if t.dtype != x.dtype and not (cast and t.dtype in CASTS and x.dtype in CASTS):
+        autocast = ", or use torch.autocast" if t.dtype in CASTS and x.dtype in CASTS else ""
         raise InputError(
-            f"{name} is {t.dtype}, {other} is {x.dtype}; convert one: .to({x.dtype}), or use torch.autocast"
+            f"{name} is {t.dtype}, {other} is {x.dtype}; convert {what.format(t.dtype, x.dtype)}{autocast}"
         )
 
 

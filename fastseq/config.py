@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .errors import InputError
+from .errors import InputError, with_article
 
 __all__ = ["REMEDY", "arguments", "build", "config_of", "described", "part"]
 
@@ -89,7 +89,9 @@ def build(config: Any, name: str = "config") -> Any:
         values[field] = build(value, where) if isinstance(value, dict) else value
         if not _fits(values[field], hint):
             expected = hint.__name__ if isinstance(hint, type) else hint
-            raise InputError(f"{where}={short(value)} is a {type(values[field]).__name__}; expected {expected}")
+            raise InputError(
+                f"{where}={short(value)} is {with_article(type(values[field]).__name__)}; expected {expected}"
+            )
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its user has seen what the constructor warns of

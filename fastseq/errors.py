@@ -1,6 +1,6 @@
-"""The one exception for every fault of shape, value or option in a call."""
+"""The one exception for every fault of shape, value or option in a call, and how its messages name things."""
 
-__all__ = ["InputError"]
+__all__ = ["InputError", "with_article"]
 
 
 class InputError(ValueError, RuntimeError):
@@ -9,3 +9,8 @@ class InputError(ValueError, RuntimeError):
     Both a ValueError and a RuntimeError, because torch.nn raises now one, now the other for the same fault: whatever
     a caller of torch.nn catches still catches this. A wrong *type* raises TypeError.
     """
+
+
+def with_article(name: str) -> str:
+    """ "a GRU", "an LSTM", "an int": as the name is said."""
+    return f"{'an' if name[:1] in 'aeioAEIO' or name.startswith(('LSTM', 'RNN', 'nd')) else 'a'} {name}"

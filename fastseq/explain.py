@@ -1,5 +1,6 @@
 """Why a call runs on the backend it runs on."""
 
+import inspect
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -12,7 +13,7 @@ from .backends.fused import without_frozen
 from .checks import check_call, check_cell
 from .dispatch import BACKENDS, Call, candidates, check_name, load, obstacle
 from .generation.native import unfit
-from .modules.dropin import CELLS, DROP_INS, LAYERS, call_of
+from .modules.dropin import CELLS, DROP_INS, LAYERS, call_of, not_reached
 from .modules.seq2seq import Seq2Seq
 from .ops.decoder_search import Vocabulary
 
@@ -44,21 +45,21 @@ class Explanation(tuple[Verdict, ...]):
 def explain(target: Any, input: Any = None, hx: Any = None, *, lengths: Any = None, resets: Any = None) -> Explanation:
     """For each backend: chosen, or the reason why not, were `target(input, hx, lengths=lengths)` called here and now.
 
-    target: a fastseq LSTM, GRU, RNN or cell of these, one of torch.nn as `accelerate` would run it, a module that
-    itself makes its call, by as_call(input, hx) (Encoder, whose first layer is looked at: x; Decoder: y and memory;
-    Attention: query and keys), or a call, such as decoder.as_call(y, keys, state). resets go to layers as lengths do.
-    Of a frozen module it says whether the call uses the packed weights, of a Seq2Seq how the CUDA kernels would run a
-    greedy search of as many tokens as each row of the target has. Raises what the call itself would raise for a wrong
-    input.
+    target: a fastseq LSTM, GRU, RNN or cell of these, one of torch.nn as `accelerate` would run it, a subclass as
+    `patch` would, a module that itself makes its call, by as_call(input, hx) and, where that takes them, lengths=
+    (Encoder, whose first layer is looked at: x and lengths; Seq2Seq: src, tgt_in and lengths, its src_lengths; Decoder:
+    y and memory; Attention: query and keys), or a call, such as decoder.as_call(y, keys, state). resets go to layers as
+    lengths do. No backend is chosen where the one asked for cannot run the call, which then raises, or where a forward
+    of the module's own reaches none. Of a frozen module it says whether the call uses the packed weights, of a Seq2Seq
+    how the CUDA kernels would run a greedy search of as many tokens as each row of the target has. Raises what the call
+    itself would raise for a wrong input.
 
     >>> print(fastseq.explain(torch.nn.LSTM(4, 8), torch.zeros(3, 2, 4)))
     """
     named = engine.prefer(check_name(getattr(target, "backend", "auto")))
     model, as_call = target, getattr(target, "as_call", None)
     if as_call is not None:
-        if lengths is not None or resets is not None:
-            raise TypeError(f"{type(target).__name__} takes no {'resets' if lengths is None else 'lengths'}")
-        target = as_call(input, hx)
+        target = _made(target, as_call, input, hx, lengths, resets)
     if isinstance(target, (DecoderCall, AttentionCall)):
         search = None
         if isinstance(model, Seq2Seq) and isinstance(target, DecoderCall):
@@ -68,8 +69,26 @@ def explain(target: Any, input: Any = None, hx: Any = None, *, lengths: Any = No
         call, cell = target, target.input.dim() == 2 and target.batch_sizes is None
     else:
         call, cell = _call(target, input, hx, lengths, resets)
+        if (why := not_reached(target)) is not None:
+            return Explanation(Verdict(name, False, f"not reached: {why}") for name in BACKENDS)
     asked, _ = engine.as_asked(call, check_cell if cell else check_call)
     return _verdicts(asked, named, _of_frozen(call, asked))
+
+
+def _made(module: Any, as_call: Any, input: Any, hx: Any, lengths: Any, resets: Any) -> Call:
+    """What the module's as_call makes of the arguments."""
+    kind, takes = type(module).__name__, inspect.signature(as_call).parameters
+    if input is None:
+        raise TypeError(
+            f"explain of a module of the kind {kind} needs {next(iter(takes), 'input')}, its first argument"
+        )
+    if resets is not None or (lengths is not None and "lengths" not in takes):
+        raise TypeError(f"{kind} takes no {'resets' if lengths is None else 'lengths'}")
+    if lengths is None:
+        made: Call = as_call(input, hx)
+        return made
+    made = as_call(input, lengths=lengths) if hx is None else as_call(input, hx, lengths=lengths)
+    return made
 
 
 def _search_of(model: Seq2Seq, call: DecoderCall) -> Vocabulary | str:
@@ -85,6 +104,8 @@ def _search_of(model: Seq2Seq, call: DecoderCall) -> Vocabulary | str:
 
 def _call(module: nn.Module, input: Any, hx: Any, lengths: Any, resets: Any) -> tuple[RnnCall, bool]:
     """The module's call as `engine` would have it, and whether it is a cell's."""
+    if input is None and isinstance(module, tuple(DROP_INS)):
+        raise TypeError(f"explain of a module of the kind {type(module).__name__} needs input, its first argument")
     if isinstance(module, tuple(CELLS)):
         if lengths is not None or resets is not None:
             raise TypeError(f"a cell takes no {'resets' if lengths is None else 'lengths'}")
@@ -135,9 +156,10 @@ def _verdicts(call: Call, named: str, of_cpu: str = "", search: Vocabulary | str
             runs = f"runs this call: {why}{_layout(name, call, search)}{of_cpu if name == 'cpu' else ''}"
             verdicts.append(Verdict(name, True, runs))
         elif name == chosen:
-            verdicts.append(Verdict(name, False, str(reason)))
+            verdicts.append(Verdict(name, False, f"cannot run this call, which raises InputError: {reason}; {why}"))
         else:
-            verdicts.append(Verdict(name, False, reason or f"could; {chosen} goes first: {why}"))
+            behind = "could" if obstacles[chosen] is not None else f"could; {chosen} goes first: {why}"
+            verdicts.append(Verdict(name, False, reason or behind))
     return Explanation(verdicts)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from .checks import need_tensor
-from .errors import InputError
+from .errors import InputError, with_article
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,7 +109,9 @@ def _labels(name: str, tokens: Any) -> list[str]:
     labels = list(tokens)
     for index, token in enumerate(labels):
         if not isinstance(token, str):
-            raise TypeError(f"{name}[{index}] is a {type(token).__name__}; tokens are str: look ids up first")
+            raise TypeError(
+                f"{name}[{index}] is {with_article(type(token).__name__)}; tokens are str: look ids up first"
+            )
     return [_written(token) for token in labels]
 
 

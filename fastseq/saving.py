@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ._version import __version__
 from .config import REMEDY, build, config_of
-from .errors import InputError
+from .errors import InputError, with_article
 
 __all__ = ["load", "save"]
 
@@ -160,12 +160,14 @@ def _need_plain(name: str, value: Any) -> None:
     elif type(value) is dict:
         for key, item in value.items():
             if type(key) is not str:
-                raise TypeError(f"{name} has the key {key!r}, a {type(key).__name__}; keys are str: use str(key)")
+                raise TypeError(
+                    f"{name} has the key {key!r}, {with_article(type(key).__name__)}; keys are str: use str(key)"
+                )
             _need_plain(f"{name}[{key!r}]", item)
     else:
         raise TypeError(
-            f"{name} is a {type(value).__name__}; extra holds None, bool, int, float, str, list and dict: convert it,"
-            " by list(...), .tolist() or str(...)"
+            f"{name} is {with_article(type(value).__name__)}; extra holds None, bool, int, float, str, list and dict:"
+            " convert it, by list(...), .tolist() or str(...)"
         )
 
 
@@ -180,7 +182,7 @@ def _tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             continue
         t = parameter.detach() if isinstance(parameter, Tensor) else parameter
         if type(t) is not Tensor or t.layout != torch.strided:
-            raise TypeError(f"{name} is a {type(t).__name__}, not a dense torch.Tensor; {REMEDY}")
+            raise TypeError(f"{name} is {with_article(type(t).__name__)}, not a dense torch.Tensor; {REMEDY}")
         if t.device.type == "meta":
             raise InputError(f"{name} is on the meta device and has no values; load or initialise it first")
         if t.dtype not in DTYPES.values():
@@ -326,7 +328,7 @@ def _parsed(name: str, metadata: dict[str, str]) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{name} in its metadata is no JSON: {error}; {AGAIN}") from None
     if not isinstance(value, dict):
-        raise InputError(f"{name} in its metadata is a {type(value).__name__}; expected an object; {AGAIN}")
+        raise InputError(f"{name} in its metadata is {with_article(type(value).__name__)}; expected an object; {AGAIN}")
     return value
 
 

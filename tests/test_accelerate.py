@@ -82,6 +82,47 @@ def kinds(model: nn.Module) -> dict[str, object]:
     return {name: (type(m).__name__, type(m).__mro__[1:], set(m.__dict__)) for name, m in model.named_modules()}
 
 
+class Through(nn.LSTM):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)[0]
+
+
+class Own(nn.LSTM):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_forwards_of_ones_own_are_told_apart() -> None:
+    """patch() serves those that come to torch's forward, and no others."""
+    model = nn.ModuleList([Mine(I, H), Through(I, H), Own(I, H)])
+    inherits, through, own = (c.reason for c in fastseq.accelerate(model))
+    assert inherits.endswith("Mine is a subclass; use fastseq.patch()")
+    assert through.endswith("Through is a subclass whose forward calls super().forward(); use fastseq.patch()")
+    assert own.endswith("with a forward of its own, which calls no super().forward(): nothing to replace")
+
+
+def test_a_forward_set_on_the_instance_stays() -> None:
+    layer = nn.LSTM(I, H)
+    layer.forward = lambda x: (x, None)
+    mine = Mine(I, H)
+    mine.forward = layer.forward
+    report = fastseq.accelerate(nn.ModuleList([layer, mine]))
+    assert [c.action for c in report] == ["skipped", "skipped"]
+    assert all("forward set on the instance" in c.reason for c in report)
+    assert type(layer) is nn.LSTM
+    assert layer(X)[0] is X
+    del layer.forward
+    assert fastseq.accelerate(layer)[0].action == "accelerated"
+
+
+def test_a_report_of_nothing_says_so() -> None:
+    for undo, told in ((False, "nothing here that fastseq replaces"), (True, "nothing here to revert")):
+        report = fastseq.accelerate(nn.Linear(I, H), undo=undo)
+        assert report == []
+        assert not report
+        assert str(report).startswith(told)
+
+
 def test_undo_all_makes_torchs_of_what_was_built_too() -> None:
     model = Model()
     expected = model(X)

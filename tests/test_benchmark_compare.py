@@ -133,7 +133,7 @@ def test_other_machines_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixtur
     out = capsys.readouterr().out
     for words in ("cpu differs: some CPU -> other CPU", "torch differs: 2.13 -> 2.14", "threads differ: 1 -> 1, 2"):
         assert words in out
-    assert "another clock: ceiling of float32 at 1 threads 1e+11 -> 2.5e+11 FLOP/s" in out
+    assert "another clock: ceiling of float32 at 1 thread 1e+11 -> 2.5e+11 FLOP/s" in out
     assert "isa differs" not in out
 
 

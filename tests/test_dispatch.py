@@ -154,13 +154,49 @@ def test_explain_tells_of_every_backend() -> None:
     assert "→ torch" in str(told)
     told = fastseq.explain(fastseq.LSTM(I, H, proj_size=2, backend="cpu"), X)
     assert told.chosen is None
-    assert told[0].reason
+    assert "cannot run this call, which raises InputError: " in told[0].reason
+    with fastseq.use_backend("torch"):
+        told = fastseq.explain(fastseq.GRU(I, H, zoneout=0.1), X)
+    assert told.chosen is None
+    assert [v.backend for v in told if "which raises InputError" in v.reason] == ["torch"]
     call = RnnCall("gru_reset_before", X, None, None, list(nn.GRU(I, H).parameters()))
     assert {v.backend: v.reason for v in fastseq.explain(call)}[
         "torch"
     ] == "torch has no GRU with the reset gate before the product"
     with pytest.raises(fastseq.InputError, match="4 features"):
         fastseq.explain(fastseq.LSTM(I, H), X[..., :4])
+
+
+def test_explain_says_which_forwards_reach_nothing() -> None:
+    class Own(nn.LSTM):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    class Through(nn.LSTM):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)[0]
+
+    class Named(nn.LSTM):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.LSTM.forward(self, x)[0]
+
+    class Above(Own):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    class Ours(fastseq.LSTM):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    for kind in (Own, Above, Ours):
+        told = fastseq.explain(kind(I, H), X)
+        assert told.chosen is None
+        assert all("forward of its own, which calls no super().forward()" in v.reason for v in told)
+    for kind in (Through, Named):
+        assert fastseq.explain(kind(I, H), X).chosen == BACKENDS[0]
+    layer = nn.GRU(I, H)
+    layer.forward = lambda x: x
+    assert "forward is set on the instance" in str(fastseq.explain(layer, X))
 
 
 def test_explain_takes_every_input() -> None:

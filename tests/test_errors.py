@@ -20,7 +20,7 @@ PACKED = pack_sequence([torch.zeros(2, 5), torch.zeros(1, 5)])
 
 VALUES: dict[str, tuple[Callable[[], Any], str]] = {  # name: (call, what the message must say)
     "rank 1": (lambda: LSTM(X[0, 0]), r"shape \(5,\), 1-D; expected \[T, B, I\]"),
-    "rank 4": (lambda: GRU(X[None]), r"shape \(1, 4, 3, 5\), 4-D"),
+    "rank 4": (lambda: GRU(X[None]), r"shape \(1, 4, 3, 5\), 4-D; expected \[B, T, I\]"),
     "rank of a cell": (lambda: CELL(X), r"shape \(4, 3, 5\), 3-D; expected \[B, I\]"),
     "features": (lambda: LSTM(X[..., :4]), r"4 features, .* input_size=5"),
     "features of a cell": (lambda: GRU_CELL(X[0, :, :4]), r"4 features, .* input_size=5"),
@@ -30,12 +30,21 @@ VALUES: dict[str, tuple[Callable[[], Any], str]] = {  # name: (call, what the me
     "integer input": (lambda: LSTM(X.long()), r"torch.int64; .*input.float\(\)"),
     "complex input": (lambda: LSTM(X.to(torch.complex64)), r"torch.complex64"),
     "boolean input": (lambda: CELL(X[0].bool()), r"torch.bool"),
-    "input dtype": (lambda: LSTM(X.double()), r"weights\[0\] is torch.float32, input is torch.float64; .*\.to"),
-    "input dtype of a cell": (lambda: CELL(X[0].bfloat16()), r"input is torch.bfloat16"),
+    "input dtype": (
+        lambda: LSTM(X.double()),
+        r"weight_ih_l0 \(weights\[0\]\) is torch.float32, input is torch.float64; convert input.to\(torch.float32\),",
+    ),
+    "input dtype of a cell": (
+        lambda: CELL(X[0].bfloat16()),
+        r"weight_ih \(weights\[0\]\) .*input is torch.bfloat16.*autocast",
+    ),
     "state dtype": (lambda: LSTM(X, (H.double(), H.double())), r"h0 is torch.float64, input is torch.float32"),
     "state dtypes differ": (lambda: fastseq.LSTM(5, 6, 2).bfloat16()(X.bfloat16(), (H, H.bfloat16())), r"c0 is"),
     "integer state": (lambda: GRU_CELL(X[0], H[0].long()), r"h0 is torch.int64"),
-    "device": (lambda: LSTM(X.to("meta")), r"weights\[0\] is on cpu, input on meta; .*\.to"),
+    "device": (
+        lambda: LSTM(X.to("meta")),
+        r"weight_ih_l0 .* is on cpu, input on meta; move input.to\('cpu'\), or the module",
+    ),
     "state device": (lambda: LSTM(X, (H.to("meta"), H)), r"h0 is on meta, input on cpu"),
     "batch of hx": (lambda: LSTM(X, (H[:, :2], H)), r"h0 has shape \(2, 2, 6\), expected \(2, 3, 6\)"),
     "layers of hx": (lambda: LSTM(X, (H, H[:1])), r"c0 has shape \(1, 3, 6\), expected \(2, 3, 6\)"),
@@ -68,6 +77,15 @@ VALUES: dict[str, tuple[Callable[[], Any], str]] = {  # name: (call, what the me
     ),
     "unknown backend later": (lambda: _with(fastseq.GRU(5, 6), backend="fast")(X), r"unknown backend='fast'"),
     "weight shape": (lambda: _with(fastseq.LSTM(5, 6), weight_hh_l0=nn.Parameter(torch.zeros(24, 5)))(X), r"weight_hh"),
+    "layer_norm set later": (lambda: _with(fastseq.GRU(5, 6), layer_norm=True)(X), r"parameters of its own.*build"),
+    "learn_state set later": (lambda: _with(fastseq.LSTM(5, 6), learn_state=True)(X), r"parameters of its own.*build"),
+    "mask of integers for lengths": (lambda: GRU(X, lengths=(~R).int()), r"of a mask, .*pass mask.sum\(1\)"),
+    "dtype of one weight": (
+        lambda: _with(
+            fastseq.GRU(5, 6, 2, bidirectional=True), bias_ih_l1_reverse=nn.Parameter(torch.zeros(18).half())
+        )(X),
+        r"bias_ih_l1_reverse \(weights\[14\]\) is torch.float16, .*; convert bias_ih_l1_reverse.to\(torch.float32\)",
+    ),
     "weight dtype": (lambda: _with(fastseq.GRU(5, 6), bias_hh_l0=nn.Parameter(torch.zeros(18).half()))(X), r"float16"),
 }
 TYPES: dict[str, tuple[Callable[[], Any], str]] = {
@@ -82,7 +100,10 @@ TYPES: dict[str, tuple[Callable[[], Any], str]] = {
     "array for hx": (lambda: GRU_CELL(X[0], H[0].numpy()), r"h0 must be a torch.Tensor, got ndarray"),
     "float lengths": (lambda: LSTM(X, lengths=torch.ones(3)), r"integers, got torch.float32; .*long\(\)"),
     "boolean lengths": (lambda: LSTM(X, lengths=torch.ones(3).bool()), r"integers, got torch.bool"),
-    "float list": (lambda: LSTM(X, lengths=[1.0, 2, 3]), r"integers"),
+    "mask for lengths": (lambda: GRU(X, lengths=~R), r"got torch.bool; of a mask, .*pass mask.sum\(1\)"),
+    "mask for lengths, time first": (lambda: LSTM(X, lengths=~R), r"of a mask, .*pass mask.sum\(0\)"),
+    "float list": (lambda: LSTM(X, lengths=[1, 2.5, 3]), r"integers, got lengths\[1\]=2.5; convert by int"),
+    "boolean list": (lambda: LSTM(X, lengths=[True, False, 3]), r"got lengths\[0\]=True; give each row's number"),
     "number for lengths": (lambda: LSTM(X, lengths=3), r"lengths must be a torch.Tensor, got int; pass a list"),
     "lengths of a cell": (lambda: CELL(X[0], lengths=[1]), r"lengths"),
     "backend is no string": (lambda: fastseq.LSTM(5, 6, backend=None), r"backend must be a str, got NoneType"),
@@ -90,6 +111,12 @@ TYPES: dict[str, tuple[Callable[[], Any], str]] = {
     "resets of a cell": (lambda: CELL(X[0], resets=R), r"resets"),
     "resets of a cell, explained": (lambda: fastseq.explain(CELL, X[0], resets=R), r"a cell takes no resets"),
     "no module": (lambda: fastseq.accelerate(torch.relu), r"torch.nn.Module"),
+    "explained without input": (lambda: fastseq.explain(LSTM), r"of the kind LSTM needs input"),
+    "explained without input, Encoder": (lambda: fastseq.explain(fastseq.Encoder(5, 6)), r"Encoder needs x"),
+    "explained lengths of no such module": (
+        lambda: fastseq.explain(fastseq.Attention(4, 5, 6), X, X, lengths=[1]),
+        r"Attention takes no lengths",
+    ),
     "nothing to explain": (lambda: fastseq.explain(nn.Linear(2, 2), X), r"got Linear"),
 }
 

@@ -126,6 +126,14 @@ def test_unknown_isa_is_refused() -> None:
     assert "base" in said
 
 
+def test_the_machine_report_takes_no_arguments() -> None:
+    told = subprocess.run(
+        [sys.executable, "-m", "fastseq", "foo"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 2
+    assert "unrecognized arguments: foo" in told.stderr
+
+
 @pytest.mark.parametrize("missing", [(), ("fastseq._C",)])
 def test_machine_report(missing: tuple[str, ...]) -> None:
     said = python(without(*missing) + "import runpy; runpy.run_module('fastseq', run_name='__main__')")

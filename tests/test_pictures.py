@@ -154,7 +154,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "negative": (lambda: alignment(-WEIGHTS, SOURCE, TARGET), InputError, r"weights\[0, 0\]=-1\.0"),
     "nan": (lambda: alignment(WEIGHTS * torch.nan, SOURCE, TARGET), InputError, r"weights\[0, 0\]=nan"),
     "list": (lambda: alignment([[1.0]], ["a"], ["b"]), TypeError, r"weights must be a torch\.Tensor, got list"),
-    "ids": (lambda: alignment(WEIGHTS, [1, 2, 3, 4], TARGET), TypeError, r"source_tokens\[0\] is a int; tokens are"),
+    "ids": (lambda: alignment(WEIGHTS, [1, 2, 3, 4], TARGET), TypeError, r"source_tokens\[0\] is an int; tokens are"),
     "axes": (
         lambda: alignment(WEIGHTS, SOURCE, TARGET, axes=Figure()), TypeError, r"axes must be one matplotlib Axes, got",
     ),

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from examples.recipes import captioning, chatbot, clock, dates, sentiment, tagging
-from examples.recipes.fit import exact_match, fit, samples
+from examples.recipes.__main__ import recipes
+from examples.recipes.fit import command, exact_match, fit, samples
 
 FOLDER = Path(chatbot.__file__).parent
 FLOORS = {  # of the score; behind it the lowest of seeds 0 to 3
@@ -24,12 +25,30 @@ FLOORS = {  # of the score; behind it the lowest of seeds 0 to 3
 
 
 def test_every_recipe_is_known() -> None:
-    assert {path.stem for path in FOLDER.glob("*.py")} == {*FLOORS, "__init__", "fit"}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*FLOORS, "__init__", "__main__", "fit"}
+    assert recipes().keys() == FLOORS.keys()
+    assert all(recipes().values())
 
 
 @pytest.mark.parametrize("name", FLOORS)
 def test_a_recipe_is_short(name: str) -> None:
     assert len((FOLDER / f"{name}.py").read_text().splitlines()) <= 60
+
+
+def test_a_recipe_has_a_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The arguments of train() by name; --help trains nothing."""
+
+    def train(steps: int = 300, seed: int = 0) -> tuple[int, int]:
+        return steps, seed
+
+    monkeypatch.setattr("sys.argv", ["it", "--seed", "3"])
+    assert command(train) == (300, 3)
+    for given, told in (("--help", "--steps"), ("--step_size=3", "unrecognized arguments")):
+        monkeypatch.setattr("sys.argv", ["it", given])
+        with pytest.raises(SystemExit):
+            command(train)
+        said = capsys.readouterr()
+        assert told in said.out + said.err
 
 
 @pytest.mark.slow

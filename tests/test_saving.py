@@ -310,7 +310,7 @@ UNSAVED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: changed(lambda m: m.extra.update(v=[("a",)])), TypeError, r"extra\['v'\]\[0\] is a tuple; .*convert it",
     ),
     "tensor": (lambda: changed(lambda m: m.extra.update(v=torch.ones(1))), TypeError, r"extra\['v'\] is a Tensor"),
-    "key": (lambda: changed(lambda m: m.extra.update(v={3: 1})), TypeError, r"extra\['v'\] has the key 3, a int;"),
+    "key": (lambda: changed(lambda m: m.extra.update(v={3: 1})), TypeError, r"extra\['v'\] has the key 3, an int;"),
     "loop": (lambda: changed(lambda m: m.extra.update(v=loop())), InputError, r"extra contains itself, or is nested"),
     "large": (
         lambda: changed(lambda m: m.extra.update(v=["a" * 2**20] * 48)), InputError, r"take \d+ bytes, at most 5000000",

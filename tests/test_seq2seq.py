@@ -258,6 +258,17 @@ def test_explain_and_repr() -> None:
         fastseq.explain(of, SRC, TGT[:, :-1]).chosen
         == fastseq.explain(of.decoder, of.embedding(TGT), of.encoder(SRC)).chosen
     )
+    for told in (fastseq.explain(of, SRC, TGT[:, :-1], lengths=LENGTHS), fastseq.explain(of.encoder, SRC, LENGTHS)):
+        assert told.chosen is not None
+    assert of.as_call(SRC, TGT[:, :-1], LENGTHS).keys.mask is not None
+    assert of.encoder.as_call(SRC, LENGTHS).lengths.tolist() == list(LENGTHS)
+    assert str(fastseq.explain(of.encoder, SRC, lengths=LENGTHS)) == str(fastseq.explain(of.encoder, SRC, LENGTHS))
+    with pytest.raises(TypeError, match="needs tgt_in"):
+        fastseq.explain(of, SRC)
+    with pytest.raises(TypeError, match="needs src"):
+        fastseq.explain(of)
+    with pytest.raises(fastseq.InputError, match=r"src_lengths\[0\]=99"):
+        fastseq.explain(of, SRC, TGT, lengths=[99, *LENGTHS[1:]])
     assert "vocab_size=12, bos_id=1, eos_id=2, pad_id=0" in repr(of)
     assert "tie='all'" in repr(build("all"))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from examples.g2p.data import Lexicon, read_cmudict
-from examples.trainers import plain
+from examples.trainers import plain, steps_given
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +22,18 @@ def test_a_plain_loop(words: Lexicon) -> None:
     model, right = plain.train(words, steps=100, size=64)
     assert 0.7 < right <= 1
     assert not model.training
+
+
+def test_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for given, steps in (([], 300), (["7"], 7)):
+        monkeypatch.setattr("sys.argv", ["plain", *given])
+        assert steps_given(plain.__doc__) == steps
+    for given, told in (("--help", "A plain training loop"), ("some", "invalid int value: 'some'")):
+        monkeypatch.setattr("sys.argv", ["plain", given])
+        with pytest.raises(SystemExit):
+            steps_given(plain.__doc__)
+        said = capsys.readouterr()
+        assert told in said.out + said.err
 
 
 def test_padding_changes_nothing(words: Lexicon) -> None:

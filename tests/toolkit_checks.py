@@ -61,7 +61,7 @@ def check_keys_and_shapes(convert: Callable[..., Seq2Seq], state: dict[str, Tens
         convert({entry: state})
     with pytest.raises(TypeError, match="must be a mapping, got str"):
         convert("model.pt")
-    with pytest.raises(TypeError, match="is a int, not a tensor"):
+    with pytest.raises(TypeError, match="is an int, not a tensor"):
         convert(state | {"steps": 3})
     model = convert(state)
     with torch.no_grad():

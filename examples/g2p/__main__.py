@@ -4,14 +4,13 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
 import fastseq
 
 from ..training import resume, speed
-from ..training.command import MODEL, STATE, add_options, count, fit, note, planned, run, start
+from ..training.command import MODEL, STATE, add_options, count, fit, note, planned, run, start, threads
 from ..training.files import DataError
 from . import data
 from .model import Model, load, pronounce
@@ -70,7 +69,7 @@ def train(options: argparse.Namespace) -> int:
     training = start(recipe, options.out, options.fresh, pause)
     console.print(
         f"words: {len(splits.train):,} to train on, {len(splits.dev):,} development, {len(splits.test):,} held out; "
-        f"{sum(p.numel() for p in training.model.parameters()):,} parameters; {torch.get_num_threads()} threads"
+        f"{sum(p.numel() for p in training.model.parameters()):,} parameters; {threads()}"
     )
     if not (ended := fit(training, options.out, console)):
         console.print(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import fastseq
 
 from ..training.batches import BOS, EOS, PAD, pad
-from .fit import exact_match, fit, samples
+from .fit import command, exact_match, fit, samples
 
 SHAPES = {"ring": [[1, 1, 1], [1, 0, 1], [1, 1, 1]], "cross": [[0, 1, 0], [1, 1, 1], [0, 1, 0]], "block": 3 * [3 * [1]]}
 COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.8, 0.2), "blue": (0.2, 0.3, 0.9), "yellow": (0.9, 0.8, 0.1)}
@@ -57,4 +57,4 @@ def train(steps: int = 450, seed: int = 0, copies: int = 10) -> tuple[fastseq.Se
 
 
 if __name__ == "__main__":
-    print("images captioned right: {:.1%}; by the commonest caption: {:.1%}".format(*train()[1:]))
+    print("images captioned right: {:.1%}; by the commonest caption: {:.1%}".format(*command(train)[1:]))

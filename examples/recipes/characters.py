@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastseq
 
-from .fit import fit
+from .fit import command, fit
 
 
 class Model(nn.Module):
@@ -49,7 +49,7 @@ def train(steps: int = 300, seed: int = 0, rows: int = 32, chunk: int = 50) -> t
 
 
 if __name__ == "__main__":
-    model, *scores = train()
+    model, *scores = command(train)
     print("accuracy: {:.1%}; of the commonest character: {:.1%}".format(*scores))
     state, token = None, torch.tensor([[ord("\n")]])
     for _ in range(400):

@@ -10,7 +10,7 @@ import torch
 import fastseq
 
 from ..training.batches import BOS, EOS, PAD, pad
-from .fit import exact_match, fit, samples
+from .fit import command, exact_match, fit, samples
 
 NAMES = "anna ben clara david emma felix greta hugo ida jonas kira leo mia noah olga paul".split()
 LIKED = "tea chess books rain music trains cats dogs maths films bread snow".split()
@@ -54,7 +54,7 @@ def train(steps: int = 500, seed: int = 0, hidden: int = 64) -> tuple[fastseq.Se
 
 
 if __name__ == "__main__":
-    model, *scores = train()
+    model, *scores = command(train)
     print("replies right: {:.1%}; with the commonest one: {:.1%}".format(*scores))
     src = torch.tensor([ids("my name is ida | my friend is leo | who is my friend")])
     print(*(WORDS[i] for i in model.generate(src, max_new_tokens=6).sequences[0, 0]))

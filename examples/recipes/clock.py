@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import fastseq
 
 from ..training.batches import BOS, EOS, PAD, pad
-from .fit import exact_match, fit, samples
+from .fit import command, exact_match, fit, samples
 
 ONES = "one two three four five six seven eight nine".split()
 HOURS = ["twelve", *ONES, "ten", "eleven"]
@@ -57,4 +57,4 @@ def train(steps: int = 900, seed: int = 0, hidden: int = 96) -> tuple[fastseq.Se
 
 
 if __name__ == "__main__":
-    print("unseen times said right: {:.1%}; by the commonest: {:.1%}".format(*train()[1:]))
+    print("unseen times said right: {:.1%}; by the commonest: {:.1%}".format(*command(train)[1:]))

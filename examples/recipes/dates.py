@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fastseq
 
 from ..training.batches import BOS, EOS, PAD, pad
-from .fit import exact_match, fit, samples
+from .fit import command, exact_match, fit, samples
 
 
 class PointerGenerator(nn.Module):
@@ -57,4 +57,4 @@ def train(steps: int = 300, seed: int = 0) -> tuple[PointerGenerator, float, flo
 
 
 if __name__ == "__main__":
-    print("dates right: {:.1%}; by the commonest: {:.1%}".format(*train()[1:]))
+    print("dates right: {:.1%}; by the commonest: {:.1%}".format(*command(train)[1:]))

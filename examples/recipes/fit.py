@@ -1,9 +1,11 @@
-"""What these recipes share: the training loop, random batches, and a score of generated sequences."""
+"""What these recipes share: the training loop, random batches, a score of sequences, a command line."""
 
+import argparse
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -48,3 +50,13 @@ def exact_match(sequences: Tensor, target: Tensor) -> float:
     """The share of sequences [B, L], eos and padding included, that equal the targets [B, T], L <= T."""
     padding = target.new_zeros(len(target), target.shape[1] - sequences.shape[1])
     return (torch.cat([sequences, padding], 1) == target).all(1).float().mean().item()
+
+
+def command(train: Callable[..., Any]) -> Any:
+    """`train` with the options of the command line: its own arguments, all numbers."""
+    told, spec = train.__globals__["__doc__"], train.__globals__["__spec__"]
+    prog, raw = f"python -m {spec.name}" if spec else None, argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog, description=told, formatter_class=raw)
+    for name, option in inspect.signature(train).parameters.items():
+        parser.add_argument(f"--{name}", type=int, default=option.default, help=f"default {option.default}")
+    return train(**vars(parser.parse_args()))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fastseq
 
-from .fit import fit, samples
+from .fit import command, fit, samples
 
 PAST, AHEAD, QUANTILES = 168, 24, torch.tensor([0.1, 0.5, 0.9])  # hours, hours
 
@@ -57,4 +57,4 @@ def train(steps: int = 200, seed: int = 0) -> tuple[Forecaster, float, float]:
 
 
 if __name__ == "__main__":
-    print("loss below that of yesterday's load: {:.1%}; of that itself: {:.1%}".format(*train()[1:]))
+    print("loss below that of yesterday's load: {:.1%}; of that itself: {:.1%}".format(*command(train)[1:]))

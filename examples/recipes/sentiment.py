@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fastseq
 
 from ..training.batches import pad
-from .fit import fit, samples
+from .fit import command, fit, samples
 
 BLAME = "dull boring silly clumsy awful tedious shallow lazy stale predictable".split()
 PRAISE = "brilliant funny clever moving superb witty charming gripping fresh touching".split()
@@ -57,4 +57,4 @@ def train(steps: int = 250, seed: int = 0) -> tuple[Classifier, float, float]:
 
 
 if __name__ == "__main__":
-    print("accuracy: {:.1%}; of the commoner class: {:.1%}".format(*train()[1:]))
+    print("accuracy: {:.1%}; of the commoner class: {:.1%}".format(*command(train)[1:]))

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 import fastseq
 
 from ..training.batches import pad
-from .fit import fit, samples
+from .fit import command, fit, samples
 
 LABELS = ["<pad>", "0", "1", "2"]  # no, primary and secondary stress; consonants have no label, as padding
 
@@ -55,4 +55,4 @@ def train(steps: int = 300, seed: int = 0) -> tuple[Tagger, float, float]:
 
 
 if __name__ == "__main__":
-    print("accuracy on vowels: {:.1%}; by each vowel's commonest label: {:.1%}".format(*train()[1:]))
+    print("accuracy on vowels: {:.1%}; by each vowel's commonest label: {:.1%}".format(*command(train)[1:]))

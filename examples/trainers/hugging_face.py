@@ -3,7 +3,6 @@
 python -m examples.trainers.hugging_face [STEPS]     # 300 steps take about half a minute
 """
 
-import sys
 import tempfile
 
 import torch
@@ -12,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 import fastseq
 from examples.g2p.data import SPECIAL, Lexicon, alphabet, divide, read_cmudict
+from examples.trainers import steps_given
 from examples.training.batches import BOS, EOS, PAD, pad
 
 
@@ -67,7 +67,8 @@ def train(lexicon: Lexicon, steps: int, folder: str, size: int = 64) -> tuple[fa
 
 
 if __name__ == "__main__":
+    steps = steps_given(__doc__)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        _, loss = train(read_cmudict(), int(sys.argv[1]) if len(sys.argv) > 1 else 300, folder)
+        _, loss = train(read_cmudict(), steps, folder)
     print(f"loss of held-out words: {loss:.2f}")

@@ -3,13 +3,12 @@
 python -m examples.trainers.plain [STEPS]     # 300 steps take about 15 seconds
 """
 
-import sys
-
 import torch
 from torch import Tensor, nn
 
 import fastseq
 from examples.g2p.data import SPECIAL, Lexicon, alphabet, divide, read_cmudict, spell
+from examples.trainers import steps_given
 
 VOWELS = "AEIOU"  # with which CMUdict's vowels begin; each is the centre of a syllable
 MOST = 6  # syllables; the few words with more count as these
@@ -56,6 +55,7 @@ def train(lexicon: Lexicon, steps: int, size: int = 128) -> tuple[Syllables, flo
 
 
 if __name__ == "__main__":
+    steps = steps_given(__doc__)
     torch.manual_seed(0)
-    _, right = train(read_cmudict(), int(sys.argv[1]) if len(sys.argv) > 1 else 300)
+    _, right = train(read_cmudict(), steps)
     print(f"{100 * right:.1f} % of held-out words counted right")

@@ -79,6 +79,12 @@ def add_options(parser: argparse.ArgumentParser, plan: Plan, pause: str, **more:
     parser.add_argument("--save-every", type=positive, metavar="SECONDS", help=told)
 
 
+def threads() -> str:
+    """How many compute."""
+    n = torch.get_num_threads()
+    return "1 thread" if n == 1 else f"{n} threads"
+
+
 def planned(options: argparse.Namespace, plan: AnyPlan) -> AnyPlan:
     """The plan with those of its fields that are given as options."""
     given = {name: getattr(options, name, None) for name in asdict(plan)}

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 import fastseq
@@ -23,6 +22,7 @@ from ..training.command import (
     probability,
     run,
     start,
+    threads,
 )
 from ..training.files import decoded
 from . import curve, data
@@ -82,7 +82,7 @@ def train(options: argparse.Namespace) -> int:
     console.print(
         f"pairs: {len(recipe.pairs.source):,} to train on, {len(recipe.dev.source):,} development, "
         f"{len(recipe.splits.test.source):,} test; words: {' and '.join(f'{len(w):,}' for w in recipe.words_of)}; "
-        f"{sum(p.numel() for p in training.model.parameters()):,} parameters; {torch.get_num_threads()} threads"
+        f"{sum(p.numel() for p in training.model.parameters()):,} parameters; {threads()}"
     )
     if not fit(training, out, console):
         console.print(

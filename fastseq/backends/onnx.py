@@ -46,10 +46,8 @@ def rnn(call: RnnCall) -> Results:
     _refuse(
         f"ONNX's {NODES[call.cell][0]} has no",
         ("resets= within a sequence; use torch.export", call.resets is not None),
-        (
-            "zoneout or recurrent dropout; call .eval() first, which ends dropout, or use torch.export",
-            call.noise is not None,
-        ),
+        (_zoneout(call), call.noise is not None and any(call.noise.zoneout)),
+        ("recurrent dropout; call .eval() first, which ends it, or use torch.export", call.noise is not None),
         ("layer normalisation; use torch.export", call.norms is not None),
         ("cell states of every step; use torch.export", call.states),
         (f"projection, proj_size={call.proj_size}; use torch.export", call.proj_size > 0),
@@ -68,6 +66,12 @@ def rnn(call: RnnCall) -> Results:
 def rnn_cell(call: RnnCall) -> tuple[Tensor, ...]:
     """One step, in torch's operators: ONNX has no cells."""
     return stock.rnn_cell(call)
+
+
+def _zoneout(call: RnnCall) -> str:
+    h, c = (0.0, 0.0) if call.noise is None else call.noise.zoneout
+    of = f"(h {h}, c {c})" if call.cell == "lstm" else str(h)
+    return f"zoneout {of}, which stays in evaluation, as a share of the old value; use torch.export"
 
 
 def _refuse(who: str, *what: tuple[str, bool]) -> None:

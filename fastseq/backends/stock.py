@@ -6,6 +6,7 @@ import torch
 from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from ..errors import InputError
 from . import stack
 from .call import Results, RnnCall
 
@@ -46,6 +47,7 @@ def rnn(call: RnnCall) -> Results:
     """A layer stack, in one call of torch's operator."""
     if call.lengths is None:
         return _operator(call, call.input, call.batch_sizes, _states(call))
+    _need_values(call.lengths)
     if call.dropout and call.training and call.num_layers > 1:
         return stack.run(call, _layer)  # torch draws over packed rows, every other backend over padded ones
     return _padded(call, call.lengths)
@@ -60,6 +62,17 @@ def rnn_cell(call: RnnCall) -> tuple[Tensor, ...]:
         return (getattr(_VF, f"{call.cell}_cell")(x, h0, w[0], w[1], b_ih, b_hh),)
     c0 = x.new_zeros(x.shape[0], call.hidden_size) if call.c0 is None else call.c0
     return tuple(_VF.lstm_cell(x, (h0, c0), w[0], w[1], b_ih, b_hh))
+
+
+def _need_values(lengths: Tensor) -> None:
+    """InputError where torch.func.vmap hides them: what is packed depends on them."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(lengths):
+        if torch._C._functorch.is_batchedtensor(lengths):
+            raise InputError(
+                "backend='torch' packs rows by their lengths, which torch.func.vmap hides; use backend='auto' or"
+                " 'reference', or leave vmap out: lengths= are of each row"
+            )
+        lengths = torch._C._functorch.get_unwrapped(lengths)
 
 
 def _onednn(call: RnnCall) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..errors import InputError
+from ..errors import InputError, with_article
 from .options import Options
 from .request import Request, Stream
 from .scores import coverage, processed, warped
@@ -338,8 +338,8 @@ def repeated(state: Any, rows: int, copies: int) -> Any:
             return leaf.repeat_interleave(copies, 0)
         if leaf is not None and not isinstance(leaf, (bool, int, float, str)):
             raise TypeError(
-                f"state holds a {type(leaf).__name__}, whose rows cannot be picked; pass reorder=, or tensors in"
-                " tuples, lists and dicts"
+                f"state holds {with_article(type(leaf).__name__)}, whose rows cannot be picked; pass reorder=, or"
+                " tensors in tuples, lists and dicts"
             )
         return leaf
 

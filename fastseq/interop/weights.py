@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, with_article
 
 __all__ = ["KINDS", "Options", "Stack", "Weights", "equal", "read_stack"]
 
@@ -34,7 +34,9 @@ class Weights:
             raise InputError(f"state_dict is a whole checkpoint of {toolkit}; pass checkpoint[{entry!r}]")
         for name, value in given.items():
             if not isinstance(value, Tensor):
-                raise TypeError(f"{name!r} of {toolkit}'s state_dict is a {type(value).__name__}, not a tensor")
+                raise TypeError(
+                    f"{name!r} of {toolkit}'s state_dict is {with_article(type(value).__name__)}, not a tensor"
+                )
         self._left: dict[str, Tensor] = dict(given)
 
     def __contains__(self, name: str) -> bool:

@@ -10,7 +10,7 @@ from torch.nn.functional import dropout
 from ..backends.call import RnnCall
 from ..checks import checked_lengths, need_tensor
 from ..config import described, part
-from ..engine import run
+from ..engine import run, set_lengths
 from ..errors import InputError
 from ..functional import Lengths
 from ..spec import CELLS, LayerState, Memory, one_of, prefix_mask
@@ -102,16 +102,8 @@ class Encoder(nn.Module):
         A row of length 0 gives nothing to attend to, and the states before the first step: 0, or what was learned.
         Raises InputError or TypeError.
         """
-        out = x if self.embedding is None else self.embedding(x)
-        shape = tuple(need_tensor("x", out).shape)
-        if len(shape) != 3 or shape[2] != self.input_size:
-            what = "x" if self.embedding is None else "embedding(x)"
-            ids = self.embedding is None and len(shape) == 2 and not out.is_floating_point()
-            remedy = "; of token ids, with embedding=nn.Embedding(...)" if ids else ""
-            raise InputError(
-                f"{what} has shape {shape}; expected [B, S, I] with I={self.input_size}, input_size{remedy}"
-            )
-        ends = None if lengths is None else checked_lengths(lengths, out, shape[0], shape[1])
+        out = self._embedded(x)
+        ends = None if lengths is None else checked_lengths(lengths, out, out.shape[0], out.shape[1])
         states: list[LayerState] = []
         for index, layer in enumerate(self.layers):
             below = dropout(out, self.dropout, self.training) if index else out
@@ -122,17 +114,31 @@ class Encoder(nn.Module):
         dirs = tuple(1 + (index < self.bidirectional) for index in range(self.num_layers))
         return Memory(out, None if ends is None else prefix_mask(ends, out), tuple(states), dirs)
 
+    def _embedded(self, x: Any) -> Tensor:
+        """What the first layer reads, [B, S, input_size]; InputError or TypeError where x gives no such tensor."""
+        out = x if self.embedding is None else self.embedding(x)
+        shape = tuple(need_tensor("x", out).shape)
+        if len(shape) != 3 or shape[2] != self.input_size:
+            what = "x" if self.embedding is None else "embedding(x)"
+            ids = self.embedding is None and len(shape) == 2 and not out.is_floating_point()
+            remedy = "; of token ids, with embedding=nn.Embedding(...)" if ids else ""
+            raise InputError(
+                f"{what} has shape {shape}; expected [B, S, I] with I={self.input_size}, input_size{remedy}"
+            )
+        return out
+
     @property
     def backend(self) -> str:
         """The first layer's."""
         return str(self.layers[0].backend)
 
-    def as_call(self, x: Tensor, hx: None = None) -> RnnCall:
-        """The call that the first layer makes of x without lengths; the others differ in size alone."""
-        out, layer = x if self.embedding is None else self.embedding(x), self.layers[0]
-        if isinstance(layer, ResetBefore):
-            return layer.as_call(out)
-        return call_of(layer, out, None)
+    def as_call(self, x: Tensor, lengths: Lengths = None) -> RnnCall:
+        """The call that the first layer makes of x and lengths; the others differ in size alone."""
+        out, layer = self._embedded(x), self.layers[0]
+        call = layer.as_call(out) if isinstance(layer, ResetBefore) else call_of(layer, out, None)
+        if lengths is not None:
+            set_lengths(call, lengths)
+        return call
 
     def config(self) -> dict[str, Any]:
         """The arguments that build it again, as plain data; a part is such data with its `kind`."""

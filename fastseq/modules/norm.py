@@ -47,4 +47,10 @@ def norms_of(module: Any) -> list[Tensor] | None:
     """As they are now, for an `RnnCall`; None of a module without."""
     if not getattr(module, "layer_norm", False):
         return None
-    return [getattr(module, name) for name in module.__dict__[_NAMES]]
+    names = module.__dict__.get(_NAMES)
+    if names is None:
+        raise InputError(
+            "layer_norm=True set later, but it has parameters of its own, which are made when the layer is built: build"
+            f" one with layer_norm=True, such as fastseq.{type(module).__name__}(..., layer_norm=True)"
+        )
+    return [getattr(module, name) for name in names]

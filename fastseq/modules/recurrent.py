@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ..backends.call import Results, RnnCall
 from ..dispatch import check_name
 from ..engine import run
-from ..errors import InputError
+from ..errors import InputError, with_article
 from ..functional import Lengths
 from ..ops.extras import Noise
 from .norm import add_norms, reset_norms
@@ -106,7 +106,9 @@ def _noise(module: Any) -> Noise:
     given = (("zoneout", zoneout[0]), ("zoneout", zoneout[1]), ("recurrent_dropout", module.recurrent_dropout))
     for name, p in given:
         if not isinstance(p, Real):
-            raise InputError(f"{name}={p!r} is a {type(p).__name__}; it is a probability, a float from 0 to below 1")
+            raise InputError(
+                f"{name}={p!r} is {with_article(type(p).__name__)}; it is a probability, a float from 0 to below 1"
+            )
         if not 0 <= float(p) < 1:
             raise InputError(f"{name}={p}; it is a probability, 0 to below 1")
     h, c, dropout = (float(p) for _, p in given)
@@ -128,6 +130,11 @@ def first_state(module: Any, input: Any) -> Any:
     elif isinstance(input, Tensor) and input.dim() == 3:
         rows = (input.shape[0 if module.batch_first else 1],)
     states = [getattr(module, name) for name in ("initial_h", "initial_c") if hasattr(module, name)]
+    if not states:
+        raise InputError(
+            "learn_state=True set later, but it has parameters of its own, which are made when the layer is built:"
+            f" build one with learn_state=True, such as fastseq.{type(module).__name__}(..., learn_state=True)"
+        )
     if rows:
         states = [s.unsqueeze(1).expand(s.shape[0], *rows, s.shape[1]).contiguous() for s in states]
     return tuple(states) if len(states) == 2 else states[0]

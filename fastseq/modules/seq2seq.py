@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..backends.decoder_call import DecoderCall
 from ..checks import checked_lengths
 from ..config import described, part
-from ..errors import InputError
+from ..errors import InputError, with_article
 from ..functional import Lengths
 from ..generation import GenerateOutput, LogitsProcessor
 from ..generation.native import refuses, refuses_native, run_native
@@ -280,7 +280,8 @@ class Seq2Seq(nn.Module):
         memory = self.encoder(src, src_lengths)
         if not isinstance(memory, Memory):
             raise TypeError(
-                f"the encoder gave a {type(memory).__name__}; expected a fastseq.Memory, see Memory.from_rnn"
+                f"the encoder gave {with_article(type(memory).__name__)}; expected a fastseq.Memory,"
+                " see Memory.from_rnn"
             )
         if isinstance(src, Tensor) and rows_of(memory) != src.shape[0]:
             raise InputError(
@@ -401,9 +402,13 @@ class Seq2Seq(nn.Module):
         """The decoder's."""
         return self.decoder.backend
 
-    def as_call(self, src: Any, tgt_in: Tensor) -> DecoderCall:
-        """The call of the decoder that `forward` makes, for `explain`."""
-        return self.decoder.as_call(self.embedding(tgt_in), self._encode(src, None))
+    def as_call(self, src: Any, tgt_in: Tensor, lengths: Lengths = None) -> DecoderCall:
+        """The call of the decoder that `forward(src, tgt_in, lengths)` makes, for `explain`."""
+        if tgt_in is None:
+            raise TypeError("explain of a Seq2Seq needs tgt_in, ids [B, T], beside src: explain(model, src, tgt_in)")
+        tgt_in = self._within("tgt_in", tgt_in, None)
+        self._need_rows("tgt_in", tgt_in, src)
+        return self.decoder.as_call(self.embedding(tgt_in), self._encode(src, lengths))
 
     @property
     def vocabulary(self) -> Vocabulary | None:
@@ -434,7 +439,8 @@ class Seq2Seq(nn.Module):
         model = load(path, device=device)
         if not isinstance(model, cls):
             raise InputError(
-                f"{os.fspath(path)} holds one {type(model).__name__}, not a {cls.__name__}; use fastseq.load"
+                f"{os.fspath(path)} holds one {type(model).__name__}, not {with_article(cls.__name__)};"
+                " use fastseq.load"
             )
         return model
 

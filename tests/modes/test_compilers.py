@@ -272,4 +272,5 @@ def test_quantization_without_undo_says_what_it_leaves(kind: str) -> None:
     assert not hasattr(made[0], "qconfig")  # torch takes it away again
     (change,) = fastseq.accelerate(quantized(nn.Sequential(getattr(nn, kind)(I, H))))
     assert change.action == "skipped"
-    assert f"not torch.nn.{kind}; accelerate the model before" in change.reason
+    assert f".{kind}, made to be quantized" in change.reason
+    assert change.reason.endswith("; accelerated before, the layer stays in floating point")

@@ -3,11 +3,13 @@
 import copy
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+import fastseq
 from tests.modes.cases import Case, Holder, assert_same, flatten, loss_of, results
 from tests.modes.modes import (
     ACCUMULATION,
@@ -25,6 +27,7 @@ from tests.modes.modes import (
     RETAIN,
     THREADS,
 )
+from tests.twins import BACKENDS, H, I
 
 Named = dict[str, Tensor]
 
@@ -124,6 +127,31 @@ def test_vmap_over_weights(case: Case) -> None:
     got = flatten(torch.func.vmap(lambda p: functional_call(fast, p, x))(stacked))
     for k, given in enumerate(each):
         assert_same([g[k] for g in got], flatten(functional_call(fast, given, x)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_vmap_over_lengths(kind: str, backend: str) -> None:
+    """A length for each sample: what all rows give in one call, and the gradients; their values are checked."""
+    module = getattr(fastseq, kind)(I, H, 2, batch_first=True, bidirectional=True, backend=backend)
+    x, lengths = torch.randn(4, 5, I, requires_grad=True), torch.tensor([5, 0, 1, 3])
+
+    def each(row: Tensor, length: Tensor) -> Tensor:
+        return module(row[None], lengths=length[None])[0][0]
+
+    def loss(row: Tensor, length: Tensor) -> Tensor:
+        return each(row, length).square().sum()
+
+    if backend == "torch":
+        with pytest.raises(fastseq.InputError, match=r"lengths, which torch.func.vmap hides; use backend='auto'"):
+            torch.func.vmap(each)(x, lengths)
+        return
+    expected = module(x, lengths=lengths)[0]
+    (grad,) = torch.autograd.grad(expected.square().sum(), x)
+    assert_same([torch.func.vmap(each)(x, lengths)], [expected])
+    assert_same([torch.func.vmap(torch.func.grad(loss))(x, lengths)], [grad])
+    with pytest.raises(fastseq.InputError, match=r"lengths\[2\]=6 is outside \[0, T=5\]"):
+        torch.func.vmap(each)(x, torch.tensor([1, 2, 6, 0]))
 
 
 def of_the_input(module: torch.nn.Module, x: Tensor, outputs: int = 1) -> Tensor:
