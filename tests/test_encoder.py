@@ -58,6 +58,18 @@ FROM_RNN: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Memory.from_rnn(torch.zeros(S, B, H), (torch.zeros(3, B, H),) * 2, bidirectional=True),
         r"h_n has shape \(3, 4, 7\); expected .* dirs=2",
     ),
+    "directions forgotten": (
+        lambda: Memory.from_rnn(
+            *nn.LSTM(I, H, 2, bidirectional=True, batch_first=True)(torch.zeros(B, S, I)), batch_first=True
+        ),
+        r"output has 14 features, twice the 7 of hidden: .*pass bidirectional=True",
+    ),
+    "directions forgotten, packed": (
+        lambda: Memory.from_rnn(
+            *nn.GRU(I, H, bidirectional=True)(pack_padded_sequence(torch.zeros(S, B, I), [6, 5, 4, 3]))
+        ),
+        r"pass bidirectional=True",
+    ),
     "lengths twice": (
         lambda: Memory.from_rnn(pack_padded_sequence(torch.zeros(S, B, I), [6, 5, 4, 3]), lengths=[1] * B),
         r"lengths with a PackedSequence, which has its own",

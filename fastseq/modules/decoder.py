@@ -155,6 +155,13 @@ class Decoder(Presets):
                 f"combine_size={combine_size}, combine_bias={combine_bias} with combine=None, which maps nothing; use"
                 " combine='linear'"
             )
+        read = spec.context_to != "none" or spec.attend == "between" or spec.feed == "context"
+        if spec.attention and not read and "context" not in spec.readout:
+            raise InputError(
+                f"attention, but nothing reads its context: context_to={spec.context_to!r}, feed={spec.feed!r},"
+                f" readout={spec.readout}; put 'context' into readout, use context_to or feed='context', or leave"
+                " attention out"
+            )
         for name in DROPOUTS:
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}={getattr(self, name)}; it is a probability, 0 to 1")
