@@ -171,6 +171,8 @@ class Encoder(nn.Module):
 class ResetBefore(GRU):
     """fastseq.GRU with the reset gate before the product: Cho et al. 2014, eq. 5 to 8."""
 
+    _cell = "gru_reset_before"
+
     def forward(
         self, input: Any, hx: Tensor | None = None, *, lengths: Lengths = None, resets: Tensor | None = None
     ) -> tuple[Any, Tensor]:
@@ -181,7 +183,7 @@ class ResetBefore(GRU):
     def as_call(self, input: Any, hx: Tensor | None = None) -> RnnCall:
         """The call that `forward` makes."""
         call = gru_call(self, input, hx)
-        call.cell = "gru_reset_before"
+        call.cell = self._cell
         return call
 
 
