@@ -33,8 +33,11 @@ def part(cls: Part) -> Part:
 
 
 def arguments(cls: type) -> dict[str, Any]:
-    """{argument: type} of the constructor, but for device and dtype, which are the parameters' own."""
-    hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    """{argument: type} of the constructor, but for device and dtype, which are the parameters' own.
+
+    A class whose constructor hands on whatever it is given, as torch.nn's layers do, has them as ARGUMENTS.
+    """
+    hints = getattr(cls, "ARGUMENTS", None) or typing.get_type_hints(cls.__init__)  # type: ignore[misc]
     return {name: hint for name, hint in hints.items() if name not in ("device", "dtype", "return") and name[0] != "_"}
 
 

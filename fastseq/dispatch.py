@@ -143,13 +143,23 @@ def choose(call: Call, backend: str) -> ModuleType:
     if backend != "auto":
         reason = obstacle(check_name(backend), call)
         if reason is not None:
-            able = [name for name in BACKENDS if obstacle(name, call) is None]
-            raise InputError(f"backend={backend!r} cannot run this call: {reason}; use 'auto' or one of {able}")
+            raise _refusal(backend, call, reason)
         return load(backend, call.OPERATOR)
     for name, _ in candidates(call):
         if obstacle(name, call) is None:
             return load(name, call.OPERATOR)
     raise AssertionError("the reference refuses nothing")
+
+
+def check_options(call: RnnCall, backend: str) -> None:
+    """Raise InputError as `choose` would where `backend` runs no call of such a layer, whatever its input."""
+    if backend != "auto" and (reason := load(backend).never(call)) is not None:
+        raise _refusal(backend, call, reason)
+
+
+def _refusal(backend: str, call: Call, reason: str) -> InputError:
+    able = [name for name in BACKENDS if obstacle(name, call) is None]
+    return InputError(f"backend={backend!r} cannot run this call: {reason}; use 'auto' or one of {able}")
 
 
 def candidates(call: Call) -> Iterator[tuple[str, str]]:

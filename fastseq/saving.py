@@ -42,8 +42,9 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def save(module: nn.Module, path: Path) -> None:
-    """Write a Seq2Seq, Encoder, Decoder or Attention to one safetensors file: its `config()`, parameters and `extra`.
+    """Write a Seq2Seq, Encoder, Decoder, Attention, LSTM, GRU or RNN to one safetensors file.
 
+    It has the module's `config()`, parameters and `extra`.
     A file at `path` is replaced whole or not at all, whatever happens meanwhile; its folder must exist. Parameters keep
     their dtype; a tied one is stored once. `extra`: a dict of plain data, None, bool, int, float, str, lists and dicts
     with str keys. Not stored: device, requires_grad, training or eval mode, hooks.
@@ -53,7 +54,9 @@ def save(module: nn.Module, path: Path) -> None:
     """
     library = _safetensors()
     if not isinstance(module, nn.Module):
-        raise TypeError(f"fastseq.save takes a Seq2Seq, Encoder, Decoder or Attention, got {type(module).__name__}")
+        raise TypeError(
+            f"fastseq.save takes a Seq2Seq, Encoder, Decoder, Attention, LSTM, GRU or RNN, got {type(module).__name__}"
+        )
     config = config_of("the module", module)
     stored = {"config": config, "extra": _extra(module)}
     tensors, stored["shared"] = _tensors(module)

@@ -78,6 +78,12 @@ class Memory(NamedTuple):
         if not 1 <= len(leaves) <= 2:
             raise InputError(f"hidden has {len(leaves)} tensors; expected h_n, or (h_n, c_n)")
         each = [_of_layers(name, leaf, out, bidirectional) for name, leaf in zip(("h_n", "c_n"), leaves, strict=False)]
+        units = each[0][0].shape[1] if each[0] else 0
+        if not bidirectional and len(each[0]) % 2 == 0 and out.shape[2] == 2 * units > 0:
+            raise InputError(
+                f"output has {out.shape[2]} features, twice the {units} of hidden: these are two directions; pass"
+                " bidirectional=True"
+            )
         layers = tuple(zip(*each, strict=True))
         return cls(out, mask, layers, (2 if bidirectional else 1,) * len(layers))
 

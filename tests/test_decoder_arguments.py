@@ -49,6 +49,14 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
     "cell": (lambda: Decoder.luong(I, H, memory_size=D, cell="rnn"), r"cell='rnn'; use one of 'lstm'"),
     "readout": (lambda: Decoder(I, H, readout=("states",)), r"readout='states'; use one of 'state'"),
     "combine": (lambda: Decoder(I, H, readout=("state",), combine="max"), r"combine='max'; use one of None, 'tanh'"),
+    "attention for nothing, fed": (
+        lambda: Decoder.luong(I, H, memory_size=D, readout=("state", "input")),
+        r"nothing reads its context: .*feed='output', .*leave attention out",
+    ),
+    "attention for nothing": (
+        lambda: Decoder.sutskever(I, H, memory_size=D, attention="additive"),
+        r"attention, but nothing reads its context: .*readout=\('state',\); put 'context' into readout",
+    ),
     "size of no map": (
         lambda: Decoder.sutskever(I, H, combine_size=4),
         r"combine_size=4, combine_bias=False with combine=None.*use combine='linear'",

@@ -53,8 +53,10 @@ def test_float64_under_auto_is_torch_to_the_bit() -> None:
 
 @needs_native
 def test_an_explicit_backend_runs_or_raises() -> None:
+    projected = fastseq.LSTM(I, H, proj_size=2)
+    projected.backend = "cpu"
     for module, x, reason in (
-        (fastseq.LSTM(I, H, proj_size=2, backend="cpu"), X, "proj_size=2"),
+        (projected, X, "proj_size=2"),
         (fastseq.GRU(I, H, dtype=torch.float64, backend="cpu"), X.double(), "float64"),
         (fastseq.LSTM(I, H, dtype=torch.float16, backend="cpu"), X.half(), "float16"),
     ):
@@ -152,7 +154,9 @@ def test_explain_tells_of_every_backend() -> None:
     assert [v.backend for v in told] == list(dispatch.BACKENDS)
     assert sum(v.chosen for v in told) == 1
     assert "→ torch" in str(told)
-    told = fastseq.explain(fastseq.LSTM(I, H, proj_size=2, backend="cpu"), X)
+    projected = fastseq.LSTM(I, H, proj_size=2)
+    projected.backend = "cpu"
+    told = fastseq.explain(projected, X)
     assert told.chosen is None
     assert "cannot run this call, which raises InputError: " in told[0].reason
     with fastseq.use_backend("torch"):

@@ -58,6 +58,18 @@ FROM_RNN: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Memory.from_rnn(torch.zeros(S, B, H), (torch.zeros(3, B, H),) * 2, bidirectional=True),
         r"h_n has shape \(3, 4, 7\); expected .* dirs=2",
     ),
+    "directions forgotten": (
+        lambda: Memory.from_rnn(
+            *nn.LSTM(I, H, 2, bidirectional=True, batch_first=True)(torch.zeros(B, S, I)), batch_first=True
+        ),
+        r"output has 14 features, twice the 7 of hidden: .*pass bidirectional=True",
+    ),
+    "directions forgotten, packed": (
+        lambda: Memory.from_rnn(
+            *nn.GRU(I, H, bidirectional=True)(pack_padded_sequence(torch.zeros(S, B, I), [6, 5, 4, 3]))
+        ),
+        r"pass bidirectional=True",
+    ),
     "lengths twice": (
         lambda: Memory.from_rnn(pack_padded_sequence(torch.zeros(S, B, I), [6, 5, 4, 3]), lengths=[1] * B),
         r"lengths with a PackedSequence, which has its own",
@@ -209,7 +221,11 @@ ENCODERS: dict[str, tuple[Callable[[], Any], str]] = {
     "features": (lambda: Encoder(I, H)(torch.zeros(B, S, 4)), r"x has shape \(4, 6, 4\); expected .* I=5"),
     "ids": (lambda: Encoder(I, H)(torch.zeros(B, S)), r"x has shape \(4, 6\)"),
     "embedding's size": (
-        lambda: Encoder(I, H, embedding=nn.Embedding(3, 4))(torch.zeros(B, S).long()),
+        lambda: Encoder(I, H, embedding=nn.Embedding(3, 4)),
+        r"embedding makes 4 features of a token, but input_size=5; make them one",
+    ),
+    "what an embedding makes": (
+        lambda: Encoder(I, H, embedding=nn.Sequential(nn.Embedding(3, 4)))(torch.zeros(B, S).long()),
         r"embedding\(x\) has shape \(4, 6, 4\)",
     ),
     "length": (lambda: Encoder(I, H)(torch.zeros(B, S, I), [1, 2, 7, 0]), r"lengths\[2\]=7 is outside \[0, T=6\]"),
@@ -306,10 +322,10 @@ def fit(bridge: Bridge, memory: Memory, layers: int = 2, cell: str = "lstm") -> 
 
 
 MISFITS: dict[str, tuple[Callable[[], Any], str]] = {
-    "width": (lambda: fit(Bridge(), memory_of([3, 3])), r"memory.state\[0\] gives \(4, 3\); .*\[B, 7\].*per_layer"),
-    "width of a map": (lambda: fit(Bridge(map="per_layer"), memory_of([3, 3])), r"reads \[B, 14\].*Bridge\(size=3\)"),
+    "width": (lambda: fit(Bridge(), memory_of([3, 3])), r"memory.state\[0\] gives \[B, 3\]; .*\[B, 7\].*per_layer"),
+    "width of a map": (lambda: fit(Bridge(map="per_layer"), memory_of([3, 3])), r"reads \[B, 14\].*size=3\)$"),
     "width of a half": (lambda: fit(Bridge("backward"), memory_of([3, 3])), r"\[B, 7\], or twice as many of two"),
-    "layers": (lambda: fit(Bridge(), memory_of([H])), r"has 1 layer\(s\), the decoder 2; .*Bridge\('top'\)"),
+    "layers": (lambda: fit(Bridge(), memory_of([H])), r"has 1 layer\(s\), the decoder 2; .*Bridge\('top'"),
     "layer's number": (lambda: fit(Bridge(layers=(0, 2)), memory_of([H, H])), r"layers=\(0, 2\)\), but .* has 2"),
     "no state": (lambda: fit(Bridge("top"), Memory(torch.zeros(B, S, H))), r"state is None, but Bridge\(source='top'"),
     "no cell state": (lambda: fit(Bridge(), memory_of([H, H], False)), r"no cell state, .*use cell='same' or 'zero'"),
@@ -332,6 +348,24 @@ def test_bridges_that_do_not_fit(name: str) -> None:
     call, message = MISFITS[name]
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("dirs", [True, False])
+@pytest.mark.parametrize("widths", [[3, 3], [H], [2 * H, 3], [2 * H], [4 * H] * 2, [1, 1]])
+@pytest.mark.parametrize("lstm", [True, False])
+@pytest.mark.parametrize("name", BRIDGES)
+def test_the_bridge_that_a_misfit_names_fits(name: str, lstm: bool, widths: list[int], dirs: bool, cell: str) -> None:
+    """As its message has it, for whatever memory."""
+    memory = memory_of(widths, lstm)._replace(dirs=(1,) * len(widths) if dirs else None)
+    bridge = BRIDGES[name][0]
+    try:
+        fit(bridge, memory, cell=cell)
+    except InputError as error:
+        if "numbered from 0" in str(error):
+            return
+        bridge = eval(str(error).partition("pass bridge=")[2])
+    assert len(fit(bridge, memory, cell=cell)) == 2
 
 
 def test_bridges_say_what_they_are() -> None:

@@ -1,5 +1,7 @@
 """Every wrong input is refused before a backend sees it, with its value, the limit and the remedy."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -160,6 +162,46 @@ def test_a_good_call_of_the_same_kind_does_not_let_a_bad_one_through(backend: st
     ):
         with pytest.raises(fastseq.InputError):
             bad()
+
+
+NEVER: dict[str, tuple[type[nn.Module], dict[str, Any], str]] = {
+    "zoneout": (fastseq.LSTM, {"zoneout": 0.1, "backend": "torch"}, "torch's operators have neither zoneout nor"),
+    "zoneout of a GRU": (fastseq.GRU, {"zoneout": 0.1, "backend": "torch"}, "torch's operators have neither zoneout"),
+    "norms": (fastseq.GRU, {"layer_norm": True, "backend": "torch"}, "torch's operators have no layer normalisation"),
+    "projection": (fastseq.LSTM, {"proj_size": 3, "backend": "cpu"}, "proj_size=3 is not fused"),
+    "projection, Triton": (fastseq.LSTM, {"proj_size": 3, "backend": "triton"}, "proj_size=3 is not fused"),
+    "norms, CUDA": (fastseq.LSTM, {"layer_norm": True, "backend": "cuda"}, "layer normalisation is not in these"),
+    "Cho's reset": (fastseq.Encoder, {"cell": "gru_reset_before", "backend": "cpu"}, "gru_reset_before has no fused"),
+    "an encoder's layers": (fastseq.Encoder, {"zoneout": 0.1, "backend": "torch"}, "torch's operators have neither"),
+}
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_what_a_backend_never_runs_is_refused_when_built(name: str) -> None:
+    """With what the call says; by any other way to such a layer it is the call that says it."""
+    cls, options, message = NEVER[name]
+    with pytest.raises(fastseq.InputError, match=rf"cannot run this call: {message}.*use 'auto' or .*'reference'\]"):
+        cls(5, 6, **options)
+    with torch.device("meta"), pytest.raises(fastseq.InputError, match=message):
+        cls(5, 6, **options)
+    if cls is not fastseq.Encoder:
+        late = cls(5, 6, **(options | {"backend": "auto"}))
+        late.backend = options["backend"]
+        assert copy.deepcopy(late).backend == pickle.loads(pickle.dumps(late)).backend == options["backend"]
+        with fastseq.use_backend(options["backend"]):
+            cls(5, 6, **(options | {"backend": "auto"}))
+        with pytest.raises(fastseq.InputError) as built:
+            cls(5, 6, **options)
+        with pytest.raises(fastseq.InputError, match="cannot run this call") as called:
+            late(X)
+        if options["backend"] in ("torch", "cpu"):  # of others it may be their absence
+            assert str(called.value) == str(built.value)
+
+
+def test_what_a_backend_runs_at_times_is_built() -> None:
+    assert fastseq.LSTM(5, 6, recurrent_dropout=0.1, backend="torch").eval()(X)[0].shape == (4, 3, 6)
+    fastseq.GRU(5, 6, zoneout=0.1, layer_norm=True, backend="triton")
+    fastseq.LSTM(5, 6, zoneout=0.1, learn_state=True, backend="cuda")
 
 
 def test_constructor_faults_are_torchs() -> None:

@@ -103,9 +103,12 @@ def draw(pick: random.Random) -> Seq2Seq:
         Bridge("top", "shared", bias=False, cell="zero", size=encoder.output_size),
         Bridge("last", "joint", "relu", layers=(-1,), size=encoder.output_size),
     ))  # fmt: skip
+    feed, readout = pick.choice((None, "output")), pick.choice((["state"], ("context", "state")))
+    if attention is not None and readout == ["state"]:
+        feed = "context"  # or nothing would read it
     decoder = Decoder(
         size, units, layers, cell=cell, memory_size=encoder.output_size, attention=attention, attend="after",
-        feed=pick.choice((None, "output")), readout=pick.choice((["state"], ("context", "state"))), bridge=bridge,
+        feed=feed, readout=readout, bridge=bridge,
         combine=pick.choice(("tanh", "linear", "maxout")), combine_size=size, combine_bias=pick.random() < 0.5,
         residual=layers - 1 or None, dropout=0.25 * (layers > 1), input_dropout=pick.random(), output_dropout=0.5,
         backend=pick.choice(("auto", "reference")),
@@ -200,6 +203,29 @@ def test_extra(tmp_path: Path) -> None:
     assert again(encoder, tmp_path).extra == {"words": ["a"]}
 
 
+NOISE: dict[str, Any] = {"recurrent_dropout": 0.1, "learn_state": True}
+LAYERS: dict[str, nn.Module] = {
+    "LSTM": fastseq.LSTM(3, 4),
+    "LSTM, projected": fastseq.LSTM(3, 4, 2, proj_size=2, dropout=0.5, bidirectional=True, learn_state=True),
+    "LSTM, options": fastseq.LSTM(3, 4, zoneout=(0.1, 0.2), recurrent_dropout_on="update", layer_norm=True, **NOISE),
+    "GRU": fastseq.GRU(3, 4, 2, batch_first=True, bias=False, backend="reference"),
+    "GRU, options": fastseq.GRU(3, 4, zoneout=0.1, layer_norm=True, dtype=torch.float64, **NOISE),
+    "RNN": fastseq.RNN(3, 4, nonlinearity="relu"),
+    "RNN by position": fastseq.RNN(3, 4, 2, "relu", False, True, 0.5, True, zoneout=0.3, **NOISE),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_alone(name: str, tmp_path: Path) -> None:
+    layer: Any = LAYERS[name]
+    found = again(layer.eval(), tmp_path)
+    assert type(found) is type(layer)
+    assert (found.zoneout, found.backend, found.batch_first) == (layer.zoneout, layer.backend, layer.batch_first)
+    x = torch.randn(2, 5, 3, dtype=next(layer.parameters()).dtype)
+    assert torch.equal(found(x)[0], layer(x)[0])
+    assert torch.equal(found.train()(x)[0].isfinite().all(), torch.tensor(True))
+
+
 def test_sizes_of_numpy(tmp_path: Path) -> None:
     np = pytest.importorskip("numpy")
     attention = Attention(np.int64(3), np.int32(4), score="general", scale=np.float64(0.5))
@@ -266,7 +292,7 @@ UNSAVED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "bridge": (lambda: of(bridge=lambda m: m.state), TypeError, r"Decoder\.bridge is of class function"),
     "subclass": (lambda: type("Mine", (Decoder,), {})(3, 4, memory_size=4), TypeError, r"the module is of class Mine"),
     "module": (lambda: nn.Conv1d(2, 2, 2), TypeError, r"the module is of class Conv1d, which plain data"),
-    "no module": (lambda: Bridge(), TypeError, r"takes a Seq2Seq, Encoder, Decoder or Attention, got Bridge"),
+    "no module": (lambda: Bridge(), TypeError, r"takes a Seq2Seq, .*or RNN, got Bridge"),
     "parametrized": (
         lambda: changed(lambda m: parametrizations.weight_norm(m.decoder, "weight_hh_l0")),
         TypeError, r"Seq2Seq\.decoder is of class ParametrizedDecoder",
@@ -366,6 +392,8 @@ def test_other_programs_read_it(saved: Path) -> None:
     assert torch.equal(other(SRC, TGT).logits, model(SRC, TGT).logits)
 
 
+LAYER = "input_size hidden_size num_layers bias batch_first dropout bidirectional zoneout recurrent_dropout"
+LAYER += " recurrent_dropout_on learn_state layer_norm backend"
 FIELDS = {  # of version 2: another option anywhere makes version 3, and `load` has to read all three
     "Embedding": "num_embeddings embedding_dim padding_idx max_norm norm_type scale_grad_by_freq sparse",
     "Linear": "in_features out_features bias",
@@ -377,6 +405,9 @@ FIELDS = {  # of version 2: another option anywhere makes version 3, and `load` 
     "Decoder": "input_size hidden_size num_layers cell memory_size attention attend query query_layer context_to"
     " context_side feed readout combine combine_size combine_bias residual bridge dropout input_dropout readout_dropout"
     " output_dropout summary_size backend",
+    "LSTM": LAYER + " proj_size",
+    "GRU": LAYER,
+    "RNN": LAYER + " nonlinearity",
     "Seq2Seq": "encoder decoder vocab_size bos_id eos_id pad_id embedding output output_bias tie",
 }
 

@@ -118,7 +118,7 @@ def put(path: str, value: Any) -> Edit:
 
 MALICE: dict[str, tuple[Edit, str]] = {  # with digests that fit
     "kind": (put("kind", "os.system"), r"config\.kind='os\.system'; use one of Embedding, Linear, "),
-    "kind of torch": (put("encoder.kind", "LSTM"), r"config\.encoder\.kind='LSTM'; use one of"),
+    "kind of torch": (put("encoder.kind", "LSTMCell"), r"config\.encoder\.kind='LSTMCell'; use one of"),
     "no kind": (lambda f: f.config["decoder"].pop("kind"), r"config\.decoder\.kind=None"),
     "unhashable kind": (put("decoder.kind", []), r"config\.decoder\.kind=\[\]"),
     "other kind": (put("decoder.kind", "Bridge"), r"config\.decoder\.source is missing; Bridge has source, map"),

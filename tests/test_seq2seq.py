@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastseq
-from fastseq import Decoder, Encoder, InputError, Memory, Seq2Seq
+from fastseq import Bridge, Decoder, Encoder, InputError, Memory, Seq2Seq
 from tests.seq2seq_models import BOS, EOS, PAD, in_float64, model, same
 
 V, E = 12, 6
@@ -308,6 +308,75 @@ def test_wrong_models(change: dict[str, Any], error: type[Exception], text: str)
     arguments = {"encoder": encoder, "decoder": decoder, "vocab_size": V, "bos_id": BOS, "eos_id": EOS, "pad_id": PAD}
     with pytest.raises(error, match=text):
         Seq2Seq(**(arguments | change))
+
+
+MISFITS: dict[str, tuple[dict[str, Any], str, dict[str, Any], str]] = {  # of the encoder; a preset, its options; why
+    "directions": (
+        {"bidirectional": True},
+        "luong",
+        {},
+        r"gives \[B, 12\]; Bridge\('last', map='copy'\) reads \[B, 6\]",
+    ),
+    "number of layers": ({}, "gnmt", {}, r"memory.state has 1 layer\(s\), the decoder 4"),
+    "units": ({"hidden_size": 7}, "luong", {}, r"gives \[B, 7\]; .* reads \[B, 6\]"),
+    "no cell state": ({"cell": "gru"}, "luong", {}, r"no cell state, .*use cell='same' or 'zero'"),
+    "no cell state of a summary": ({}, "cho", {"cell": "lstm"}, r"no cell state"),
+    "one direction": ({"cell": "gru"}, "bahdanau", {}, r"\[B, 3\], or twice as many of two directions"),
+    "one direction above": ({"num_layers": 2, "bidirectional": 1}, "luong", {"num_layers": 2}, r"gives \[B, 12\]"),
+    "no context": ({"bidirectional": True}, "sutskever", {}, r"gives \[B, 12\]"),
+    "mean": ({"bidirectional": True}, "tf_nmt", {"bridge": "mean"}, r"memory.out gives \[B, 12\]"),
+}
+
+
+def misfits(name: str, **bridge: Any) -> tuple[Encoder, Decoder]:
+    of_encoder, preset, options, _ = MISFITS[name]
+    encoder = Encoder(E, **({"hidden_size": E} | of_encoder), embedding=nn.Embedding(V, E))
+    size = None if preset == "sutskever" else encoder.output_size
+    return encoder, getattr(Decoder, preset)(E, E, memory_size=size, **(options | bridge))
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_an_encoder_that_the_bridge_cannot_read_is_refused_when_built(name: str) -> None:
+    """As the call would say it; the remedy, as it is written, works."""
+    ids = {"bos_id": BOS, "eos_id": EOS, "pad_id": PAD}
+    encoder, decoder = misfits(name)
+    with pytest.raises(InputError, match=MISFITS[name][3]) as built:
+        Seq2Seq(encoder, decoder, V, **ids)
+    with pytest.raises(InputError) as called:
+        decoder.init_state(encoder(SRC))
+    assert str(built.value) == str(called.value)
+    with torch.device("meta"), pytest.raises(InputError, match=MISFITS[name][3]):
+        Seq2Seq(*misfits(name), V, **ids)
+    remedy = eval(str(built.value).partition("pass bridge=")[2])
+    assert isinstance(remedy, Bridge)
+    assert Seq2Seq(*misfits(name, bridge=remedy), V, **ids).loss(SRC, TGT, LENGTHS).isfinite()
+
+
+def test_what_only_a_call_can_tell_is_built() -> None:
+    """A bridge of ones own is not asked, nor what another encoder, or one that was changed, leaves."""
+    ids = {"bos_id": BOS, "eos_id": EOS, "pad_id": PAD}
+    encoder, decoder = misfits("directions", bridge=lambda memory: tuple((h[:, :E], c[:, :E]) for h, c in memory.state))
+    assert Seq2Seq(encoder, decoder, V, **ids).loss(SRC, TGT).isfinite()
+    encoder, decoder = misfits("directions")
+    hook = encoder.register_forward_hook(lambda m, x, y: y._replace(state=((y.out[:, 0, :E],) * 2,)))
+    model = Seq2Seq(encoder, decoder, V, **ids)
+    assert model.loss(SRC, TGT).isfinite()
+    hook.remove()
+    with pytest.raises(InputError, match="gives"):
+        model.loss(SRC, TGT)
+    encoder, decoder = Encoder(E, E, embedding=nn.Embedding(V, E)), Decoder.luong(E, 3, memory_size=E)
+    encoder.layers[0] = nn.LSTM(E, E, proj_size=3, batch_first=True)
+    Seq2Seq(encoder, decoder, V, **ids)
+    low = Seq2Seq(
+        Encoder(E, E, embedding=nn.Embedding(V, E)), Decoder.joeynmt(E, E, memory_size=E).bfloat16(), V, **ids
+    )
+    assert low.float().loss(SRC, TGT).isfinite()
+
+
+def test_the_built_bridge_of_another_decoder_is_refused() -> None:
+    decoder = Decoder.luong(E, E, memory_size=E, bridge=Decoder.cho(E, E, memory_size=E).bridge)
+    with pytest.raises(InputError, match=r"no LSTM's states, .*pass the Bridge itself, Bridge\('top'"):
+        Seq2Seq(parts()[0], decoder, V, bos_id=BOS, eos_id=EOS, pad_id=PAD)
 
 
 LOSSES: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -8,12 +8,13 @@ from .. import _native
 from . import fused
 from .call import RnnCall
 
-__all__ = ["NAME", "refuses", "rnn", "rnn_cell", "unavailable"]
+__all__ = ["NAME", "never", "refuses", "rnn", "rnn_cell", "unavailable"]
 
 NAME = "cpu"
 
 rnn = partial(fused.rnn, on=NAME)
 rnn_cell = partial(fused.rnn_cell, on=NAME)
+never = fused.never
 
 
 def unavailable() -> str | None:

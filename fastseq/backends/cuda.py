@@ -12,7 +12,7 @@ from ..ops.rnn_gpu import tf32_flag
 from . import fused
 from .call import RnnCall
 
-__all__ = ["NAME", "layout", "refuses", "rnn", "rnn_cell", "unavailable", "without_room"]
+__all__ = ["NAME", "layout", "never", "refuses", "rnn", "rnn_cell", "unavailable", "without_room"]
 
 NAME = "cuda"
 
@@ -20,10 +20,15 @@ rnn_cell = partial(fused.rnn_cell, on=NAME)
 
 
 def refuses(call: RnnCall) -> str | None:
-    reason = obstacle_on("the input", call.input) or fused.not_fused(call)
+    reason = obstacle_on("the input", call.input) or fused.not_fused(call) or never(call)
+    return reason or without_room(call.cell, call.hidden_size, call.dtype, call.device, 2 if call.bidirectional else 1)
+
+
+def never(call: RnnCall) -> str | None:
+    reason = fused.never(call)
     if reason is None and call.norms is not None:
         reason = "layer normalisation is not in these kernels"
-    return reason or without_room(call.cell, call.hidden_size, call.dtype, call.device, 2 if call.bidirectional else 1)
+    return reason
 
 
 def without_room(cell: str, hidden: int, dtype: torch.dtype, device: torch.device, directions: int) -> str | None:

@@ -13,13 +13,18 @@ from ..ops.step import StepShape, rnn_step
 from . import stack
 from .call import Results, RnnCall
 
-__all__ = ["not_fused", "rnn", "rnn_cell", "without_frozen"]
+__all__ = ["never", "not_fused", "rnn", "rnn_cell", "without_frozen"]
 
 
 def not_fused(call: RnnCall) -> str | None:
     """Why no fused kernels can run `call`, on whatever device."""
     if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
         return "torch.jit.trace cannot record these kernels"
+    return never(call)
+
+
+def never(call: RnnCall) -> str | None:
+    """What of a layer's own options they can never run."""
     if call.proj_size:
         return f"proj_size={call.proj_size} is not fused"
     if call.cell == "gru_reset_before":

@@ -48,6 +48,11 @@ def refuses(call: RnnCall) -> str | None:
     return None
 
 
+def never(call: RnnCall) -> str | None:
+    """Nothing."""
+    return None
+
+
 def rnn(call: RnnCall) -> Results:
     """A layer stack."""
     return stack.run(call, layer)

@@ -10,7 +10,7 @@ from ..errors import InputError
 from . import stack
 from .call import Results, RnnCall
 
-__all__ = ["NAME", "refuses", "rnn", "rnn_cell", "unavailable"]
+__all__ = ["NAME", "never", "refuses", "rnn", "rnn_cell", "unavailable"]
 
 NAME = "torch"
 
@@ -22,12 +22,8 @@ def unavailable() -> str | None:
 
 def refuses(call: RnnCall) -> str | None:
     """What PyTorch's operators lack."""
-    if call.cell == "gru_reset_before":
-        return "torch has no GRU with the reset gate before the product"
-    if call.noise is not None:
-        return "torch's operators have neither zoneout nor dropout within the recurrence"
-    if call.norms is not None:
-        return "torch's operators have no layer normalisation within the recurrence"
+    if (reason := never(call)) is not None:
+        return reason
     if call.states:
         return "torch's operators give no cell state but the last"
     if call.resets is not None:
@@ -40,6 +36,17 @@ def refuses(call: RnnCall) -> str | None:
     for state in (call.h0, call.c0):
         if state is not None and state.dtype != call.input.dtype:
             return f"torch takes no {state.dtype} state with a {call.input.dtype} input"
+    return None
+
+
+def never(call: RnnCall) -> str | None:
+    """What of a layer's own options they lack, whatever it is called with."""
+    if call.cell == "gru_reset_before":
+        return "torch has no GRU with the reset gate before the product"
+    if call.noise is not None:
+        return "torch's operators have neither zoneout nor dropout within the recurrence"
+    if call.norms is not None:
+        return "torch's operators have no layer normalisation within the recurrence"
     return None
 
 

@@ -8,11 +8,12 @@ from .._triton import obstacle_on, unavailable
 from . import fused
 from .call import RnnCall
 
-__all__ = ["NAME", "refuses", "rnn", "rnn_cell", "unavailable"]
+__all__ = ["NAME", "never", "refuses", "rnn", "rnn_cell", "unavailable"]
 
 NAME = "triton"
 
 rnn_cell = partial(fused.rnn_cell, on=NAME)
+never = fused.never
 
 
 def refuses(call: RnnCall) -> str | None:

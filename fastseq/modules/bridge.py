@@ -8,8 +8,9 @@ JoeyNMT                  one value for all layers: Bridge("top", map="shared", a
 fairseq                  where sizes differ, one map for all layers' h and one for their c: Bridge(map="shared")
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -119,6 +120,8 @@ class BridgeMap(nn.Module):
     ... likewise of an LSTM's cell="own".
     """
 
+    tried: bool = False  # built for a remedy, which names no other
+
     def __init__(
         self,
         bridge: Bridge,
@@ -131,6 +134,7 @@ class BridgeMap(nn.Module):
     ) -> None:
         super().__init__()
         self.bridge, self.hidden_size, self.num_layers, self.lstm = bridge, hidden_size, num_layers, cell == "lstm"
+        self.memory_size = memory_size
         self.size = hidden_size
         if bridge.map != "copy":
             whole = hidden_size if memory_size is None else memory_size
@@ -162,6 +166,12 @@ class BridgeMap(nn.Module):
         assert self.c is not None
         return tuple(zip(h, self._mapped(self.c, self._read(memory, 1)), strict=True))
 
+    def check(self, memory: Memory) -> None:
+        """Raise what `forward` would of a memory of these shapes, which may be on the meta device; no map runs."""
+        if self.bridge.source != "zero":
+            for leaf in range(1 if self.c is None else 2):
+                self._read(memory, leaf)
+
     def _mapped(self, maps: nn.ModuleList, values: list[Tensor]) -> list[Tensor]:
         """Values for the decoder's layers from those read: one for each, or one for all."""
         act, count = ACTS[self.bridge.act], self.num_layers
@@ -178,7 +188,7 @@ class BridgeMap(nn.Module):
         """What the source has of h (leaf 0) or c (1)."""
         source, layers = self.bridge.source, self.bridge.layers
         if source == "mean":
-            return [self._fitting(mean(memory), "memory.out")]
+            return [self._fitting(memory, mean(memory), "memory.out")]
         if memory.state is None:
             raise InputError(
                 f"memory.state is None, but Bridge(source={source!r}) reads it; use Bridge('mean') or Bridge('zero')"
@@ -191,7 +201,7 @@ class BridgeMap(nn.Module):
             if count != self.num_layers:
                 raise InputError(
                     f"memory.state has {count} layer(s), the decoder {self.num_layers}; name one of the memory's for"
-                    f" each in Bridge(layers=...), or use Bridge('top')"
+                    f" each in Bridge(layers=...), or {self._remedy(memory)}"
                 )
         if not all(-count <= index < count for index in layers):
             raise InputError(f"Bridge(layers={layers}), but memory.state has {count} layer(s), numbered from 0")
@@ -203,24 +213,56 @@ class BridgeMap(nn.Module):
         state, name = memory.state[index], f"memory.state[{index}]"
         if leaf >= len(state):
             raise InputError(
-                f"{name} has no cell state, which Bridge(cell='own') of an LSTM reads; use cell='same' or 'zero'"
+                f"{name} has no cell state, which Bridge(cell='own') of an LSTM reads; use cell='same' or 'zero':"
+                f" {self._remedy(memory)}"
             )
         value = state[leaf]
-        one = memory.dirs is not None and memory.dirs[index] == 1
-        if self.bridge.half and not one and value.shape[-1] == 2 * self.size:
+        dirs = None if memory.dirs is None else memory.dirs[index]
+        if self.bridge.half and dirs != 1 and value.shape[-1] == 2 * self.size:
             value = value.chunk(2, -1)[self.bridge.source == "backward"]
-        return self._fitting(value, name)
+        return self._fitting(memory, value, name)
 
-    def _fitting(self, value: Tensor, name: str) -> Tensor:
+    def _fitting(self, memory: Memory, value: Tensor, name: str) -> Tensor:
         if value.dim() != 2 or value.shape[-1] != self.size:
             directions = ", or twice as many of two directions," if self.bridge.half else ""
-            remedy = "use map='per_layer'" if self.bridge.map == "copy" else f"pass Bridge(size={value.shape[-1]})"
+            gives = f"[B, {value.shape[-1]}]" if value.dim() == 2 else str(tuple(value.shape))
             raise InputError(
-                f"{name} gives {tuple(value.shape)}; {self.bridge} reads [B, {self.size}]{directions} of it: {remedy}"
+                f"{name} gives {gives}; {self.bridge} reads [B, {self.size}]{directions} of it: {self._remedy(memory)}"
             )
         if len(self.h):
-            need_dtype(name, value, parameter(self.h[0], "weight"))
+            weight = parameter(self.h[0], "weight")
+            if "meta" not in (value.device.type, weight.device.type):  # where shapes alone are checked
+                need_dtype(name, value, weight)
         return value
+
+    def _remedy(self, memory: Memory) -> str:
+        """The bridge nearest to this one that reads such a memory, as code; nothing where one is only being tried."""
+        if self.tried:
+            return ""
+        cell = "lstm" if self.lstm else "gru"
+        for bridge in self._others(memory):
+            other = bridge.build(self.hidden_size, self.num_layers, cell, self.memory_size, device="meta")
+            other.tried = True
+            with contextlib.suppress(InputError):
+                other.check(memory)
+                return f"pass bridge={bridge}"
+        return "pass bridge=Bridge('zero')"
+
+    def _others(self, memory: Memory) -> Iterator[Bridge]:
+        """Bridges like this one: those most like it first."""
+        bridge, sizes = self.bridge, [self.bridge.size, None]
+        read = [h for h, *_ in memory.state or ()] + ([] if memory.out is None else [memory.out])
+        for width in dict.fromkeys(t.shape[-1] for t in read):
+            sizes += [width // 2, width] if bridge.half and width > 1 else [width] if width else []
+        sources = [(bridge.source, bridge.layers)]
+        if bridge.source in ("last", "backward"):
+            sources.append(("top", None))
+        for source, layers in sources:
+            for cell in (bridge.cell, "zero"):
+                like = replace(bridge, source=source, layers=layers, cell=cell)
+                yield like
+                mapped = replace(like, map="per_layer" if like.map == "copy" else like.map)
+                yield from (replace(mapped, size=size) for size in sizes)
 
     def extra_repr(self) -> str:
         return f"{self.bridge}"

@@ -155,6 +155,13 @@ class Decoder(Presets):
                 f"combine_size={combine_size}, combine_bias={combine_bias} with combine=None, which maps nothing; use"
                 " combine='linear'"
             )
+        read = spec.context_to != "none" or spec.attend == "between" or spec.feed == "context"
+        if spec.attention and not read and "context" not in spec.readout:
+            raise InputError(
+                f"attention, but nothing reads its context: context_to={spec.context_to!r}, feed={spec.feed!r},"
+                f" readout={spec.readout}; put 'context' into readout, use context_to or feed='context', or leave"
+                " attention out"
+            )
         for name in DROPOUTS:
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}={getattr(self, name)}; it is a probability, 0 to 1")
@@ -260,6 +267,26 @@ class Decoder(Presets):
         need_dtype("what the summary reads of the memory", vector, self.summary.weight)
         context = torch.tanh(self.summary(vector))
         return Memory(context[:, None], None, ((context,),))
+
+    def check_first(self, memory: Memory) -> None:
+        """Raise what `init_state` would of a memory of these shapes, which may be on the meta device; nothing runs.
+
+        A function for a bridge is not asked.
+        """
+        bridge = self.bridge
+        if not isinstance(bridge, BridgeMap) or type(bridge).forward is not BridgeMap.forward:
+            return
+        if self.summary is not None:
+            context = torch.empty(1, self.summary.out_features, device="meta")
+            memory = Memory(context[:, None], None, ((context,),))
+        ours = (self.hidden_size, self.num_layers, self.spec.cell == "lstm")
+        if (theirs := (bridge.hidden_size, bridge.num_layers, bridge.lstm)) != ours:
+            kinds = ["an LSTM's" if lstm else "no LSTM's" for *_, lstm in (theirs, ours)]
+            raise InputError(
+                f"bridge makes {theirs[1]} layer(s) of {theirs[0]}, {kinds[0]} states, the decoder has {ours[1]} of"
+                f" {ours[0]}, {kinds[1]}; pass the Bridge itself, {bridge.bridge}: each decoder builds its own"
+            )
+        bridge.check(memory)
 
     def _fixed(self, memory: Memory, size: int) -> Tensor:
         """The one vector [B, D] of a memory that is read without attention."""

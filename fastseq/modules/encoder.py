@@ -73,6 +73,11 @@ class Encoder(nn.Module):
             )
         if embedding is not None and not isinstance(embedding, nn.Module):
             raise TypeError(f"embedding must be a torch.nn.Module, got {type(embedding).__name__}; use nn.Embedding")
+        if type(embedding) is nn.Embedding and embedding.embedding_dim != input_size:
+            raise InputError(
+                f"embedding makes {embedding.embedding_dim} features of a token, but input_size={input_size}; make them"
+                " one"
+            )
         self.input_size, self.hidden_size, self.num_layers, self.cell = input_size, hidden_size, num_layers, cell
         self.bidirectional, self.dropout, self.residual = both, dropout, residual
         zoneout = (*zoneout,) if isinstance(zoneout, list) else zoneout  # as a file has it
@@ -111,8 +116,25 @@ class Encoder(nn.Module):
             states.append(_state(hidden))
             if self.residual and index and out.shape == below.shape:
                 out = out + below
-        dirs = tuple(1 + (index < self.bidirectional) for index in range(self.num_layers))
-        return Memory(out, None if ends is None else prefix_mask(ends, out), tuple(states), dirs)
+        return Memory(out, None if ends is None else prefix_mask(ends, out), tuple(states), self._dirs)
+
+    def outline(self) -> Memory | None:
+        """A memory of one row and one step as `forward` makes it, on the meta device; None: the layers were changed."""
+        states: list[LayerState] = []
+        for index, layer in enumerate(self.layers):
+            dirs = 1 + (index < self.bidirectional)
+            if not isinstance(layer, nn.RNNBase) or layer.hidden_size != self.hidden_size or layer.proj_size:
+                return None
+            if layer.bidirectional != (dirs == 2) or isinstance(layer, nn.LSTM) != (self.cell == "lstm"):
+                return None
+            leaf = torch.empty(1, dirs * self.hidden_size, device="meta")
+            states.append((leaf, leaf) if self.cell == "lstm" else (leaf,))
+        return Memory(torch.empty(1, 1, self.output_size, device="meta"), None, tuple(states), self._dirs)
+
+    @property
+    def _dirs(self) -> tuple[int, ...]:
+        """Directions of each layer."""
+        return tuple(1 + (index < self.bidirectional) for index in range(self.num_layers))
 
     def _embedded(self, x: Any) -> Tensor:
         """What the first layer reads, [B, S, input_size]; InputError or TypeError where x gives no such tensor."""
@@ -155,6 +177,8 @@ class Encoder(nn.Module):
 class ResetBefore(GRU):
     """fastseq.GRU with the reset gate before the product: Cho et al. 2014, eq. 5 to 8."""
 
+    _cell = "gru_reset_before"
+
     def forward(
         self, input: Any, hx: Tensor | None = None, *, lengths: Lengths = None, resets: Tensor | None = None
     ) -> tuple[Any, Tensor]:
@@ -165,7 +189,7 @@ class ResetBefore(GRU):
     def as_call(self, input: Any, hx: Tensor | None = None) -> RnnCall:
         """The call that `forward` makes."""
         call = gru_call(self, input, hx)
-        call.cell = "gru_reset_before"
+        call.cell = self._cell
         return call
 
 

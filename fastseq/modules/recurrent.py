@@ -1,18 +1,19 @@
 """What fastseq's layers have beyond torch.nn's: options of the recurrence, a learned first state, a backend."""
 
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..backends.call import Results, RnnCall
-from ..dispatch import check_name
+from ..config import described
+from ..dispatch import check_name, check_options
 from ..engine import run
 from ..errors import InputError, with_article
 from ..functional import Lengths
 from ..ops.extras import Noise
-from .norm import add_norms, reset_norms
+from .norm import add_norms, norms_of, reset_norms
 
 __all__ = ["Recurrent", "backend_repr", "first_state", "noise_of"]
 
@@ -20,6 +21,11 @@ __all__ = ["Recurrent", "backend_repr", "first_state", "noise_of"]
 class Recurrent(nn.Module):
     """Goes before torch.nn's class among the bases. Instances made by torch.nn itself have the class's defaults."""
 
+    ARGUMENTS: ClassVar[dict[str, Any]] = {
+        "input_size": int, "hidden_size": int, "num_layers": int, "bias": bool, "batch_first": bool, "dropout": float,
+        "bidirectional": bool, "zoneout": float | tuple[float, float], "recurrent_dropout": float,
+        "recurrent_dropout_on": str, "learn_state": bool, "layer_norm": bool, "backend": str,
+    }  # fmt: skip
     backend: str = "auto"
     zoneout: float | tuple[float, float] = 0.0
     recurrent_dropout: float = 0.0
@@ -44,6 +50,7 @@ class Recurrent(nn.Module):
                 raise InputError(f"{name}={flag!r}; use True or False")
         super().__init__(*args, **kwargs)
         self.backend = backend
+        zoneout = (*zoneout,) if isinstance(zoneout, list) else zoneout  # as a file has it
         for name, value in (
             ("zoneout", zoneout), ("recurrent_dropout", recurrent_dropout),
             ("recurrent_dropout_on", recurrent_dropout_on), ("learn_state", learn_state), ("layer_norm", layer_norm),
@@ -62,6 +69,24 @@ class Recurrent(nn.Module):
             self.initial_h = nn.Parameter(like.new_zeros(rows, like.shape[1]))
             if isinstance(self, nn.LSTM):
                 self.initial_c = nn.Parameter(like.new_zeros(rows, base.hidden_size))
+        if backend != "auto":
+            self._check_backend(noise if any(noise.zoneout) else None)  # of dropout alone, evaluation is without noise
+
+    def _check_backend(self, noise: Noise | None) -> None:
+        """InputError where the backend can run no call of this layer."""
+        base: Any = self
+        call = RnnCall(
+            self._cell, base.weight_hh_l0.new_empty(1, 1, base.input_size), None, None, list(base._flat_weights),
+            has_bias=base.bias, num_layers=base.num_layers, bidirectional=base.bidirectional,
+            proj_size=base.proj_size, noise=noise, norms=norms_of(base),
+        )  # fmt: skip
+        check_options(call, self.backend)
+
+    @property
+    def _cell(self) -> str:
+        """What its calls name as their cell."""
+        mode: str = self.mode.lower()  # type: ignore[operator, union-attr]
+        return mode
 
     def reset_parameters(self) -> None:
         """torch.nn's draws; a learned first state begins at 0, gains of layer normalisation at 1."""
@@ -79,6 +104,10 @@ class Recurrent(nn.Module):
                 "rows where segments begin and pass lengths=, or build the layer without learn_state"
             )
         return run(call, self.backend, lengths, resets)
+
+    def config(self) -> dict[str, Any]:
+        """The arguments that build it again, as plain data."""
+        return described(self)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()

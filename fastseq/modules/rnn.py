@@ -4,12 +4,13 @@ Arguments, parameters, their order and initial values, state_dict and answers ar
 but what torch.nn's own __init__ leaves in an instance, since `accelerate` and `patch` give them to such instances.
 """
 
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 from torch import Tensor, device, dtype, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..backends.call import RnnCall
+from ..config import part
 from ..functional import Lengths, state_pair
 from .frozen import frozen
 from .modes import serves_modes
@@ -59,6 +60,7 @@ def _weights(module: nn.RNNBase) -> list[Tensor]:
         return [getattr(module, name) for name in names]
 
 
+@part
 @serves_modes
 class LSTM(Recurrent, nn.LSTM):
     """torch.nn.LSTM, faster: the same arguments, parameters, state_dict, results and random draws.
@@ -78,6 +80,8 @@ class LSTM(Recurrent, nn.LSTM):
     learn_state: parameters initial_h [L*D, P] and initial_c [L*D, H], at first 0, take the place of zeros where hx is
     None; resets begin from zeros, so the two are refused together. Raises InputError for probabilities outside [0, 1).
     """
+
+    ARGUMENTS: ClassVar[dict[str, Any]] = Recurrent.ARGUMENTS | {"proj_size": int}
 
     @overload
     def __init__(
@@ -145,6 +149,7 @@ class LSTM(Recurrent, nn.LSTM):
         return self._run(call, lengths, resets)
 
 
+@part
 @serves_modes
 class GRU(Recurrent, nn.GRU):
     """torch.nn.GRU, faster: the same arguments, parameters, state_dict, results and random draws.
@@ -193,6 +198,7 @@ class GRU(Recurrent, nn.GRU):
         return out, h
 
 
+@part
 @serves_modes
 class RNN(Recurrent, nn.RNN):
     """torch.nn.RNN (Elman 1990; nonlinearity "tanh" or "relu"), faster: the same arguments, parameters and results.
@@ -200,6 +206,8 @@ class RNN(Recurrent, nn.RNN):
     All else as for `LSTM`, but that there is no c: zoneout is one probability, and recurrent_dropout_on="state" all
     there is.
     """
+
+    ARGUMENTS: ClassVar[dict[str, Any]] = Recurrent.ARGUMENTS | {"nonlinearity": str}
 
     @overload
     def __init__(

@@ -51,6 +51,8 @@ class Seq2Seq(nn.Module):
     tie: "target": the output's weight is the embedding's (Press and Wolf 2017); "all": that of the source as well, so
     that embedding is `encoder.embedding` and both sides have one vocabulary. The decoder's output_size is its
     input_size then.
+    An encoder and a decoder of fastseq that cannot go together, by their sizes or the bridge, are refused here; what an
+    encoder of your own gives is seen in the first call.
 
     The encoder is called as encoder(src, src_lengths). Searches and scheduled sampling call decoder.step, which runs no
     hooks of the decoder.
@@ -107,6 +109,7 @@ class Seq2Seq(nn.Module):
         self._check_sizes()
         if tie is not None:
             self._tie()
+        self._check_first()
 
     def _check_ids(self) -> None:
         for name in ("vocab_size", "bos_id", "eos_id", "pad_id"):
@@ -124,6 +127,14 @@ class Seq2Seq(nn.Module):
                 f"the decoder reads a memory of {decoder.memory_size} features, the encoder's has"
                 f" {encoder.output_size}; pass memory_size=encoder.output_size"
             )
+
+    def _check_first(self) -> None:
+        """Whether our decoder can begin with what our encoder leaves; of others it is seen when they run."""
+        encoder = self.encoder
+        if isinstance(encoder, Encoder) and _is_plain(encoder, Encoder) and _is_plain(self.decoder, Decoder):
+            memory = encoder.outline()
+            if memory is not None:
+                self.decoder.check_first(memory)
 
     def _check_sizes(self) -> None:
         """Those of torch's own modules; what others give is seen when they run."""

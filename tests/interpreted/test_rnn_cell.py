@@ -141,8 +141,10 @@ def test_encoder() -> None:
 
 def test_what_is_refused() -> None:
     """With the reason."""
+    projected = fastseq.LSTM(4, 5, proj_size=2)
+    projected.backend = "triton"
     for module, x, reason in (
-        (fastseq.LSTM(4, 5, proj_size=2, backend="triton"), torch.randn(2, 3, 4), "proj_size=2 is not fused"),
+        (projected, torch.randn(2, 3, 4), "proj_size=2 is not fused"),
         (fastseq.GRU(4, 5, backend="triton").double(), torch.randn(2, 3, 4).double(), "take float32, bfloat16 and"),
         (fastseq.LSTMCell(4, 5, backend="triton").to("meta"), torch.randn(3, 4, device="meta"), "is on meta"),
     ):
