@@ -73,9 +73,9 @@ def saves_unseen() -> bool:
 def saved_by(ctx: Any) -> Sequence[Tensor]:
     """What a Function saved. Raises RuntimeError, as PyTorch, if some of it was changed in place since."""
     if torch.compiler.is_compiling():
-        return ctx.saved_tensors  # type: ignore[no-any-return]
+        return ctx.saved_tensors
     try:
-        return ctx.saved_tensors  # type: ignore[no-any-return]
+        return ctx.saved_tensors
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
