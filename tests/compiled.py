@@ -6,6 +6,7 @@ Arguments are specialized by Triton's own code, as its JIT does on a machine wit
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import MockTensor, compute_cache_key, create_function_from_signature
 
-__all__ = ["Resources", "check", "compile_key", "compile_launch", "faults", "unmet_rows"]
+__all__ = ["Resources", "check", "compile_key", "compile_launch", "faults", "loop_instructions", "unmet_rows"]
 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -56,6 +57,17 @@ def compile_launch(launch: Launch, device: Device) -> Resources:
         options = launch.options(device)
         _compiled[known] = _resources(triton.compile(made.source(), target=made.target, options=options), device)
     return _compiled[known]
+
+
+def loop_instructions(launch: Launch, device: Device) -> list[Counter[str]]:
+    """Names of SASS instructions of each innermost loop that computes, on one of NVIDIA's devices."""
+    made = _specialized(launch, device)
+    kernel = triton.compile(made.source(), target=made.target, options=launch.options(device))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        loops = _hot_loops(_cuobjdump("-sass", file.name))
+    return [Counter(re.sub(r"^@\S+ ", "", text).split()[0] for text in body) for body in loops]
 
 
 def faults(found: Resources, device: Device) -> list[str]:
@@ -151,13 +163,18 @@ def hot_spills(listing: str) -> int:
 
     What is kept in memory across such loops, and read once for each of their tiles, costs nothing that shows.
     """
+    return sum(bool(re.search(r"\b(LDL|STL)", text)) for body in _hot_loops(listing) for text in body)
+
+
+def _hot_loops(listing: str) -> list[list[str]]:
+    """The innermost loops that compute, of SASS."""
     code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.+?);", listing)]
     jumps = [(at, re.search(r"\bBRA 0x([0-9a-f]+)", text)) for at, text in code]
     loops = [(int(to.group(1), 16), at) for at, to in jumps if to is not None and int(to.group(1), 16) < at]
-    count = 0
+    found = []
     for first, last in loops:
         inner = any(first <= a and b <= last for a, b in loops if (a, b) != (first, last))
         body = [text for at, text in code if first <= at <= last]
         if not inner and any(re.search(r"\b(HMMA|HGMMA|FFMA|MUFU)", text) for text in body):
-            count += sum(bool(re.search(r"\b(LDL|STL)", text)) for text in body)
-    return count
+            found.append(body)
+    return found

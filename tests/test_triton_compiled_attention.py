@@ -1,6 +1,7 @@
 """The attention kernels compiled for every device they are shipped to, on a machine without one."""
 
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import fastseq.ops.attention  # noqa: F401  (the operators)
-from tests.compiled import check, compile_key, unmet_rows
+from tests.compiled import check, compile_key, loop_instructions, unmet_rows
 
 DEVICE = {device.name: device for device in DEVICES}
 H200 = DEVICE["H200"]
@@ -128,3 +129,21 @@ def test_fast_tanh_is_for_bf16_on_cuda(name: str, dtype: torch.dtype, fast: bool
     noted = launches(DEVICE[name], dtype, True, (4, 1, 9, 70, 64, 64))
     scores, *_, d_q, d_keys = noted
     assert [one.constants["FAST_TANH"] for one in (scores, d_q, d_keys)] == [fast] * 3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "of_tanh", "others"),
+    [(torch.bfloat16, {"MUFU.TANH": 1}, {"FADD": 1, "FFMA": 1}),
+     (torch.float32, {"MUFU.EX2": 1, "MUFU.RCP": 1},
+      {"FMUL": 5, "FFMA": 3, "FADD": 2, "FSETP.GEU.AND": 1, "FSETP.GT.AND": 1, "FSEL": 1})],
+    ids=["bf16", "fp32"],
+)  # fmt: skip
+def test_instructions_of_a_unit_of_a_score(dtype: torch.dtype, of_tanh: dict[str, int], others: dict[str, int]) -> None:
+    """Of the loop over units, on sm_90: 3 in bf16, one of them MUFU; in fp32 15, two of them MUFU."""
+    scores = launches(H200, dtype, True, (4, 1, 9, 70, 512, 512), backward=False)[0]
+    (found,) = loop_instructions(scores, H200)
+    size = scores.constants
+    units = size["BLOCK_M"] * size["BLOCK_S"] * size["BLOCK_A"] // (32 * scores.warps)  # of a thread, each time round
+    arithmetic = {name: n for name, n in found.items() if re.match(r"MUFU|F(ADD|MUL|FMA|SETP|SEL|MNMX)", name)}
+    assert arithmetic == {name: n * units for name, n in (of_tanh | others).items()}
+    assert sum((of_tanh | others).values()) == (3 if dtype == torch.bfloat16 else 15)

@@ -242,6 +242,16 @@ def test_few_compilations(cell: str, hidden: int, one_step: bool) -> None:
     assert len(keys) == 2
 
 
+@pytest.mark.parametrize("cell", GATES)
+@pytest.mark.parametrize(("hidden", "design"), [(64, "rnn_sequence"), (512, "rnn_steps")])
+def test_both_directions_are_one_launch(cell: str, hidden: int, design: str) -> None:
+    """They run side by side: no launch more than of one direction, in one program or on a grid."""
+    device = next(d for d in DEVICES if d.name == "H200")
+    one, two = (launches(Shape(cell, BF16, hidden, bidirectional=both), device) for both in (False, True))
+    assert [s.kernel for s in two] == [s.kernel for s in one]
+    assert [s.kernel.__module__.rpartition(".")[2] for s in two] == [design] * 2  # forward, backward
+
+
 def test_rates_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Zoneout's shares are numbers of the run; those of 0 are left out."""
     device, keys = DEVICES[3], set()
