@@ -25,6 +25,12 @@ from benchmarks.problem import LayerProblem
 from benchmarks.registry import Entry
 from benchmarks.results import Ratio, Row, Timing, row_from_dict
 from fastseq import _gpus
+from fastseq.cuda import native
+from fastseq.cuda.plan import DESIGNS
+from tests.emulated import emulated
+from tests.gpu import sanitized
+
+__all__ = ["emulated"]
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("build", "test", "bench")
@@ -187,6 +193,8 @@ def test_a_peers_own_rounding_is_told_of(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_every_file_of_gpu_tests_is_run() -> None:
     assert set(test.FILES) == {p.stem for p in (ROOT / "tests" / "gpu").glob("test_*.py")}
+    assert set(test.OF_CUDA).isdisjoint(test.TRITONS)
+    assert set(test.OF_CUDA) | set(test.TRITONS) == set(test.FILES)
 
 
 REHEARSED = ("test_streams.py", "test_generate.py", "test_large.py", "test_attention.py")
@@ -207,6 +215,38 @@ def test_gpu_tests_rehearse_on_the_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     assert "the time that gpu-test has for this file is over" in done.stdout
     assert "passed" not in done.stdout.splitlines()[-1]
+
+
+def test_gpu_tests_rehearse_on_the_cuda_kernels() -> None:
+    """Emulated: those of streams are collected and run, and what is Triton's alone is left out by name."""
+    env = os.environ | {"FASTSEQ_REHEARSE": "1", "TRITON_INTERPRET": "1", "FASTSEQ_GPU_BACKEND": "cuda"}
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "tests/gpu/test_streams.py"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "passed" in done.stdout.splitlines()[-1]
+    assert "attention of all queries at once is Triton's alone" in done.stdout
+
+
+@pytest.mark.usefixtures("emulated")
+def test_the_sanitized_case_has_every_design(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Layers of one block, of a cluster and of a grid, with masks and without; by default in TF32."""
+    ran, native_launch = [], native.launch
+
+    def launch(function: str, x: torch.Tensor, *args: Any) -> None:
+        if function in ("rnn_forward", "rnn_backward"):
+            ran.append((function, DESIGNS[args[3][0]], args[-1][0]))  # of its shape, and whether there are masks
+        native_launch(function, x, *args)
+
+    monkeypatch.setattr(native, "launch", launch)
+    monkeypatch.setattr(sanitized, "BACKEND", "cuda")
+    monkeypatch.setattr(sanitized, "DEVICE", "cpu")
+    sanitized.main()
+    assert "every kernel ran" in capsys.readouterr().out
+    for way in ("rnn_forward", "rnn_backward"):
+        assert {design for name, design, _ in ran if name == way} == {*DESIGNS}
+        assert {design for name, design, noisy in ran if noisy and name == way} == {"block", "cluster"}
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
