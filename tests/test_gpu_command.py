@@ -378,9 +378,9 @@ def test_aims_of_one_of_ours() -> None:
     layer = LayerCase("lstm", "train", 1024, 16, 512, 512, dtype="bfloat16", device="cuda")
     forward, both = replace(layer, mode="forward"), replace(layer, bidirectional=True, T=512)
 
-    def told(case: Any, name: str, ours: str, peer: str, us: float = 1.0) -> str:
+    def told(case: Any, name: str, ours: str, peer: str, us: float = 1.0, on: str = "") -> str:
         of = a_row(case, name, 3.5)
-        timing = replace(of.timings["triton"], median=us * 1e-6 * getattr(case, "T", 1))
+        timing = replace(of.timings["triton"], median=us * 1e-6 * getattr(case, "T", 1), backend=on or ours)
         ratio = Ratio(ours, peer, 3.5, 3.5, 3.5)
         return tables.aim(replace(of, timings={ours: timing, peer: timing}), ratio)
 
@@ -395,6 +395,8 @@ def test_aims_of_one_of_ours() -> None:
     assert told(layer, "gpu-varlen", "triton", "torch.nn") == "5 (missed)"
     assert told(layer, "gpu-large", "auto", "torch.nn") == "0.98"
     assert told(layer, "gpu-large", "cuda", "torch.nn") == ""
+    assert told(forward, "gpu-recurrence", "auto", "torch.nn", on="cuda") == "1.2; 1.3 us a step (1.00)"
+    assert told(layer, "gpu-varlen", "auto", "torch.nn", on="cuda") == "10 (missed)"
     decoder = DecoderCase("bahdanau", "lstm", "train", 64, 64, 64, 512, "bfloat16", device="cuda")
     found = [told(decoder, "gpu-decoder", ours, p) for ours in ("cuda", "triton") for p in ("loop", "loop.graph")]
     assert found == ["15 (missed)", "4 (missed)", "8 (missed)", "2"]

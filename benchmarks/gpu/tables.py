@@ -64,20 +64,22 @@ def aim(row: Row, ratio: Ratio) -> str:
 
 
 def _least(row: Row, ratio: Ratio) -> float | None:
-    """Of ours by itself before that of all, of a part of the set before that of the set."""
-    names, mode = (_part(row), row.set), row.case.mode
-    own = [OURS_AIMS[key] for name in names if (key := (name, mode, ratio.ours, ratio.peer)) in OURS_AIMS]
+    """Of ours, or what it runs on, before that of all; of a part of the set before that of the set."""
+    names, mode, ours = (_part(row), row.set), row.case.mode, (ratio.ours, row.timings[ratio.ours].backend)
+    keys = [(name, mode, one, ratio.peer) for one in ours for name in names]
+    own = [OURS_AIMS[key] for key in keys if key in OURS_AIMS]
     every = [AIMS[of_all] for name in names if (of_all := (name, mode, ratio.peer)) in AIMS]
     return next(iter(own + every), None)
 
 
 def _step_aim(row: Row, ratio: Ratio) -> str:
     """Of the CUDA kernels' us a step, the products before and after the recurrence included; backward 2 x forward."""
-    case = row.case
+    case, timing = row.case, row.timings[ratio.ours]
+    on_cuda = "cuda" in (ratio.ours, timing.backend)  # `auto` may have chosen it, and then stands for both
     plain = _part(row) == "gpu-recurrence" and case.dtype == "bfloat16"
-    if not plain or not isinstance(case, LayerCase) or ratio.ours != "cuda" or case.H not in STEP_AIMS:
+    if not plain or not isinstance(case, LayerCase) or not on_cuda or case.H not in STEP_AIMS:
         return ""
-    most, us = STEP_AIMS[case.H] * (3 if case.mode == "train" else 1), row.timings["cuda"].median * 1e6 / case.T
+    most, us = STEP_AIMS[case.H] * (3 if case.mode == "train" else 1), timing.median * 1e6 / case.T
     return f"{most:.1f} us a step ({f'missed: {us:.2f}' if us > most else f'{us:.2f}'})"
 
 
