@@ -1,6 +1,7 @@
 """A decoder's case made ready to run: fastseq's operator, and the loop in PyTorch."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -9,13 +10,14 @@ from torch.nn.functional import linear
 
 import fastseq
 from fastseq import functional
+from fastseq.backends import decoder_cuda
 from fastseq.backends.decoder_call import DecoderCall
 from fastseq.spec import AttentionParams, CellParams, DecoderParams, DecoderSpec, DecoderState, Keys
 
 from .decoder_cases import TeacherForced
 from .decoder_problem import Batch, DecoderProblem, loop_of
 from .graphs import graphed
-from .programs import Program, Results, chosen_backend, compiled, program_of
+from .programs import Program, Results, chosen_backend, compiled, program_of, us_a_step
 
 __all__ = ["compile_refuses", "compiled_loop_program", "fastseq_program", "graphed_loop_program", "loop_program"]
 
@@ -52,13 +54,22 @@ def fastseq_program(problem: DecoderProblem, backend: str) -> Program:
     first = problem.batches[0]  # the others differ in size alone
     with torch.set_grad_enabled(train), fastseq.use_backend(backend):
         keys, state, params = _arguments(spec, weights, first.y, first.memory, first.mask)
-        chosen = chosen_backend(fastseq.explain(DecoderCall(spec, first.y, keys, state, params)), backend)
+        call = DecoderCall(spec, first.y, keys, state, params)
+        chosen = chosen_backend(fastseq.explain(call), backend)
 
     def decode(y: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
         keys, state, params = _arguments(spec, weights, y, memory, mask)
         return functional.attention_decoder(y, keys, state, params, spec, backend=backend).output
 
-    return _program(decode, weights, problem, chosen)
+    program = _program(decode, weights, problem, chosen)
+    return replace(program, note=_predicted(call, train, len(problem.batches))) if chosen == "cuda" else program
+
+
+def _predicted(call: DecoderCall, train: bool, batches: int) -> str:
+    """What the cost model of the CUDA kernels says of the first batch's loop, to stand beside what was measured."""
+    plans = decoder_cuda.layout(call)[: 2 if train else 1]
+    told = " and ".join(us_a_step(p.step * p.waves, p.shape.design) for p in plans)
+    return f"predicted {told}{', of the first batch' if batches > 1 else ''}" if told else ""
 
 
 def _loop(problem: DecoderProblem) -> nn.Module:

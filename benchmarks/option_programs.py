@@ -12,7 +12,7 @@ from fastseq.modules.rnn import lstm_call
 
 from .option_cases import OPTIONS, OptionCase
 from .problem import DTYPES, LayerProblem, flatten, module_of, uniform
-from .programs import Program, Results, chosen_backend, module_program
+from .programs import Program, Results, chosen_backend, module_program, predicted
 
 __all__ = ["OptionProblem", "built", "exact_program", "fastseq_program", "program"]
 
@@ -71,7 +71,8 @@ def fastseq_program(problem: OptionProblem, backend: str) -> Program:
             return [out, cells, *last]
         return flatten(module(x) if resets is None else module(x, resets=resets))
 
-    return program(module, problem, forward, chosen)
+    ready = program(module, problem, forward, chosen)
+    return replace(ready, note=predicted(problem.case)) if chosen == "cuda" else ready
 
 
 def program(

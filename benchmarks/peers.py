@@ -105,7 +105,7 @@ PEERS = {
     "flashrnn.triton": _flashrnn("triton_fused"),
     **{
         f"{on}.plain": Peer(fastseq_program(on), "our plain layer", ("options",), form=_plain)
-        for on in ("cpu", "auto", "triton")
+        for on in ("cpu", "auto", "triton", "cuda")
     },
     "loop": Peer(exact_program, "torch loop", LOOPS),
     "loop.compile": Peer(

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import fastseq
 from fastseq.cuda import devices
 from fastseq.cuda.native import kind_of
-from fastseq.cuda.plan import plan
+from fastseq.cuda.plan import one_step, plan
 from fastseq.explain import Explanation
 from fastseq.ops.rnn_gpu import tf32_flag
 
@@ -34,8 +34,10 @@ __all__ = [
     "frozen_refuses",
     "lengths_call",
     "module_program",
+    "predicted",
     "program_of",
     "torch_program",
+    "us_a_step",
 ]
 
 Results = dict[str, Tensor]  # out0, out1, ...; d_x, d_h0, ..., d_<parameter>
@@ -112,16 +114,25 @@ def fastseq_program(problem: LayerProblem, backend: str) -> Program:
         x, hx = _arguments(problem, list(problem.hx))
         chosen = chosen_backend(fastseq.explain(module, x, hx, lengths=_lengths(problem)), backend)
     program = module_program(module, problem, lengths_call, chosen)
-    return replace(program, note=_predicted(problem.case)) if chosen == "cuda" and problem.case.T > 1 else program
+    return replace(program, note=predicted(problem.case)) if chosen == "cuda" else program
 
 
-def _predicted(case: LayerCase) -> str:
-    """What the cost model of the CUDA kernels says of a layer's recurrence, to stand beside what was measured."""
-    kind = kind_of(getattr(torch, case.dtype), tf32_flag("rnn"))
+def predicted(case: LayerCase) -> str:
+    """What the cost model of the CUDA kernels says of a layer's or a cell's, to stand beside what was measured."""
+    single = case.T == 1 and case.layers == 1 and not case.bidirectional and case.rows == "full"  # rnn_step.h's
+    dtype = torch.bfloat16 if case.dtype == "autocast" else getattr(torch, case.dtype)
+    kind = kind_of(dtype, tf32_flag("matmul" if single else "rnn"))
     device, directions = devices.of(torch.device(case.device)), 2 if case.bidirectional else 1
     ways = ("forward", "backward") if case.mode == "train" else ("forward",)
     plans = [plan(case.cell, case.B, case.H, kind, device, directions, way) for way in ways]
-    return "predicted " + " and ".join(f"{p.step * p.waves:.2f} us a step ({p.shape.design})" for p in plans)
+    told = [us_a_step(p.step * p.waves, p.shape.design) for p in plans]
+    if single:
+        told[0] = us_a_step(one_step(case.cell, case.B, case.I, case.H, kind, device), "one launch")
+    return f"predicted {' and '.join(told)}"
+
+
+def us_a_step(us: float, how: str) -> str:
+    return f"{us:.2f} us a step ({how})"
 
 
 def frozen_refuses(case: LayerCase) -> str | None:

@@ -10,12 +10,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import equality, peers, registry, results, summary, targets
-from benchmarks.cases import GATES
-from benchmarks.decoder_cases import WIDTHS
+from benchmarks.cases import GATES, Case, LayerCase
+from benchmarks.decoder_cases import WIDTHS, CorpusCase, DecoderCase
 from benchmarks.generate_cases import GenerateCase
 from benchmarks.generate_loop import EOS
 from benchmarks.generate_problem import GenerateProblem
 from benchmarks.kinds import KINDS, draw
+from benchmarks.option_cases import OptionCase
 from benchmarks.peers import PEERS
 from benchmarks.registry import SETS
 from fastseq.cuda import devices
@@ -68,6 +69,25 @@ def test_a_search_on_cuda_says_which_way_it_took(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(devices, "EMULATED", replace(devices.EMULATED, units=2, clusters=()))
     large = KINDS["generate"].fastseq(draw(replace(case, V=20_000)), "cuda")
     assert large.note.startswith("step by step: the output's weights of 20000 tokens x 16 features")
+
+
+CALLS: tuple[tuple[Case, str], ...] = (
+    (LayerCase("lstm", "train", 3, 2, 4, 6), "(block) and NUMBER (block)"),
+    (LayerCase("lstm", "forward", 1, 2, 4, 6, hx=True), "(one launch)"),
+    (LayerCase("gru_cell", "train", 1, 2, 6, 6, hx=True), "(one launch) and NUMBER (block)"),
+    (OptionCase("lstm", "train", 3, 2, 4, 6, option="zoneout"), "(block) and NUMBER (block)"),
+    (DecoderCase("luong", "lstm", "forward", 4, 3, 2, 6), "(block)"),
+    (DecoderCase("bahdanau", "lstm", "train", 4, 3, 2, 6), "(block) and NUMBER (block)"),
+    (CorpusCase("luong", "lstm", "train", "multi30k", 6, 2, 3), "(block) and NUMBER (block), of the first batch"),
+)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(("case", "told"), CALLS, ids=lambda of: str(of) if isinstance(of, Case) else "")
+def test_what_the_cost_model_predicts_stands_beside(case: Case, told: str) -> None:
+    """Of every kind of call that runs on the CUDA kernels."""
+    note = KINDS[case.kind].fastseq(draw(case), "cuda").note
+    assert re.sub(r"\d+\.\d\d us a step", "NUMBER", note) == f"predicted NUMBER {told}"
 
 
 def test_another_token_is_unequal_however_large_its_number() -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,17 @@ from benchmarks.decoder_cases import AttentionCase, CorpusCase, DecoderCase
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import bench, build, rows, sets, tables, test
 from benchmarks.gpu.commands import Deadline, Record
+from benchmarks.option_cases import OptionCase
 from benchmarks.problem import LayerProblem
 from benchmarks.registry import Entry
 from benchmarks.results import Ratio, Row, Timing, row_from_dict
 from fastseq import _gpus
+from fastseq.cuda import native
+from fastseq.cuda.plan import DESIGNS
+from tests.emulated import emulated
+from tests.gpu import sanitized
+
+__all__ = ["emulated"]
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("build", "test", "bench")
@@ -187,6 +194,8 @@ def test_a_peers_own_rounding_is_told_of(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_every_file_of_gpu_tests_is_run() -> None:
     assert set(test.FILES) == {p.stem for p in (ROOT / "tests" / "gpu").glob("test_*.py")}
+    assert set(test.OF_CUDA).isdisjoint(test.TRITONS)
+    assert set(test.OF_CUDA) | set(test.TRITONS) == set(test.FILES)
 
 
 REHEARSED = ("test_streams.py", "test_generate.py", "test_large.py", "test_attention.py")
@@ -207,6 +216,38 @@ def test_gpu_tests_rehearse_on_the_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     assert "the time that gpu-test has for this file is over" in done.stdout
     assert "passed" not in done.stdout.splitlines()[-1]
+
+
+def test_gpu_tests_rehearse_on_the_cuda_kernels() -> None:
+    """Emulated: those of streams are collected and run, and what is Triton's alone is left out by name."""
+    env = os.environ | {"FASTSEQ_REHEARSE": "1", "TRITON_INTERPRET": "1", "FASTSEQ_GPU_BACKEND": "cuda"}
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "tests/gpu/test_streams.py"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "passed" in done.stdout.splitlines()[-1]
+    assert "attention of all queries at once is Triton's alone" in done.stdout
+
+
+@pytest.mark.usefixtures("emulated")
+def test_the_sanitized_case_has_every_design(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Layers of one block, of a cluster and of a grid, with masks and without; by default in TF32."""
+    ran, native_launch = [], native.launch
+
+    def launch(function: str, x: torch.Tensor, *args: Any) -> None:
+        if function in ("rnn_forward", "rnn_backward"):
+            ran.append((function, DESIGNS[args[3][0]], args[-1][0]))  # of its shape, and whether there are masks
+        native_launch(function, x, *args)
+
+    monkeypatch.setattr(native, "launch", launch)
+    monkeypatch.setattr(sanitized, "BACKEND", "cuda")
+    monkeypatch.setattr(sanitized, "DEVICE", "cpu")
+    sanitized.main()
+    assert "every kernel ran" in capsys.readouterr().out
+    for way in ("rnn_forward", "rnn_backward"):
+        assert {design for name, design, _ in ran if name == way} == {*DESIGNS}
+        assert {design for name, design, noisy in ran if noisy and name == way} == {"block", "cluster"}
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
@@ -260,9 +301,11 @@ def test_rows_stand_in_the_order_of_importance() -> None:
     assert first == DecoderCase("bahdanau", "lstm", "train", 64, 64, 64, 512, "bfloat16", device="cuda")
     seen = [e.set for e in sets.IN_ORDER]
     assert seen.index("gpu-corpus") < len(seen) - seen[::-1].index("gpu-calls")  # every kind before the tails
-    for name, mode, peer in sets.AIMS:
-        of = [e for e in sets.IN_ORDER if e.set == name.split()[0] and e.case.mode == mode]
-        assert any(peer == theirs for e in of for _, theirs in e.pairs), (name, mode, peer)
+    held = [(name, mode, None, peer) for name, mode, peer in sets.AIMS]
+    for name, mode, ours, peer in (*held, *sets.OURS_AIMS):
+        of = [e for e in sets.GPU_SETS[name.split()[0]] if e.case.mode == mode]
+        pairs = [pair for e in of for pair in e.pairs]
+        assert any(ours in (None, mine) and peer == theirs for mine, theirs in pairs), (name, mode, ours, peer)
     assert all(e.case.device == "cuda" for e in sets.IN_ORDER)
 
 
@@ -330,6 +373,35 @@ def test_gpu_programs_are_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> No
     assert taken.values == {"x": pytest.approx([2.5e-4] * 3)}
 
 
+def test_aims_of_one_of_ours() -> None:
+    """Of the CUDA kernels more is asked than of Triton's, of parts of a set other things, and us a step beside."""
+    layer = LayerCase("lstm", "train", 1024, 16, 512, 512, dtype="bfloat16", device="cuda")
+    forward, both = replace(layer, mode="forward"), replace(layer, bidirectional=True, T=512)
+
+    def told(case: Any, name: str, ours: str, peer: str, us: float = 1.0, on: str = "") -> str:
+        of = a_row(case, name, 3.5)
+        timing = replace(of.timings["triton"], median=us * 1e-6 * getattr(case, "T", 1), backend=on or ours)
+        ratio = Ratio(ours, peer, 3.5, 3.5, 3.5)
+        return tables.aim(replace(of, timings={ours: timing, peer: timing}), ratio)
+
+    assert told(forward, "gpu-recurrence", "cuda", "torch.nn") == "1.2; 1.3 us a step (1.00)"
+    assert told(layer, "gpu-recurrence", "cuda", "torch.nn", 4.0) == "1.2; 3.9 us a step (missed: 4.00)"
+    assert told(replace(layer, dtype="float16"), "gpu-recurrence", "cuda", "torch.nn") == "1.2"
+    assert told(layer, "gpu-recurrence", "triton", "torch.nn") == "1.2"
+    assert told(both, "gpu-recurrence", "cuda", "torch.nn") == "3"
+    assert told(replace(layer, layers=4), "gpu-recurrence", "cuda", "torch.nn") == "2"
+    assert told(replace(layer, layers=4), "gpu-recurrence", "triton", "torch.nn") == "1.2"
+    assert told(layer, "gpu-varlen", "cuda", "torch.nn") == "10 (missed)"
+    assert told(layer, "gpu-varlen", "triton", "torch.nn") == "5 (missed)"
+    assert told(layer, "gpu-large", "auto", "torch.nn") == "0.98"
+    assert told(layer, "gpu-large", "cuda", "torch.nn") == ""
+    assert told(forward, "gpu-recurrence", "auto", "torch.nn", on="cuda") == "1.2; 1.3 us a step (1.00)"
+    assert told(layer, "gpu-varlen", "auto", "torch.nn", on="cuda") == "10 (missed)"
+    decoder = DecoderCase("bahdanau", "lstm", "train", 64, 64, 64, 512, "bfloat16", device="cuda")
+    found = [told(decoder, "gpu-decoder", ours, p) for ours in ("cuda", "triton") for p in ("loop", "loop.graph")]
+    assert found == ["15 (missed)", "4 (missed)", "8 (missed)", "2"]
+
+
 def a_row(case: Any, name: str, ratio: float, first: float = 0.0) -> Row:
     peer = "loop" if name != "gpu-attention" else "plain"
     timings = {"triton": Timing("triton", 1.0, 1.0, 1.0, 9, "", first), peer: Timing(peer, ratio, ratio, ratio, 9)}
@@ -352,6 +424,11 @@ def test_aims_stand_beside_their_rows() -> None:
     assert tables.epoch_ratio(many[3], many[3].ratios[0]) == pytest.approx(6 * epoch / (epoch + 29))
     assert [line[-3:-1] for line in tables.sets_table(many).lines] == [
         ["4.87", "3.00"], ["2.50", "2.50"], ["6.00", "6.00"],
+    ]  # fmt: skip
+    normed = a_row(OptionCase(**asdict(LAYER), option="layer_norm"), "gpu-options", 0.6)
+    plain = replace(normed, case=OptionCase(**asdict(LAYER), option="resets"))
+    assert [tables.aim(row, Ratio("triton", "triton.plain", 0.6, 0.6, 0.6)) for row in (normed, plain)] == [
+        "0.5", "0.8 (missed)",
     ]  # fmt: skip
     calls = [replace(a_row(LAYER, "gpu-calls", ratio), case=replace(LAYER, B=b)) for b, ratio in ((1, 1.0), (8, 1.6))]
     assert [line[-1] for line in tables.sets_table(calls).lines] == ["mean 1.3 (missed)"]

@@ -6,11 +6,11 @@ from itertools import product
 from ..cases import Case, LayerCase
 from ..decoder_cases import WIDTHS, AttentionCase, CorpusCase, DecoderCase
 from ..generate_cases import GenerateCase
-from ..option_cases import OptionCase
+from ..option_cases import OPTIONS, OptionCase
 from ..registry import MODES, OPS, Entry, Pairs
 from ..shapes import deepbench, flashrnn
 
-__all__ = ["AIMS", "GPU_SETS", "IN_ORDER", "MEAN_AIMS", "rehearsed"]
+__all__ = ["AIMS", "GPU_SETS", "IN_ORDER", "MEAN_AIMS", "OURS_AIMS", "STEP_AIMS", "rehearsed"]
 
 OURS = ("auto", "triton", "cuda")
 MEAN_AIMS = {
@@ -36,9 +36,25 @@ AIMS = {  # by set, mode and peer: least ratio of every row
     ("gpu-recurrence", "forward", "torch.nn"): 1.2,
     ("gpu-recurrence", "train", "torch.nn"): 1.2,
     ("gpu-corpus", "train", "loop"): 5.0,
-    ("gpu-options", "forward", "triton.plain"): 0.5,
-    ("gpu-options", "train", "triton.plain"): 0.5,
+    ("gpu-options layer_norm", "forward", "triton.plain"): 0.5,
+    ("gpu-options layer_norm", "train", "triton.plain"): 0.5,
+    ("gpu-options", "forward", "triton.plain"): 0.8,
+    ("gpu-options", "train", "triton.plain"): 0.8,
+    ("gpu-options", "forward", "cuda.plain"): 0.8,
+    ("gpu-options", "train", "cuda.plain"): 0.8,
 }
+OURS_AIMS = {  # of one of ours: in the place of what the set has for all of them
+    ("gpu-decoder", "train", "cuda", "loop"): 15.0,
+    ("gpu-decoder", "train", "cuda", "loop.graph"): 4.0,
+    **{("gpu-varlen", mode, "cuda", "torch.nn"): 10.0 for mode in MODES},
+    **{("gpu-recurrence bidirectional", mode, "cuda", "torch.nn"): 3.0 for mode in MODES},
+    **{("gpu-recurrence layers", mode, "cuda", "torch.nn"): 2.0 for mode in MODES},
+    **{
+        (name, mode, "auto", "torch.nn"): 0.98
+        for name, mode in product(("gpu-large", "gpu-deepbench", "gpu-flashrnn"), MODES)
+    },
+}
+STEP_AIMS = {256: 0.8, 512: 1.3, 768: 1.9, 1024: 2.4}  # by H: us a step forward of `gpu-recurrence`, bf16; backward 2 x
 HALF_FIRST = ("bfloat16", "float32")
 
 
@@ -113,11 +129,19 @@ def _loops() -> list[Case]:
 
 
 def _options() -> tuple[Entry, ...]:
-    """Layer normalisation over the same layer without it."""
+    """Each option over the same layer without it; of layer normalisation, the costly one, every dtype and cell."""
     order = product(HALF_FIRST, (512, 128), OPS, MODES)
-    cases = [OptionCase(op, m, 128, 64, h, h, dtype=dtype, option="layer_norm") for dtype, h, op, m in order]
-    pairs = tuple((on, f"{on}.plain") for on in ("auto", "triton"))
-    return tuple(Entry("gpu-options", replace(case, device="cuda"), pairs, (1,)) for case in cases)
+    normed = [OptionCase(op, m, 128, 64, h, h, dtype=dtype, option="layer_norm") for dtype, h, op, m in order]
+    options = [option for option in OPTIONS if option not in ("", "layer_norm")]
+    others = [
+        OptionCase("lstm", m, 128, 64, 512, 512, dtype="bfloat16", option=o) for o, m in product(options, MODES[::-1])
+    ]
+    cases = [(case, ("auto", "triton")) for case in normed]
+    cases[2:2] = [(case, ("triton", "cuda")) for case in others]  # the CUDA kernels have no layer normalisation
+    return tuple(
+        Entry("gpu-options", replace(case, device="cuda"), tuple((on, f"{on}.plain") for on in ours), (1,))
+        for case, ours in cases
+    )
 
 
 GPU_SETS: dict[str, tuple[Entry, ...]] = {
@@ -145,7 +169,7 @@ GPU_SETS: dict[str, tuple[Entry, ...]] = {
 # A row of each kind stands before the long tails, so that a stage cut short has seen everything once. Sets that are not
 # here take longer than the stage has.
 HEADS = {"gpu-decoder": 8, "gpu-attention": 4, "gpu-small": 8, "gpu-calls": 12, "gpu-varlen": 4, "gpu-generate": 2,
-         "gpu-recurrence": 8, "gpu-corpus": 2, "gpu-options": 2, "gpu-loops": 2, "gpu-large": 0,
+         "gpu-recurrence": 8, "gpu-corpus": 2, "gpu-options": 4, "gpu-loops": 2, "gpu-large": 0,
          "gpu-compiled": 1}  # fmt: skip
 IN_ORDER: tuple[Entry, ...] = (
     *(entry for name, head in HEADS.items() for entry in GPU_SETS[name][:head]),

@@ -4,12 +4,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from .. import corpus
+from ..cases import LayerCase
 from ..decoder_cases import CorpusCase
+from ..option_cases import OptionCase
 from ..peers import PEERS
 from ..results import Ratio, Row, Timing
 from ..stats import geometric_mean
 from ..tables import Table
-from .sets import AIMS, MEAN_AIMS
+from .sets import AIMS, MEAN_AIMS, OURS_AIMS, STEP_AIMS
 
 __all__ = ["aim", "epoch_ratio", "rows_table", "sets_table"]
 
@@ -53,11 +55,32 @@ def _mean_aim(key: tuple[str, ...], values: Sequence[float]) -> str:
 
 def aim(row: Row, ratio: Ratio) -> str:
     """What the project aims at for this row, and whether it is missed."""
-    least = AIMS.get((_group(row), row.case.mode, ratio.peer))
+    least = _least(row, ratio)
     if least is None or (row.set == "gpu-decoder" and row.case.dtype != "bfloat16"):
         return ""
     reached = epoch_ratio(row, ratio)
-    return f"{least:g}{' (missed)' if (ratio.median if reached is None else reached) < least else ''}"
+    told = f"{least:g}{' (missed)' if (ratio.median if reached is None else reached) < least else ''}"
+    return "; ".join(filter(None, (told, _step_aim(row, ratio))))
+
+
+def _least(row: Row, ratio: Ratio) -> float | None:
+    """Of ours, or what it runs on, before that of all; of a part of the set before that of the set."""
+    names, mode, ours = (_part(row), row.set), row.case.mode, (ratio.ours, row.timings[ratio.ours].backend)
+    keys = [(name, mode, one, ratio.peer) for one in ours for name in names]
+    own = [OURS_AIMS[key] for key in keys if key in OURS_AIMS]
+    every = [AIMS[of_all] for name in names if (of_all := (name, mode, ratio.peer)) in AIMS]
+    return next(iter(own + every), None)
+
+
+def _step_aim(row: Row, ratio: Ratio) -> str:
+    """Of the CUDA kernels' us a step, the products before and after the recurrence included; backward 2 x forward."""
+    case, timing = row.case, row.timings[ratio.ours]
+    on_cuda = "cuda" in (ratio.ours, timing.backend)  # `auto` may have chosen it, and then stands for both
+    plain = _part(row) == "gpu-recurrence" and case.dtype == "bfloat16"
+    if not plain or not isinstance(case, LayerCase) or not on_cuda or case.H not in STEP_AIMS:
+        return ""
+    most, us = STEP_AIMS[case.H] * (3 if case.mode == "train" else 1), timing.median * 1e6 / case.T
+    return f"{most:.1f} us a step ({f'missed: {us:.2f}' if us > most else f'{us:.2f}'})"
 
 
 def epoch_ratio(row: Row, ratio: Ratio) -> float | None:
@@ -73,7 +96,23 @@ def _epoch(case: CorpusCase, timing: Timing) -> float:
 
 
 def _group(row: Row) -> str:
-    return f"{row.set} {row.case.dtype}" if row.set == "gpu-attention" else row.set
+    """What the means are of."""
+    if row.set == "gpu-attention":
+        return f"{row.set} {row.case.dtype}"
+    return f"{row.set} layer_norm" if _normalises(row) else row.set
+
+
+def _part(row: Row) -> str:
+    """What the aims are of."""
+    if row.set != "gpu-recurrence" or not isinstance(row.case, LayerCase):
+        return _group(row)
+    if row.case.bidirectional:
+        return f"{row.set} bidirectional"
+    return f"{row.set} layers" if row.case.layers > 1 else row.set
+
+
+def _normalises(row: Row) -> bool:
+    return isinstance(row.case, OptionCase) and row.case.option == "layer_norm" and row.set == "gpu-options"
 
 
 def _time(timing: Timing) -> str:

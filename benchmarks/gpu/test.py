@@ -10,7 +10,7 @@ from typing import Any
 from .build import ROOT, TREE, built, environment
 from .commands import Deadline, Record
 
-__all__ = ["FILES", "test"]
+__all__ = ["FILES", "OF_CUDA", "TRITONS", "test"]
 
 FILES = {  # seconds, after which a file's other tests are skipped; most important first
     # Each has a process of its own, since a fault poisons the one it happens in.
@@ -26,12 +26,21 @@ FILES = {  # seconds, after which a file's other tests are skipped; most importa
     "test_repeats": 25.0,
     "test_presets": 90.0,
 }
-OF_CUDA = {
+OF_CUDA = {  # again, on those kernels, which compile nothing
     "test_layers": 45.0,
-    "test_calls": 20.0,
     "test_decoder": 45.0,
-    "test_repeats": 30.0,
-}  # again, on those kernels
+    "test_generate": 20.0,
+    "test_streams": 25.0,
+    "test_calls": 20.0,
+    "test_presets": 30.0,
+    "test_repeats": 25.0,
+    "test_large": 15.0,
+}
+TRITONS = {  # why there is nothing in them for the CUDA kernels
+    "test_attention": "attention of all queries at once is Triton's alone",
+    "test_norm": "layer normalisation is not in the CUDA kernels",
+    "test_first_call": "what a call compiles is Triton's; CUDA kernels are compiled when the package is installed",
+}
 GRACE_S = 30.0  # for the test that runs when they are over
 SANITIZER_S = 60.0
 TOOLS = ("memcheck", "racecheck", "synccheck")

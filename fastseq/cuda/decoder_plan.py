@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from .decoder_phases import CANDIDATE, SCORE, VOCABULARY, Phase, Program, Segment
 from .devices import DeviceSpec
-from .plan import DESIGNS, ELEMENT, TILE_BYTES, TILE_K, TILE_ROWS, WARPS, CannotPlan
+from .plan import DESIGNS, ELEMENT, TILE_BYTES, TILE_K, TILE_ROWS, WARPS, CannotPlan, rate
 
 __all__ = ["DecoderPlan", "DecoderShape", "Sizes", "candidates", "laid_out", "plan", "sizes", "tiles_of"]
 
@@ -168,7 +168,7 @@ def _tables_time(program: Program, kind: str, device: DeviceSpec) -> float:
     """us of the products that make the tables, or of writing these, whichever is more."""
     numbers = program.dims.V * _columns(program)
     flops = 2 * numbers * program.dims.I
-    return max(flops / (_rate(kind, device) * device.units), numbers * ELEMENT[kind] / device.memory_bytes)
+    return max(flops / (rate(kind, device) * device.units), numbers * ELEMENT[kind] / device.memory_bytes)
 
 
 def _features(program: Program) -> int:
@@ -184,7 +184,7 @@ def _apart(program: Program, N: int, S: int, kind: str, device: DeviceSpec) -> f
     """us of a search's step by step: the decoder's launch, the logits' product, and the choice."""
     loop, tokens = _plan(_without_vocabulary(program), N, S, kind, device), program.dims.V
     weights = tokens * _features(program)
-    product = max(2 * N * weights / (_rate(kind, device) * device.units), weights * ELEMENT[kind] / device.l2_bytes)
+    product = max(2 * N * weights / (rate(kind, device) * device.units), weights * ELEMENT[kind] / device.l2_bytes)
     return loop.step * loop.waves + product + _CHOOSING
 
 
@@ -365,7 +365,7 @@ def _step(program: Program, shape: DecoderShape, found: Sizes, S: int, kind: str
     meeting = {"block": 0.0, "cluster": device.cluster_barrier, "grid": device.grid_barrier}[shape.design]
     blocks = shape.blocks * shape.groups
     tiles = shape.rows // 8
-    rate = _rate(kind, device)
+    of_product = rate(kind, device)
     total = 0.0
     for p, units, near, weights in zip(program.phases, found.units, found.near, found.weights, strict=True):
         attention = not p.width
@@ -377,7 +377,7 @@ def _step(program: Program, shape: DecoderShape, found: Sizes, S: int, kind: str
         again = -(-shape.rows // shape.chunk)
         flops = 2 * weights // TILE_BYTES * tiles * TILE_ROWS * 8 * TILE_K[kind]
         reads = weights / device.shared_bytes, blocks * (weights - near) / device.l2_bytes
-        total += max(flops / rate, again * max(reads))
+        total += max(flops / of_product, again * max(reads))
         chooses = p.kind == VOCABULARY
         moved = shape.rows * (_CHOICE if chooses else units * p.blocks * p.each * ELEMENT[kind])
         if shape.design == "cluster":
@@ -386,11 +386,6 @@ def _step(program: Program, shape: DecoderShape, found: Sizes, S: int, kind: str
             total += blocks * shape.rows * _staged(program, p, grid=True) * ELEMENT[kind] / device.l2_bytes
             total += blocks * moved * shape.blocks / device.l2_bytes if chooses else 0.0
     return total
-
-
-def _rate(kind: str, device: DeviceSpec) -> float:
-    """Flops a us of one SM."""
-    return {"full32": device.vector_flops, "tensor32": device.tensor_flops / 2}.get(kind, device.tensor_flops)
 
 
 def _attention(

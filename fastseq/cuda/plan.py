@@ -12,10 +12,11 @@ from functools import lru_cache
 from ..ops.cells import CELLS
 from .devices import DeviceSpec
 
-__all__ = ["CannotPlan", "RnnPlan", "Shape", "plan"]
+__all__ = ["CannotPlan", "RnnPlan", "Shape", "one_step", "plan", "rate"]
 
 WARPS, THREADS, MOST_PAIRS = 8, 256, 512  # rows * units of a block: rnn_batch.h's kMostPairs a thread
 TILE_ROWS, TILE_COLUMNS, TILE_BYTES = 16, 8, 512
+STEP_ROWS = 16  # rnn_step.h's kStepRows
 EXCHANGE_BYTES = 32  # rnn_exchange.h's kBytes
 TILE_K = {"full32": 8, "tensor32": 8, "brain_half": 16, "half": 16}
 ELEMENT = {"full32": 4, "tensor32": 4, "brain_half": 2, "half": 2}
@@ -221,13 +222,25 @@ def _backward_sizes(cell: str, kind: str, H: int, shape: Shape) -> _Sizes | None
     return _Sizes(shared, WARPS * passes * tiles * strip, WARPS * warp_tiles, pitch, parts, depth)
 
 
+def one_step(cell: str, B: int, I: int, H: int, kind: str, device: DeviceSpec) -> float:  # noqa: E741
+    """Predicted us of rnn_step.h's only step: no barrier; products, or each block's weights through L2."""
+    blocks, weights = _cdiv(H, TILE_ROWS) * _cdiv(B, STEP_ROWS), CELLS[cell].gates * TILE_ROWS * (I + H)
+    product = _cdiv(blocks, device.units) * 2 * weights * STEP_ROWS / rate(kind, device)
+    return device.step + max(product, blocks * weights * ELEMENT[kind] / device.l2_bytes)
+
+
+def rate(kind: str, device: DeviceSpec) -> float:
+    """Flops a us of one SM."""
+    return {"full32": device.vector_flops, "tensor32": device.tensor_flops / 2}.get(kind, device.tensor_flops)
+
+
 def _step(kind: str, device: DeviceSpec, directions: int, shape: Shape, sizes: _Sizes, H: int) -> float:
     """us of a step: barrier, what is handed out, and the product, bound by arithmetic or by reading the weights."""
     tiles = shape.rows // TILE_COLUMNS
     flops = 2 * sizes.tiles * tiles * TILE_ROWS * TILE_COLUMNS * TILE_K[kind]
-    rate = {"full32": device.vector_flops, "tensor32": device.tensor_flops / 2}.get(kind, device.tensor_flops)
+    of_product = rate(kind, device)
     again = tiles if shape.kept or tiles % 2 else tiles // 2  # times that those weights are read
-    product = max(flops / rate, sizes.rest * TILE_BYTES * again / device.shared_bytes)
+    product = max(flops / of_product, sizes.rest * TILE_BYTES * again / device.shared_bytes)
     holders = _cdiv(H, shape.units)  # blocks that have units: of a cluster perhaps not all
     parts = shape.rows * H * 4 * max(sizes.parts // holders, 1)  # backward, of a block
     if shape.design == "block":

@@ -5,7 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.gpu.place import REHEARSES
+from tests.emulated import emulated
+from tests.gpu.place import BACKEND, REHEARSES
+
+__all__ = ["emulated", "needs_gpu", "no_tf32", "not_of_cuda", "rehearsed_on_cuda"]
 
 
 @pytest.fixture(autouse=True)
@@ -14,6 +17,18 @@ def no_tf32() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = flags
+
+
+@pytest.fixture(autouse=True)
+def rehearsed_on_cuda(request: pytest.FixtureRequest) -> None:
+    """On a CPU the CUDA kernels are emulated."""
+    if REHEARSES and BACKEND == "cuda":
+        request.getfixturevalue("emulated")
+
+
+def not_of_cuda(reason: str) -> pytest.MarkDecorator:
+    """Left out on the CUDA kernels: what a test is about is Triton's alone."""
+    return pytest.mark.skipif(BACKEND == "cuda", reason=reason)
 
 
 needs_gpu = pytest.mark.skipif(REHEARSES, reason="rehearsed on the CPU: this test needs a GPU")

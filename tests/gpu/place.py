@@ -1,7 +1,7 @@
 """Where the tests of this folder run: on CUDA tensors the Triton backend, or the one that FASTSEQ_GPU_BACKEND names.
 
 FASTSEQ_REHEARSE=1 has them run on the CPU, to see that the tests themselves are right: on the reference, or with
-TRITON_INTERPRET=1 on the kernels in Triton's interpreter.
+TRITON_INTERPRET=1 on the kernels in Triton's interpreter; on those in CUDA C++, emulated, where that backend is named.
 """
 
 import os

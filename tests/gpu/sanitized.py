@@ -6,9 +6,11 @@ import fastseq
 from tests.gpu.place import BACKEND, DEVICE
 from tests.seq2seq_models import model
 
+GRID = 600  # hidden units of a layer whose CUDA kernels are a grid of blocks on an H200, both ways
+
 
 def main() -> None:
-    """Forward and backward of a layer of either kind of kernel, a cell, an attention, a decoder and a search."""
+    """Forward and backward of a layer of every kind of kernel, a cell, an attention, a decoder and a search."""
     x = torch.randn(3, 5, 7, device=DEVICE)
     lengths = torch.tensor([3, 0, 1, 2, 3]).to(DEVICE)
     for hidden in (9, 150):
@@ -16,6 +18,12 @@ def main() -> None:
             for layer_norm in (False, True) if BACKEND != "cuda" else (False,):  # which has no such kernels
                 module = kind(7, hidden, bidirectional=True, layer_norm=layer_norm, backend=BACKEND).to(DEVICE)
                 module(x, lengths=lengths)[0].sum().backward()
+    for noisy in (
+        fastseq.LSTM(7, 9, zoneout=0.1, recurrent_dropout=0.2, recurrent_dropout_on="update", backend=BACKEND),
+        fastseq.GRU(7, 150, zoneout=0.1, recurrent_dropout=0.2, backend=BACKEND),
+    ):
+        noisy.to(DEVICE)(x, lengths=lengths)[0].sum().backward()
+    fastseq.LSTM(7, GRID, backend=BACKEND).to(DEVICE)(x[:2])[0].sum().backward()
     fastseq.LSTMCell(7, 9, backend=BACKEND).to(DEVICE)(x[0])[0].sum().backward()
     memory = fastseq.Memory(torch.randn(5, 6, 11, device=DEVICE), torch.rand(5, 6, device=DEVICE) < 0.7)
     y = torch.randn(5, 3, 7, device=DEVICE)
