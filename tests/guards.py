@@ -14,9 +14,7 @@ __all__ = ["OutOfBounds", "guard_bands"]
 ALIGNED = 256  # as PyTorch's memory of GPUs
 # Of every float type a NaN that no operation gives, and no number that a kernel would write.
 BAND = b"\xf7\xff" * 2048
-MAKERS = [(torch, name) for name in ("empty", "empty_like", "zeros", "zeros_like")] + [
-    (Tensor, name) for name in ("new_empty", "new_zeros")
-]
+MAKERS = [*((torch, name) for name in ("empty", "empty_like", "zeros", "zeros_like")), (Tensor, "new_empty")]
 
 _active: list[Any] = []  # every block of the test, as (memory, its first byte of the tensor, bytes, the tensor's name)
 _nested = 0
