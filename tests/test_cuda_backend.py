@@ -16,6 +16,7 @@ from fastseq.cuda import native
 from fastseq.ops import chunked_search
 from fastseq.ops import rnn as ops
 from tests.emulated import emulated
+from tests.nvcc import NO_NVCC
 from tests.oracle import Case, Problem
 from tests.seq2seq_models import B, in_float64, model, same
 
@@ -161,7 +162,7 @@ def test_the_extension_imports_without_a_driver() -> None:
     """Where nvcc built it: it loads, and says that there is no driver; a launch is an error with CUDA's words."""
     found = sorted((Path(fastseq.__file__).parent).glob("_cuda.*"))
     if not found or torch.cuda.is_available():
-        pytest.skip("nvcc is not here: no CUDA module was built" if not found else "there is a driver here")
+        pytest.skip(f"no CUDA module was built; {NO_NVCC}" if not found else "there is a driver here")
     code = (
         "import fastseq; from fastseq.cuda import native; print(fastseq.backends()['cuda'])\n"
         "try:\n    native.C.rnn_clusters(0, 2, 0, True, (1, 16, 32, 8, 1, 8), 512, 100000)\n"

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.nvcc import NO_NVCC, NVCC
+
 triton = pytest.importorskip("triton")  # whose wheel has cuobjdump
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +25,7 @@ SNAPSHOT = ROOT / "tests" / "cuda_resources.json"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 BUILT = ROOT / "fastseq"
 ARCHS = ("sm_80", "sm_90", "sm_100")
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here: no CUDA kernel was compiled")
+pytestmark = pytest.mark.skipif(NVCC is None, reason=NO_NVCC)
 
 # Of all steps, in one launch.
 LOOPS = ("rnn_forward<", "rnn_backward<", "decoder_forward<", "decoder_backward<", "decoder_search<")
@@ -134,7 +136,7 @@ def test_nothing_spills(arch: str) -> None:
 
 
 def test_resources_are_those_of_the_snapshot() -> None:
-    version = re.search(r"release (\S+),", tool("nvcc", "--version"))
+    version = re.search(r"release (\S+),", tool(NVCC, "--version"))
     assert version is not None
     now = {"nvcc": version[1], "registers and bytes of stack": usage()}
     if os.environ.get("FASTSEQ_WRITE_SNAPSHOT") == "1":
