@@ -10,8 +10,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := build/native
 SANITIZE := build/sanitize
 
-# The CUDA kernels are compiled where there is nvcc; emulated, everywhere.
-CUDA := $(if $(shell command -v nvcc),ON,OFF)
+# The CUDA kernels are compiled where there is nvcc, on PATH or by the extra dev-cuda; emulated, everywhere.
+CUDA = $(if $(shell command -v nvcc || ls $(VENV)/lib/python3*/site-packages/nvidia/cu13/bin/nvcc 2>/dev/null),ON,OFF)
 
 .PHONY: demo test bench foreign docs modes native emulated strict lint sanitize pytest clean gpu gpu-build gpu-test gpu-bench
 .DEFAULT_GOAL := test

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -43,10 +44,13 @@ def no_compiler() -> str | None:
 
 def no_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    wheels = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13"  # those of the extra dev-cuda, if complete
     places = os.pathsep.join([os.environ.get("PATH", ""), f"{home}/bin"])
+    if (wheels / "include" / "cccl").is_dir():
+        places += f"{os.pathsep}{wheels}/bin"
     nvcc = None if sys.platform == "win32" else shutil.which("nvcc", path=places)
     if nvcc is None:
-        return f"no nvcc was found (on PATH, or in $CUDA_HOME/bin, that is {home}/bin)"
+        return f"no nvcc was found (on PATH, in $CUDA_HOME/bin, that is {home}/bin, or by the extra dev-cuda)"
     told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
     release = re.search(r"release (\d+)\.(\d+)", told)
     if release is None or (int(release[1]), int(release[2])) < OLDEST_CUDA:

@@ -2,18 +2,21 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import fastseq
 from fastseq.cuda import native
 from fastseq.ops import chunked_search
 from fastseq.ops import rnn as ops
 from tests.emulated import emulated
+from tests.nvcc import NO_NVCC
 from tests.oracle import Case, Problem
 from tests.seq2seq_models import B, in_float64, model, same
 
@@ -159,7 +162,7 @@ def test_the_extension_imports_without_a_driver() -> None:
     """Where nvcc built it: it loads, and says that there is no driver; a launch is an error with CUDA's words."""
     found = sorted((Path(fastseq.__file__).parent).glob("_cuda.*"))
     if not found or torch.cuda.is_available():
-        pytest.skip("nvcc is not here: no CUDA module was built" if not found else "there is a driver here")
+        pytest.skip(f"no CUDA module was built; {NO_NVCC}" if not found else "there is a driver here")
     code = (
         "import fastseq; from fastseq.cuda import native; print(fastseq.backends()['cuda'])\n"
         "try:\n    native.C.rnn_clusters(0, 2, 0, True, (1, 16, 32, 8, 1, 8), 512, 100000)\n"
@@ -173,3 +176,46 @@ def test_the_extension_imports_without_a_driver() -> None:
 def test_a_cuda_call_without_a_gpu_is_refused() -> None:
     with pytest.raises(fastseq.InputError, match=r"not built|driver|reaches no GPU"):
         fastseq.LSTM(3, 4, backend="cuda")(torch.zeros(2, 1, 3))
+
+
+@pytest.mark.parametrize(
+    ("major", "minor", "taken"), [(6, 1, False), (7, 0, False), (7, 5, False), (8, 0, True), (12, 0, True)]
+)
+def test_gpus_before_sm_80_are_refused(major: int, minor: int, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what they are called and what is needed."""
+    gpu = SimpleNamespace(name="Some GPU", major=major, minor=minor)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    with FakeTensorMode():
+        x = torch.empty(2, 3, device="cuda")
+    told = native.obstacle_on("x", x)
+    assert told == (None if taken else f"Some GPU is sm_{major}{minor}; these kernels need sm_80 or newer")
+
+
+@pytest.fixture
+def read_anew() -> Iterator[None]:
+    """FASTSEQ_PATIENCE, which is read once."""
+    native.patience.cache_clear()
+    yield
+    native.patience.cache_clear()
+
+
+@pytest.mark.usefixtures("read_anew")
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(None, 20 * 10**9), ("0", 0), ("0.0", 0), ("1", 10**9), ("0.5", 5 * 10**8), (" 3e-1 ", 3 * 10**8), ("1e-12", 1)],
+)
+def test_patience_is_given_in_seconds(given: str | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In ns for the kernels, to which 0 means no limit: nothing else becomes 0."""
+    if given is None:
+        monkeypatch.delenv("FASTSEQ_PATIENCE", raising=False)
+    else:
+        monkeypatch.setenv("FASTSEQ_PATIENCE", given)
+    assert native.patience() == expected
+
+
+@pytest.mark.usefixtures("read_anew")
+@pytest.mark.parametrize("given", ["", "long", "20s", "-1", "nan", "inf", "1e30"])
+def test_a_wrong_patience_is_refused_by_name(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTSEQ_PATIENCE", given)
+    with pytest.raises(ValueError, match=f"FASTSEQ_PATIENCE='{given}'; expected seconds, 0 for no limit"):
+        native.patience()

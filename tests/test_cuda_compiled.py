@@ -14,14 +14,18 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 import pytest
-import triton
+
+from tests.nvcc import NO_NVCC, NVCC
+
+triton = pytest.importorskip("triton")  # whose wheel has cuobjdump
 
 ROOT = Path(__file__).parents[1]
 OBJECTS = ROOT / "build" / "native" / "csrc" / "cuda"
 SNAPSHOT = ROOT / "tests" / "cuda_resources.json"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+BUILT = ROOT / "fastseq"
 ARCHS = ("sm_80", "sm_90", "sm_100")
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here: no CUDA kernel was compiled")
+pytestmark = pytest.mark.skipif(NVCC is None, reason=NO_NVCC)
 
 # Of all steps, in one launch.
 LOOPS = ("rnn_forward<", "rnn_backward<", "decoder_forward<", "decoder_backward<", "decoder_search<")
@@ -90,6 +94,32 @@ def count(code: list[str], name: str) -> int:
     return sum(re.match(rf"(@!?U?P\w+ )?{name}\b", line) is not None for line in code)
 
 
+@pytest.fixture
+def module() -> Path:
+    found = sorted(BUILT.glob("_cuda.*.so"))
+    if not found:
+        pytest.skip("the CUDA module was not built: no fastseq/_cuda*.so")
+    return found[0]
+
+
+def test_the_module_has_code_of_every_architecture(module: Path) -> None:
+    """And PTX, which a driver compiles for GPUs that came later; all of each object."""
+    told = re.findall(r"^Fatbin (elf|ptx) code:\n=+\narch = (sm_\w+)$", tool(CUOBJDUMP, module), re.M)
+    numbers = {kind: told.count(kind) for kind in told}
+    assert {*numbers} == {("ptx", "sm_90"), ("elf", "sm_80"), ("elf", "sm_90a"), ("elf", "sm_100")}
+    assert len({*numbers.values()}) == 1, numbers
+    ptx = re.findall(r"^\.target (\w+)", tool(CUOBJDUMP, "-ptx", module), re.M)
+    assert {*ptx} == {"sm_90"}  # not sm_90a, which no other GPU takes
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not here")
+def test_the_module_needs_no_cuda_runtime(module: Path) -> None:
+    """That is in it, so that it loads beside whichever one PyTorch brought."""
+    needed = re.findall(r"\(NEEDED\)\s+Shared library: \[(.*)\]", tool("readelf", "-d", "-W", module))
+    assert needed
+    assert not [name for name in needed if re.match(r"lib(cuda|nv)", name)]
+
+
 def test_every_architecture_has_every_kernel() -> None:
     assert set(usage()) == set(ARCHS)
     names = {arch: set(of) for arch, of in usage().items()}
@@ -106,7 +136,7 @@ def test_nothing_spills(arch: str) -> None:
 
 
 def test_resources_are_those_of_the_snapshot() -> None:
-    version = re.search(r"release (\S+),", tool("nvcc", "--version"))
+    version = re.search(r"release (\S+),", tool(NVCC, "--version"))
     assert version is not None
     now = {"nvcc": version[1], "registers and bytes of stack": usage()}
     if os.environ.get("FASTSEQ_WRITE_SNAPSHOT") == "1":

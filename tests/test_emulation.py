@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.nvcc import NO_NVCC, NVCC
+
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "tests" / "emulation" / "faults.cu"
 SEEDS = range(10)  # of schedules: 0 in order; odd: at random; even: by priorities
@@ -558,10 +560,10 @@ def test_asan_finds_stores_outside(sanitized: Path, wrong: str) -> None:
     assert f"wrong == {name}" in SOURCE.read_text().splitlines()[int(found.group(1)) - 1]
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
+@pytest.mark.skipif(NVCC is None, reason=NO_NVCC)
 def test_nvcc_compiles_the_same_source(tmp_path: Path) -> None:
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a")]
     strict = ["-Xcompiler", "-Wall,-Wextra,-Werror", "-Werror", "all-warnings"]
-    command = ["nvcc", "-std=c++17", *strict, *targets, f"-I{ROOT / 'csrc'}", "-c", SOURCE, "-o", tmp_path / "faults.o"]
+    command = [NVCC, "-std=c++17", *strict, *targets, f"-I{ROOT / 'csrc'}", "-c", SOURCE, "-o", tmp_path / "faults.o"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

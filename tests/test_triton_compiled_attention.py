@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+pytest.importorskip("triton")
+
 from fastseq.kernels import attention, launch
 from fastseq.kernels.devices import DEVICES, Device
 from fastseq.kernels.launch import Launch
-from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
 import fastseq.ops.attention  # noqa: F401  (the operators)
 from tests.compiled import check, compile_key, loop_instructions, unmet_rows

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib
+import math
 import os
 from contextlib import nullcontext
 from functools import lru_cache
@@ -132,8 +133,10 @@ def patience() -> int:
     try:
         seconds = float(given)
     except ValueError:
-        raise ValueError(f"FASTSEQ_PATIENCE={given!r}; expected seconds, 0 for no limit") from None
-    return int(seconds * 1e9)
+        seconds = math.nan
+    if not 0 <= seconds < 1e8:  # NaN neither; kernels multiply it within 64 bits
+        raise ValueError(f"FASTSEQ_PATIENCE={given!r}; expected seconds, 0 for no limit")
+    return math.ceil(seconds * 1e9)  # the shortest is not 0
 
 
 def address(t: Any) -> int:
