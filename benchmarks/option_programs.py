@@ -12,7 +12,7 @@ from fastseq.modules.rnn import lstm_call
 
 from .option_cases import OPTIONS, OptionCase
 from .problem import DTYPES, LayerProblem, flatten, module_of, uniform
-from .programs import Program, Results, chosen_backend, module_program, predicted
+from .programs import NotRunnable, Program, Results, chosen_backend, module_program, predicted
 
 __all__ = ["OptionProblem", "built", "exact_program", "fastseq_program", "program"]
 
@@ -44,8 +44,11 @@ class OptionProblem(LayerProblem):
 
 
 def built(problem: OptionProblem, backend: str) -> nn.RNNBase:
-    """The module with its weights."""
-    module: Any = module_of(fastseq, problem.case, backend=backend, **OPTIONS[problem.case.option])
+    """The module with its weights. Raises NotRunnable where the backend never runs the option."""
+    try:
+        module: Any = module_of(fastseq, problem.case, backend=backend, **OPTIONS[problem.case.option])
+    except fastseq.InputError as error:
+        raise NotRunnable(str(error)) from error
     module.load_state_dict(problem.weights)
     return module.to(problem.case.device).train()
 

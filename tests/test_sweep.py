@@ -80,16 +80,20 @@ def measure(draw: Draw, module: nn.Module, dtype: torch.dtype = torch.float32) -
 def check_module(cell: str, seed: int, backend: str) -> None:
     """One random module: results as torch.nn's, within the error of torch.nn's own fp32."""
     draw = Draw.random(cell, seed)
-    ours = (fastseq.LSTM if cell == "lstm" else fastseq.GRU)(
-        draw.module.input_size, draw.module.hidden_size, draw.module.num_layers, draw.module.bias,
-        draw.module.batch_first, 0.0, draw.module.bidirectional, backend=backend,
-        **({"proj_size": draw.module.proj_size} if cell == "lstm" else {}),
-    )  # fmt: skip
-    ours.load_state_dict(draw.module.state_dict())
+    options = {"backend": backend} | ({"proj_size": draw.module.proj_size} if cell == "lstm" else {})
+
+    def build() -> nn.RNNBase:
+        return (fastseq.LSTM if cell == "lstm" else fastseq.GRU)(
+            draw.module.input_size, draw.module.hidden_size, draw.module.num_layers, draw.module.bias,
+            draw.module.batch_first, 0.0, draw.module.bidirectional, **options,
+        )  # fmt: skip
+
     if backend == "cpu" and draw.module.proj_size:
         with pytest.raises(fastseq.InputError, match="proj_size"):
-            measure(draw, ours)
+            build()
         return
+    ours = build()
+    ours.load_state_dict(draw.module.state_dict())
     truth = measure(draw, copy.deepcopy(draw.module).double(), torch.float64)
     stock = measure(draw, draw.module)
     tokens = draw.x[..., 0].numel() if draw.lengths is None else int(draw.lengths.sum())
