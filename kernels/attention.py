@@ -26,13 +26,14 @@ from .scores import as_bytes, attended_of, fitted
 __all__ = ["backward", "forward", "key_gradients"]
 
 
-@triton.jit(do_not_specialize=["M", "S"])
+@triton.jit(do_not_specialize=["saved", "M", "S"])
 def attention_context_kernel(
     scores,  # fp32 [B, M, S], -inf behind the mask
     memory,  # [B, S, D]
     mask,  # uint8 [B, S] or None
     context,  # [B, M, D]
-    weights,  # [B, M, S] or None
+    weights,  # [B, M, S]
+    saved,  # whether to store the weights: a number of the run, so that training and inference are one compilation
     M,
     S,
     D: tl.constexpr,
@@ -75,14 +76,13 @@ def attention_context_kernel(
         (acc * scale[:, None]).to(context.dtype.element_ty),
         rows_in[:, None] & features_in[None, :],
     )
-    if weights is not None:
-        origin = tl.where(top == float("-inf"), 0.0, top)
-        for s0 in range(0, tl.where(tl.program_id(1) == 0, S, 0), BLOCK_S):
-            positions = s0 + tl.arange(0, BLOCK_S)
-            there = rows_in[:, None] & (positions < S)[None, :]
-            tile = tl.load(scores + at * S + positions[None, :], there, float("-inf"))
-            weight = tl.where(tile == float("-inf"), 0.0, tl.exp(tile - origin[:, None]) * scale[:, None])
-            tl.store(weights + at * S + positions[None, :], weight.to(weights.dtype.element_ty), there)
+    origin = tl.where(top == float("-inf"), 0.0, top)
+    for s0 in range(0, tl.where((saved != 0) & (tl.program_id(1) == 0), S, 0), BLOCK_S):
+        positions = s0 + tl.arange(0, BLOCK_S)
+        there = rows_in[:, None] & (positions < S)[None, :]
+        tile = tl.load(scores + at * S + positions[None, :], there, float("-inf"))
+        weight = tl.where(tile == float("-inf"), 0.0, tl.exp(tile - origin[:, None]) * scale[:, None])
+        tl.store(weights + at * S + positions[None, :], weight.to(weights.dtype.element_ty), there)
 
 
 def forward(
@@ -106,7 +106,7 @@ def forward(
         constants: dict[str, Any] = {"D": features} | config.constants
         constants["BLOCK_D"] = fitted(constants["BLOCK_D"], features)
         constants["PRECISION"] = launch.precision(q.dtype, launch.tf32_allowed(q, "matmul"))
-        args = (scores, memory, mask, context, weights if save else None, queries, source)
+        args = (scores, memory, mask, context, weights if save else context, int(save), queries, source)
         grid = (batch * launch.cdiv(queries, constants["BLOCK_M"]), launch.cdiv(features, constants["BLOCK_D"]))
         launch.run(q, Launch(attention_context_kernel, grid, args, constants, config.warps, config.stages))
     return context, weights

@@ -1,4 +1,4 @@
-"""Scores of tiles of queries and positions, in either form; the gradient of weights is such a product too.
+"""Scores of tiles of queries and positions, in either form.
 
 Letters as in attention.py.
 """
@@ -119,27 +119,16 @@ def dot_tile(
     return tile
 
 
-TILES = {"additive": additive_tile, "additive_few": additive_row, "dot": dot_tile}
-
-
-@triton.jit(do_not_specialize=["M", "S"])
-def attention_scores_kernel(
-    q,  # as TILE reads it
-    keys,  # as TILE reads it
-    v,  # [A] or None
+@triton.jit
+def _store_scores(
+    TILE: tl.constexpr,  # additive_tile | additive_row | dot_tile
+    q, keys, v,  # as TILE reads them
     mask,  # uint8 [B, S] or None
     scores,  # fp32 [B, M, S]
-    M,
-    S,
-    A: tl.constexpr,
-    TILE: tl.constexpr,  # additive_tile | additive_row | dot_tile
-    FAST_TANH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-):
-    """A tile of scores, -inf behind the mask."""
+    M, S, A: tl.constexpr, FAST_TANH: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_A: tl.constexpr,
+):  # fmt: skip
+    """This program's tile of scores, -inf behind the mask."""
     blocks = tl.cdiv(M, BLOCK_M)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     rows = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -154,6 +143,53 @@ def attention_scores_kernel(
     tl.store(scores + at, tile, rows_in[:, None] & (positions < S)[None, :])
 
 
+@triton.jit(do_not_specialize=["M", "S"])
+def attention_additive_kernel(
+    q,  # [B, A, M], rows padded to blocks; few of them: [B, M, A]
+    keys,  # [B, A, S], rows padded to blocks; beside few queries: [B, S, A]
+    v,  # [A]
+    mask,  # uint8 [B, S] or None
+    scores,  # fp32 [B, M, S]
+    M,
+    S,
+    A: tl.constexpr,
+    FEW: tl.constexpr,
+    FAST_TANH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_FEW_S: tl.constexpr,
+    BLOCK_FEW_A: tl.constexpr,
+):
+    """Additive scores of any number of queries: one compilation, whose programs all take the same of two ways."""
+    if M <= FEW:
+        _store_scores(
+            additive_row, q, keys, v, mask, scores, M, S, A, FAST_TANH, None, 1, BLOCK_FEW_S, BLOCK_FEW_A
+        )  # fmt: skip
+    else:
+        _store_scores(
+            additive_tile, q, keys, v, mask, scores, M, S, A, FAST_TANH, None, BLOCK_M, BLOCK_S, BLOCK_A
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "S"])
+def attention_dot_kernel(
+    q,  # [B, M, A]
+    keys,  # [B, S, A]
+    mask,  # uint8 [B, S] or None
+    scores,  # fp32 [B, M, S]
+    M,
+    S,
+    A: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+):
+    """Scores of the dot form."""
+    _store_scores(dot_tile, q, keys, None, mask, scores, M, S, A, False, PRECISION, BLOCK_M, BLOCK_S, BLOCK_A)
+
+
 def masked_scores(
     q: Tensor,  # [B, M, A]
     keys: Tensor,  # [B, S, A]
@@ -161,27 +197,40 @@ def masked_scores(
     v: Tensor | None,  # [A] of the additive form; None: the dot form
 ) -> Tensor:
     """fp32 [B, M, S], -inf behind the mask."""
-    (batch, queries, units), source = q.shape, keys.shape[1]
-    scores = q.new_empty((batch, queries, source), dtype=torch.float32)
-    if not scores.numel():
-        return scores
-    device = launch.device_of(q)
-    form = "dot" if v is None else "additive" if queries > FEW else "additive_few"
-    config = configs.choose(f"attention_scores_{form}", q.dtype, units, device)
-    blocks = config.constants
-    if form == "additive":
-        q, keys = _by_unit(q, blocks["BLOCK_M"]), _by_unit(keys, blocks["BLOCK_S"])
-        blocks["BLOCK_A"] = math.gcd(blocks["BLOCK_A"], units)
-    else:
-        blocks["BLOCK_A"] = fitted(blocks["BLOCK_A"], units)
-    constants = {
-        "A": units, "TILE": TILES[form], "FAST_TANH": fast_tanh(q.dtype, device),
-        "PRECISION": launch.precision(q.dtype, launch.tf32_allowed(q, "matmul")),
-    }  # fmt: skip
-    grid = (batch * launch.cdiv(queries, blocks["BLOCK_M"]), launch.cdiv(source, blocks["BLOCK_S"]))
-    args = (q, keys, v, mask, scores, queries, source)
-    launch.run(q, Launch(attention_scores_kernel, grid, args, constants | blocks, config.warps, config.stages))
+    scores = q.new_empty((*q.shape[:2], keys.shape[1]), dtype=torch.float32)
+    if scores.numel():
+        one = _dot(q, keys, mask, scores) if v is None else _additive(q, keys, v, mask, scores)
+        launch.run(q, one)
     return scores
+
+
+def _additive(q: Tensor, keys: Tensor, v: Tensor, mask: Tensor | None, scores: Tensor) -> Launch:
+    (batch, queries, units), source = q.shape, keys.shape[1]
+    device = launch.device_of(q)
+    config = configs.choose("attention_additive", q.dtype, units, device)
+    blocks = config.constants
+    blocks["BLOCK_A"] = math.gcd(blocks["BLOCK_A"], units)
+    blocks["BLOCK_FEW_A"] = fitted(blocks["BLOCK_FEW_A"], units)
+    few = queries <= FEW
+    if not few:
+        q, keys = _by_unit(q, blocks["BLOCK_M"]), _by_unit(keys, blocks["BLOCK_S"])
+    rows, positions = (1, blocks["BLOCK_FEW_S"]) if few else (blocks["BLOCK_M"], blocks["BLOCK_S"])
+    constants = {"A": units, "FEW": FEW, "FAST_TANH": fast_tanh(q.dtype, device)} | blocks
+    grid = (batch * launch.cdiv(queries, rows), launch.cdiv(source, positions))
+    args = (q, keys, v, mask, scores, queries, source)
+    return Launch(attention_additive_kernel, grid, args, constants, config.warps, config.stages)
+
+
+def _dot(q: Tensor, keys: Tensor, mask: Tensor | None, scores: Tensor) -> Launch:
+    (batch, queries, units), source = q.shape, keys.shape[1]
+    config = configs.choose("attention_dot", q.dtype, units, launch.device_of(q))
+    blocks = config.constants
+    blocks["BLOCK_A"] = fitted(blocks["BLOCK_A"], units)
+    precision = launch.precision(q.dtype, launch.tf32_allowed(q, "matmul"))
+    constants = {"A": units, "PRECISION": precision} | blocks
+    grid = (batch * launch.cdiv(queries, blocks["BLOCK_M"]), launch.cdiv(source, blocks["BLOCK_S"]))
+    args = (q, keys, mask, scores, queries, source)
+    return Launch(attention_dot_kernel, grid, args, constants, config.warps, config.stages)
 
 
 def _by_unit(t: Tensor, block: int) -> Tensor:

@@ -55,12 +55,11 @@ def _classes() -> Iterator[Class]:
                 AttentionCase(score, "train", 64, steps, 64, h, dtype, device="cuda")
                 for score, steps in (("additive", 64), ("additive", 1), ("dot", 64))
             )
-            yield Class("attention_scores_additive", bits, (low, top), (additive,))
-            yield Class("attention_scores_additive_few", bits, (low, top), (one,))
-            yield Class("attention_scores_dot", bits, (low, top), (dot,))
+            yield Class("attention_additive", bits, (low, top), (additive, one))
+            yield Class("attention_dot", bits, (low, top), (dot,))
             yield Class("attention_pairs", bits, (low, top), (additive,))
             yield Class("attention_context", bits, (low, top), (additive, dot))
-            yield Class("attention_softmax_backward", bits, (low, top), (additive, dot))
+            yield Class("attention_weights_backward", bits, (low, top), (additive, dot))
             decoders = tuple(
                 DecoderCase(attention, "lstm", "train", 64, 64, 64, h, dtype, device="cuda") for attention in WIDTHS
             )

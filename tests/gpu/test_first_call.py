@@ -59,17 +59,18 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counted
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("build", [decoder, layer, attention])
-def test_shapes_of_data_compile_nothing(build: Any, compilations: Counter[str]) -> None:
-    """At most 4 compilations of a kernel over 200 shapes, training and inference: sizes of data are run-time values."""
+def test_shapes_of_data_compile_nothing(build: Any, training: bool, compilations: Counter[str]) -> None:
+    """At most 4 compilations of a module over 200 shapes: sizes of data are run-time values."""
     call, draw = build(), random.Random(1)
-    for n in range(SHAPES):
+    for _ in range(SHAPES):
         shape = draw.randint(1, 70), draw.randint(1, 30), draw.randint(1, 60)
-        with torch.set_grad_enabled(n % 2 == 0):
+        with torch.set_grad_enabled(training):
             out = call(*shape)
-        if out.requires_grad:
+        if training:
             out.square().sum().backward()
-    assert all(count <= MOST for count in compilations.values()), compilations
+    assert compilations.total() <= MOST, compilations
     assert REHEARSES or compilations
 
 
