@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fastseq
 
@@ -69,6 +70,18 @@ def test_the_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     has_examples = "```python" in page.read_text()
     assert has_examples == ("fastseq" in names)
     learned(page.name, names, tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU, as the transcript's")
+def test_the_transcript_of_the_readme() -> None:
+    """What it prints, but for the backend whose reason names the compiler's version."""
+    (block,) = (match[2] for match in FENCE.finditer((ROOT / "README.md").read_text()) if ">>> " in match[2])
+    command, _, printed = block.removeprefix(">>> print(").partition(")\n")
+    found = str(eval(command, {"fastseq": fastseq, "torch": torch})).splitlines()
+    assert [line.split()[:2] for line in found] == [line.split()[:2] for line in printed.splitlines()]
+    assert [line for line in found if " cuda " not in line] == [
+        line for line in printed.splitlines() if " cuda " not in line
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
