@@ -4,9 +4,10 @@ graph.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from tests.seq2seq_models import BOS, EOS, PAD, PRESETS, B, in_float64, model, s
 ALL = torch.arange(B)[:, None]
 NAMES = [f"{name}{''.join(f'-{k}={v}' for k, v in options.items())}" for name, options in PRESETS]
 STOPS = (False, True, "never")
+REPEATED = ops._repeated
 
 
 @pytest.fixture(autouse=True)
@@ -262,6 +264,43 @@ def test_the_host_looks_once_a_chunk(k: int) -> None:
     assert counts[2] - counts[1] == 2
 
 
+class Graph:
+    """Notes what it is asked for."""
+
+    calls: ClassVar[list[str]] = []
+
+    def capture_begin(self, capture_error_mode: str) -> None:
+        self.calls.append(f"begin {capture_error_mode}")
+
+    def capture_end(self) -> None:
+        self.calls.append("end")
+
+    def replay(self) -> None:
+        self.calls.append("replay")
+
+
+def test_a_step_that_raises_ends_its_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next one is recorded, and repeated without running."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(Graph, "calls", [])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(ops, "_stream", lambda device: stream)
+
+    def fails() -> None:
+        raise ArithmeticError("of this test")
+
+    with pytest.raises(ArithmeticError, match="of this test"):
+        REPEATED(fails, torch.device("cuda"))
+    assert Graph.calls == ["begin thread_local", "end"]
+    repeat = REPEATED(lambda: Graph.calls.append("step"), torch.device("cuda"))
+    repeat()
+    repeat()
+    assert Graph.calls[2:] == ["begin thread_local", "step", "end", "replay", "replay"]
+    assert REPEATED(fails, torch.device("cpu")) is fails
+
+
 def toy(y: Tensor, state: State) -> tuple[Tensor, State, Tensor]:
     """A step of a decoder: its output is its state."""
     h = (y[:, -1] + state[0]).tanh()
@@ -337,8 +376,8 @@ def test_everything_lies_on_one_device(kind: type[Rows] | type[Beams]) -> None:
         search = asked(k, on(2, 3, dtype=torch.int64))
         rows = kind.begin(search, of, 3)
         rows.step(toy, state, of, search)
-        found = rows._replace(wrong=False).found(of, search)  # type: ignore[arg-type]
+        found = rows._replace(wrong=False, at=4).found(of, search)  # type: ignore[arg-type]
     for t in (*rows, *found[:4]):
         assert t is not None
         assert t.device.type == "meta"
-    assert found.tokens.shape == found.trail.shape == (2, min(k, 2), 7)
+    assert found.tokens.shape == found.trail.shape == (2, min(k, 2), 2 + (4 if kind is Beams else 5))

@@ -94,33 +94,39 @@ class Beams(NamedTuple):
         return full & (worst >= best / (self.norms[-1:] if longest else norm))
 
     def found(self, of: Vocabulary, search: Search) -> Found:
-        """The best hypotheses, finished or cut off by the most tokens; without weights."""
-        (most, _, k), past, V = self.links.shape, search.prefix.shape[1] - 1, len(of.weight)
-        scores, best = torch.cat((self.finished, self.total / self.norms[-1:]), 1).topk(search.returned, 1)
-        last = torch.cat((self.last, self.links[-1] + (most - 1) * k * V), 1).gather(1, best)
-        links = _paths(self.links, last // (k * V), last % (k * V), V)
+        """The best hypotheses, finished or cut off by the most tokens, over the steps that ran; without weights."""
+        steps, past, k, V = int(self.at), search.prefix.shape[1] - 1, search.copies, len(of.weight)
+        links = self.links[:steps]
+        scores, best = torch.cat((self.finished, self.total / self.norms[steps - 1]), 1).topk(search.returned, 1)
+        last = torch.cat((self.last, links[-1] + (steps - 1) * k * V), 1).gather(1, best)
         lengths = torch.where(scores > -torch.inf, last // (k * V) + past + 1, 0)
-        there = torch.arange(past + most, device=links.device) < lengths[:, :, None]
+        links = _paths(links, last // (k * V), last % (k * V), V)
+        there = torch.arange(past + steps, device=links.device) < lengths[:, :, None]
         forced = search.prefix[:, None, 1:].expand(-1, search.returned, -1)
         tokens = torch.where(there, torch.cat((forced, links % V), 2), search.pad_id)
         trail = torch.where(there, pad(links // V, (past, 0)), 0)
         return Found(tokens, lengths, scores, trail, None, bool(self.wrong))
 
 
-def _paths(links: Tensor, step: Tensor, last: Tensor, V: int) -> Tensor:
-    """Links [B, R, most] that lead to hypotheses with the link `last` at `step`, both [B, R]; behind it, anything.
+def _paths(
+    links: Tensor,  # [T, B, k]
+    step: Tensor,  # [B, R]
+    last: Tensor,  # [B, R]
+    V: int,
+) -> Tensor:
+    """Links [B, R, T] that lead to hypotheses with the link `last` at `step`; behind it, anything.
 
     Beside the k rows a hypothesis has a column of its own, where it waits until its last step, going backwards, takes
     it to a row. Where a step leads from, put into where the one before it leads from, is a step of two; of these are
-    made steps of four, and so on: as many kernels as `most` has bits, not as it has steps.
+    made steps of four, and so on: as many passes as T has bits.
     """
-    (most, batch, k), returned = links.shape, step.shape[1]
+    (steps, batch, k), returned = links.shape, step.shape[1]
     columns = torch.arange(k, k + returned, device=links.device).expand(1, batch, -1)
-    times = torch.arange(most, device=links.device)[:, None, None]
-    came = torch.cat((links // V, torch.where(times == step, last // V, columns)), 2)  # [most, B, k + R]
+    times = torch.arange(steps, device=links.device)[:, None, None]
+    came = torch.cat((links // V, torch.where(times == step, last // V, columns)), 2)  # [T, B, k + R]
     reach = 1
-    while reach < most:  # came[t]: where each row and column was before step t, from the end of step t + reach - 1 on
+    while reach < steps:  # came[t]: where each row and column was before step t, from the end of step t + reach - 1 on
         came = torch.cat((came[:-reach].gather(2, came[reach:]), came[-reach:]))
         reach *= 2
     stood = torch.cat((came[1:, :, k:], columns))  # after each step
-    return torch.cat((links, last.expand(most, -1, -1)), 2).gather(2, stood).permute(1, 2, 0)
+    return torch.cat((links, last.expand(steps, -1, -1)), 2).gather(2, stood).permute(1, 2, 0)
