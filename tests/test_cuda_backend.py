@@ -15,6 +15,7 @@ import fastseq
 from fastseq.cuda import native
 from fastseq.ops import chunked_search
 from fastseq.ops import rnn as ops
+from fastseq.ops.chunked_beams import Beams
 from tests.emulated import emulated
 from tests.nvcc import NO_NVCC
 from tests.oracle import Case, Problem
@@ -64,16 +65,47 @@ def test_explain_tells_of_the_layout() -> None:
 @pytest.mark.usefixtures("emulated", "full_fp32")
 @pytest.mark.parametrize("name", ["luong", "bahdanau", "gnmt"])
 def test_greedy_search(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one launch; of gnmt, which has a residual, in some steps at a time. Beams step from Python."""
+    """In one launch; of gnmt, which has a residual, in some steps at a time."""
     monkeypatch.setattr(chunked_search, "CHUNK", 3)
     of = model(name)
     of.decoder.backend = "cuda"
     assert of.why_stepwise(ALL) is None
-    assert "beams" in str(of.why_stepwise(ALL, num_beams=3))
-    found, beams = of.generate(ALL, max_new_tokens=7), of.generate(ALL, max_new_tokens=4, num_beams=3)
+    assert "do_sample" in str(of.why_stepwise(ALL, do_sample=True))
+    found = of.generate(ALL, max_new_tokens=7)
     of.decoder.backend = "auto"
     same(found, in_float64(of, ALL, max_new_tokens=7))
-    same(beams, in_float64(of, ALL, max_new_tokens=4, num_beams=3))
+
+
+@pytest.mark.usefixtures("emulated", "full_fp32")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"num_beams": 5, "early_stopping": True, "min_new_tokens": 4},
+        {"num_beams": 2, "early_stopping": "never", "length_penalty": 2.0, "num_return_sequences": 2},
+        {"num_beams": 2, "decoder_input_ids": [[5, 6], [7, 8], [8, 3], [4, 4]], "length_norm": "wu"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("luong", {"num_layers": 2}), ("bahdanau", {"cell": "gru"}), ("gnmt", {}), ("cho", {}), ("conditional_gru", {})],
+)
+def test_beam_search(
+    name: str, changes: dict[str, Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In some steps at a time, of every decoder: never in one launch."""
+    monkeypatch.setattr(chunked_search, "CHUNK", 3)
+    steps, step = [], Beams.step
+    monkeypatch.setattr(Beams, "step", lambda *args: steps.append(step(*args)))
+    of = model(name, **changes)
+    options = options | {"max_new_tokens": 7, "return_weights": of.decoder.attention is not None}
+    of.decoder.backend = "cuda"
+    assert of.why_stepwise(ALL, **options) is None
+    found = of.generate(ALL, **options)
+    assert len(steps) in (3, 6, 7)
+    of.decoder.backend = "auto"
+    same(found, in_float64(of, ALL, **options))
 
 
 @pytest.mark.usefixtures("emulated")

@@ -348,11 +348,14 @@ def test_a_group_that_waits_in_vain(name: str, options: dict[str, Any], monkeypa
         check(of, max_new_tokens=3)
 
 
+@pytest.mark.parametrize(("name", "beams"), [("gnmt", 1), ("gnmt", 3), ("luong", 3)])
 @pytest.mark.parametrize("strided", [False, True])
-def test_weights_are_packed_once(strided: bool, emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_packed_once(
+    strided: bool, name: str, beams: int, emulated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By a search step by step, of whatever it need not copy at each step; the next search packs what they are then."""
     packs: list[bool] = []
-    of, started = model("gnmt", num_layers=3), native.launch
+    of, started = model(name, num_layers=3), native.launch
     if strided:
         of.decoder.weight_hh_l0 = nn.Parameter(of.decoder.weight_hh_l0.T.contiguous().T)
 
@@ -363,7 +366,7 @@ def test_weights_are_packed_once(strided: bool, emulated: Any, monkeypatch: pyte
     monkeypatch.setattr(native, "launch", launch)
     for _ in range(2):
         packs.clear()
-        check(of, max_new_tokens=4)
+        check(of, max_new_tokens=4, num_beams=beams)
         assert packs == [True] * 4 if strided else [True, False, False, False]
         with torch.no_grad():
             of.decoder.get_parameter("weight_hh_l0").mul_(0.5)

@@ -18,6 +18,7 @@ import torch
 from benchmarks import cudnn, equality, graphs, peers, programs, runner, timing
 from benchmarks.cases import LayerCase
 from benchmarks.decoder_cases import AttentionCase, CorpusCase, DecoderCase
+from benchmarks.generate_cases import GenerateCase
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import bench, build, rows, sets, tables, test
 from benchmarks.gpu.commands import Deadline, Record
@@ -412,18 +413,20 @@ def test_aims_stand_beside_their_rows() -> None:
     decoder = DecoderCase("bahdanau", "lstm", "train", 64, 64, 64, 512, "bfloat16", device="cuda")
     attention = AttentionCase("additive", "forward", 64, 64, 64, 512, "float32", device="cuda")
     corpus = CorpusCase("luong", "lstm", "train", "multi30k", 512, dtype="bfloat16", device="cuda")
+    search = GenerateCase("luong", "lstm", 1, 20, 30, 1, 256, 1000, device="cuda")
     many = [
         a_row(decoder, "gpu-decoder", 7.9),
         a_row(replace(decoder, dtype="float32"), "gpu-decoder", 3.0),
         a_row(attention, "gpu-attention", 2.5),
         a_row(corpus, "gpu-corpus", 6.0, first=30.0),
+        *(a_row(replace(search, beams=k), "gpu-generate", 7.0) for k in (1, 5)),
     ]
     lines = tables.rows_table(many).lines
-    assert [line[-1] for line in lines] == ["8 (missed)", "", "2.5", "5 (missed)"]
+    assert [line[-1] for line in lines] == ["8 (missed)", "", "2.5", "5 (missed)", "8 (missed)", ""]
     epoch = tables.EPOCH / 8
     assert tables.epoch_ratio(many[3], many[3].ratios[0]) == pytest.approx(6 * epoch / (epoch + 29))
     assert [line[-3:-1] for line in tables.sets_table(many).lines] == [
-        ["4.87", "3.00"], ["2.50", "2.50"], ["6.00", "6.00"],
+        ["4.87", "3.00"], ["2.50", "2.50"], ["6.00", "6.00"], ["7.00", "7.00"], ["7.00", "7.00"],
     ]  # fmt: skip
     normed = a_row(OptionCase(**asdict(LAYER), option="layer_norm"), "gpu-options", 0.6)
     plain = replace(normed, case=OptionCase(**asdict(LAYER), option="resets"))

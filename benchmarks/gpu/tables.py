@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from .. import corpus
 from ..cases import LayerCase
 from ..decoder_cases import CorpusCase
+from ..generate_cases import GenerateCase
 from ..option_cases import OptionCase
 from ..peers import PEERS
 from ..results import Ratio, Row, Timing
@@ -99,6 +100,8 @@ def _group(row: Row) -> str:
     """What the means are of."""
     if row.set == "gpu-attention":
         return f"{row.set} {row.case.dtype}"
+    if row.set == "gpu-generate" and isinstance(row.case, GenerateCase):
+        return f"{row.set} {'greedy' if row.case.beams == 1 else 'beams'}"
     return f"{row.set} layer_norm" if _normalises(row) else row.set
 
 

@@ -13,7 +13,7 @@ from ..cuda import decoder as kernels
 from ..cuda.decoder_plan import DecoderPlan
 from ..cuda.native import obstacle_on, stop_flag, unavailable
 from ..cuda.plan import CannotPlan
-from ..ops.chunked_search import Rows
+from ..ops.chunked_greedy import Rows
 from ..ops.decoder_search import Found, Search, Vocabulary
 from ..ops.decoder_types import COLUMNS
 from . import cuda, decoder_fused, gpu_search
@@ -66,14 +66,12 @@ def refuses_search(call: DecoderCall) -> str | None:
     return not_searched(call) or refuses(call)
 
 
-def search(call: DecoderCall, of: Vocabulary, asked: Search) -> Found | None:
-    """A greedy search; None of beams. Raises RuntimeError if one of its kernels gave up waiting."""
-    steps = len(asked.norms) - 1
-    launch = None if isinstance(_whole(call, of, steps), str) else _launch
+def search(call: DecoderCall, of: Vocabulary, asked: Search) -> Found:
+    """A greedy search, in one launch where there is room, or one by beams. Raises RuntimeError if a kernel gave up."""
+    in_one = asked.copies == 1 and isinstance(_whole(call, of, len(asked.norms) - 1), DecoderPlan)
     with kernels.packed_once():
-        found = gpu_search.search(decoder, call, of, asked, launch)
-    if found is not None:
-        stop_flag(call.y)  # the GPU has been waited for; a CUDA graph's launches do not look, and there is no next one
+        found = gpu_search.search(decoder, call, of, asked, _launch if in_one else None)
+    stop_flag(call.y)  # the GPU has been waited for; a CUDA graph's launches do not look, and there is no next one
     return found
 
 

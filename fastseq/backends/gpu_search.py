@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..ops.chunked_search import Rows, State, chunked_search
+from ..ops.chunked_greedy import Rows, State
+from ..ops.chunked_search import chunked_search
 from ..ops.decoder_search import Found, Search, Vocabulary
 from ..spec import DecoderOutput, DecoderState
 from .decoder_call import DecoderCall
@@ -18,9 +19,6 @@ Launch = Callable[[DecoderCall, Vocabulary, Search, Rows], None]  # fills the ro
 
 def not_searched(call: DecoderCall) -> str | None:
     """Why the steps of this call and the choice of their tokens cannot stay on the GPU; None if they can."""
-    memory = call.keys.context if call.keys.memory is None else call.keys.memory
-    if memory is not None and memory.shape[0] not in (0, call.y.shape[0]):
-        return "several rows for each memory row: beams are chosen from Python"
     if any(mask is not None for mask in call.masks):
         return "dropout, in training mode"
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -31,13 +29,11 @@ def not_searched(call: DecoderCall) -> str | None:
 def search(
     decoder: Callable[[DecoderCall], DecoderOutput], call: DecoderCall, of: Vocabulary, asked: Search,
     launch: Launch | None = None,
-) -> Found | None:  # fmt: skip
-    """A greedy search from `call`, of one step; None of beams, which are chosen from Python.
+) -> Found:  # fmt: skip
+    """A search from `call`, of one step.
 
-    launch: what runs all steps of the call at once; None: a step at a time.
+    launch: what runs all steps of a greedy one at once; None: a step at a time.
     """
-    if asked.copies > 1:
-        return None
     one = replace(call, need_weights=asked.need_weights)
     depth = len(call.state.layers[0])
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops import decoder_gpu
-from ..ops.chunked_search import Rows
+from ..ops.chunked_greedy import Rows
 from ..ops.decoder_gpu import started_carry
 from ..ops.decoder_native import empty_results
 from ..ops.decoder_search import Search, Vocabulary

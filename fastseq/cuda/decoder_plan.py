@@ -25,7 +25,7 @@ _TANH = {"full32": 30.0, "tensor32": 30.0, "brain_half": 12.0, "half": 20.0}
 _CLOCK = 1755.0  # a us
 _LONGEST = 32  # steps: the most that are asked for are a bound that is rarely met
 _TABLES = 256  # this part of a GPU's memory at most: a search is one of many things there
-_CHOOSING = 45.0  # * us of what fastseq/ops/chunked_search.py adds to a step: some 30 small kernels of a CUDA graph
+_CHOOSING = 45.0  # * us of what fastseq/ops/chunked_greedy.py adds to a step: some 30 small kernels of a CUDA graph
 
 
 @dataclass(frozen=True)

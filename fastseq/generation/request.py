@@ -42,7 +42,7 @@ class Request:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise InputError(
                 "generate within the capture of a CUDA graph: how many steps it takes is read from the GPU, which a "
-                "capture does not allow; call it outside (a greedy search makes a graph of its own), or capture "
+                "capture does not allow; call it outside (a search makes a graph of its own), or capture "
                 "Decoder.step or a call with the target given"
             )
         options = Options(**numbers)

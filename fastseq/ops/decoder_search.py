@@ -46,7 +46,7 @@ class Search(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Hypotheses, the best first."""
+    """Hypotheses, the best first. Of tokens and trail T may be less: at least the longest length."""
 
     tokens: Tensor  # [B, R, T] int64, without bos, padded behind the length
     lengths: Tensor  # [B, R]
