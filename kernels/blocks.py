@@ -3,13 +3,21 @@
 import triton
 import triton.language as tl
 
-__all__ = ["add_rows", "dot", "product", "tanh", "tile_of", "wait_for_all", "wide", "zeros"]
+__all__ = ["add_rows", "dot", "product", "spanning", "tanh", "tile_of", "wait_for_all", "wide", "zeros"]
 
 
 @triton.jit
 def wide(x):
     """A number in int64, as addresses need it; in the interpreter that of a range is Python's."""
     return tl.full((), 0, tl.int64) + x
+
+
+@triton.jit
+def spanning(x, SIZE: tl.constexpr):
+    """An index into so many weights: in int64 only where 32 bits, which take fewer registers, may not reach them."""
+    if SIZE > 2**30:
+        x = x.to(tl.int64)
+    return x
 
 
 @triton.jit
@@ -50,8 +58,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def product(
-    accs, MAP: tl.constexpr, a, a_row, rows, rows_in, w, w_unit, w_k, units, units_in, H: tl.constexpr,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, factor=None, factor_row=0,
+    accs, MAP: tl.constexpr, a, a_row, rows, rows_in, w, w_unit: tl.constexpr, w_k: tl.constexpr, units, units_in,
+    H: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, factor=None, factor_row=0,
 ):  # fmt: skip
     """accs[g][n, u] + sum_k a[n, k] W[MAP[g] H + u, k] for each g with MAP[g] >= 0; the others as they are.
 
@@ -68,9 +76,11 @@ def product(
             part = (part.to(tl.float32) * by.to(tl.float32)).to(part.dtype)
         part = part.to(w.dtype.element_ty)  # a state may be fp32 beside 16-bit weights
         new = ()
+        u = spanning(units, 4 * H * w_unit)
+        of_k = spanning(k, K * w_k)
         for g in tl.static_range(len(accs)):
             if MAP[g] >= 0:
-                at = (MAP[g] * H + units[None, :]) * w_unit + k[:, None] * w_k
+                at = (MAP[g] * H + u[None, :]) * w_unit + of_k[:, None] * w_k
                 of_gate = tl.load(w + at, units_in[None, :] & (k < K)[:, None], 0.0)
                 new = new + (dot(part, of_gate, accs[g], PRECISION),)
             else:
@@ -98,10 +108,11 @@ def wait_for_all(counter, arrived):
 
     The poll must stay an acquire: on NVIDIA it empties the first-level cache (CCTL.IVALL). `.cg` alone would not do,
     for rows of no multiple of 16 bytes are copied by instructions that cache there all the same.
-    counter: int32, 0 at the launch; arrived: programs times barriers so far, this one included.
+    counter: int32, 0 at the launch; arrived: programs times barriers so far, this one included. Both may pass 2**31:
+    then they are what is left of that in 32 bits, and their difference still says who is behind.
     """
     tl.debug_barrier()  # all of this program's stores stand before the release
     tl.atomic_add(counter, 1, sem="release", scope="gpu")
-    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < arrived:
+    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") - arrived < 0:
         pass
     tl.debug_barrier()

@@ -6,18 +6,21 @@ tensors too, and what was noted can be compiled ahead of time.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from operator import gt
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from fastseq.errors import InputError
 from fastseq.ops.rnn_gpu import tf32_flag
 
 from . import devices
 from .devices import Device
 
 __all__ = [
+    "GRID",
     "INTERPRETED",
     "Launch",
     "aligned",
@@ -31,6 +34,8 @@ __all__ = [
 ]
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when the kernels were decorated
+
+GRID = (2**31 - 1, 65535, 65535)  # programs along each axis: CUDA's limits
 
 
 class Launch(NamedTuple):
@@ -80,7 +85,10 @@ def device_of(x: Tensor) -> Device:
 
 
 def run(x: Tensor, launch: Launch) -> None:
-    """Start `launch` on the device of `x`, in its current stream."""
+    """Start `launch` on the device of `x`, in its current stream. InputError where its grid is larger than GRID."""
+    if any(map(gt, launch.grid, GRID)):
+        name, asked = launch.kernel.__name__, tuple(launch.grid)
+        raise InputError(f"{name} needs {asked} programs, the limit is {GRID}; use fewer rows or shorter sequences")
     recorded = _recorded.get()
     if recorded is not None:
         recorded[1].append(launch)

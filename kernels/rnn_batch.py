@@ -7,7 +7,9 @@ starts[t] + b of a packed one. Direction 1 runs t = T-1 .. 0 and holds its initi
 import triton
 import triton.language as tl
 
-__all__ = ["before", "bias_rows", "lengths_of", "load_either", "starts_anew", "token"]
+__all__ = [
+    "before", "bias_rows", "lengths_of", "load_either", "load_or_zeros", "starts_anew", "store_initial", "token",
+]  # fmt: skip
 
 
 @triton.jit
@@ -56,6 +58,26 @@ def load_either(p_steps, at, steps, p_initial, initial_at, initial):
     if p_initial is not None:
         value += tl.load(p_initial + initial_at, initial, 0.0).to(tl.float32)
     return value
+
+
+@triton.jit
+def load_or_zeros(p, at, there):
+    """[rows, units] fp32: of p, or zeros where there is no p."""
+    value = tl.zeros(at.shape, tl.float32)
+    if p is not None:
+        value = tl.load(p + at, there, 0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def store_initial(d_h0, d_c0, dh, carry, at, there, DIRECT: tl.constexpr):
+    """The initial state's gradients, of those that are wanted. DIRECT: carry is of h."""
+    if d_h0 is not None:
+        if DIRECT:
+            dh += carry
+        tl.store(d_h0 + at, dh.to(d_h0.dtype.element_ty), there)
+    if d_c0 is not None:
+        tl.store(d_c0 + at, carry.to(d_c0.dtype.element_ty), there)
 
 
 @triton.jit

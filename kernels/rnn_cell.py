@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastseq.ops.rnn_gpu import StepResults, cell_gradients
 
-from .blocks import dot, product
+from .blocks import dot, product, spanning
 from .cells import CELLS, Cell
 from .configs import Config, choose
 from .devices import Device
@@ -175,7 +175,8 @@ def backward_kernel(
             if d_x is not None or d_h0 is not None:
                 gate = tl.where(of_input, INPUT[column], HIDDEN[column])
                 square = k_in[:, None] & features_in[None, :] & (gate >= 0)
-                of_gate = tl.load(w + (gate * H + k)[:, None] * width + features[None, :], square, 0.0)
+                row = spanning(gate * H + k, 4 * H * (I + H))[:, None]
+                of_gate = tl.load(w + row * width + features[None, :], square, 0.0)
                 gradient = dot(of_column, of_gate, gradient, PRECISION)
         if d_c0 is not None:
             tl.store(d_c0 + rows[:, None] * H + k[None, :], carry.to(d_c0.dtype.element_ty), here)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from fastseq.ops.extras import Extras
 
-__all__ = ["SILENT", "Masks", "held_c", "held_h", "masked", "masked_backward", "stepped", "update_of"]
+__all__ = ["SILENT", "Masks", "held_c", "held_h", "masked", "masked_backward", "step_back", "stepped", "update_of"]
 
 
 class Masks(NamedTuple):
@@ -114,3 +114,17 @@ def _mixed(old, new, hold, share, at, there):
     else:
         mixed = share * old + (1 - share) * new
     return mixed
+
+
+@triton.jit
+def step_back(dh, new_dh, carry, new_carry, active, recurrent, at, there, MASKED: tl.constexpr):
+    """(dL/dh, carry) before a step, in the rows where there is one. new_dh: through W_hh, which multiplied `recurrent`
+    times h, at `at` where `there`. MASKED: in those rows dh is by now what masks keep.
+    """
+    if recurrent is not None:
+        new_dh *= tl.load(recurrent + at, there, 0.0).to(tl.float32)  # kept from step to step it would take registers
+    if MASKED:
+        dh += tl.where(active[:, None], new_dh, 0.0)
+    else:
+        dh = tl.where(active[:, None], new_dh, dh)
+    return dh, tl.where(active[:, None], new_carry, carry)

@@ -125,11 +125,11 @@ class Work(NamedTuple):
 
 
 @triton.jit
-def at_step(s, places, sizes, rows, rows_in):
-    """For each row: its step and its length, whether it is within, and where its token lies."""
-    T, _, step, row, d = sizes
+def at_step(s, ascends, places, sizes, rows, rows_in):
+    """For each row: its step and its length, whether it is within, where its token lies. ascends: step s, not T-1-s."""
+    T, _, step, row, _ = sizes
     length = lengths_of(places.lengths, rows, rows_in, T)
-    t = tl.where(d == 0, s, T - 1 - s) + tl.zeros_like(length)
+    t = tl.where(ascends, s, T - 1 - s) + tl.zeros_like(length)
     active = (t >= 0) & (t < length)
     return t, length, active, token(t, rows, active, places.starts, step, row)
 
@@ -193,7 +193,7 @@ def _products(tile, s, w_hh, places, work, sizes, Z: tl.constexpr):
     """A tile of h W_hh', and what its own units come to."""
     B = wide(sizes[1])
     rows, rows_in, units, units_in = tile_of(tile, B, Z.H, Z.rows, Z.units)
-    t, length, active, _ = at_step(s, places, sizes, rows, rows_in)
+    t, length, active, _ = at_step(s, sizes[4] == 0, places, sizes, rows, rows_in)
     goes_on = active & ~anew_at(places, sizes, t, length, active, rows)
     H: tl.constexpr = Z.H
     accs = ()
@@ -216,7 +216,7 @@ def _cell(tile, s, hats_x, norms, places, masks, recurrent, work, kept, sizes, Z
     """A tile of the cell: a GRU's h, of an LSTM all but what reads c."""
     B = wide(sizes[1])
     rows, rows_in, units, units_in = tile_of(tile, B, Z.H, Z.rows, Z.units)
-    t, length, active, at = at_step(s, places, sizes, rows, rows_in)
+    t, length, active, at = at_step(s, sizes[4] == 0, places, sizes, rows, rows_in)
     here = active[:, None] & units_in[None, :]
     block = tile % Z.across
     own = active & (block == 0)  # one tile of a row's says its statistics
@@ -262,7 +262,7 @@ def _read(tile, s, norms, places, masks, recurrent, work, kept, sizes, Z: tl.con
     """A tile of an LSTM's h, of c normalised."""
     B = wide(sizes[1])
     rows, rows_in, units, units_in = tile_of(tile, B, Z.H, Z.rows, Z.units)
-    t, length, active, at = at_step(s, places, sizes, rows, rows_in)
+    t, length, active, at = at_step(s, sizes[4] == 0, places, sizes, rows, rows_in)
     here = active[:, None] & units_in[None, :]
     state_at = rows[:, None] * Z.H + units[None, :]
     mean, scale = _statistics(work.cell_parts, 0, 1, rows, rows_in, B, Z)

@@ -86,7 +86,7 @@ def _pull(tile, s, w_hh, places, recurrent, given, found, back, sizes, Z: tl.con
     """A tile of dL/dh at this step, 0 where none is; at step T, which has no token, d_h0 instead."""
     T, B, step, row, d = sizes
     rows, rows_in, units, units_in = tile_of(tile, wide(B), Z.H, Z.rows, Z.units)
-    t, length, active, at = at_step(T - 1 - s, places, sizes, rows, rows_in)
+    t, length, active, at = at_step(s, d != 0, places, sizes, rows, rows_in)
     later = tl.where(d == 0, t + 1, tl.minimum(t, length) - 1)  # at s = T the row's first step of all
     is_later = (later >= 0) & (later < length)
     later_at = token(later, rows, is_later, places.starts, step, row)
@@ -131,7 +131,7 @@ def _earlier(t, length, active, anew, rows, units, units_in, places, sizes, Z: t
 def _read_backward(tile, s, dh, norms, places, masks, given, found, back, sizes, Z: tl.constexpr):
     """A tile of the gradients of h's reading c: what its own units come to."""
     rows, rows_in, units, units_in = tile_of(tile, wide(sizes[1]), Z.H, Z.rows, Z.units)
-    t, length, active, at = at_step(sizes[0] - 1 - s, places, sizes, rows, rows_in)
+    t, length, active, at = at_step(s, sizes[4] != 0, places, sizes, rows, rows_in)
     here = active[:, None] & units_in[None, :]
     state_at = rows[:, None] * Z.H + units[None, :]
     of_out = at[:, None] * Z.H + units[None, :]
@@ -171,7 +171,7 @@ def _cell_backward(
     """A tile of the cell's gradients, and what its own units of the hats' come to."""
     B = wide(sizes[1])
     rows, rows_in, units, units_in = tile_of(tile, B, Z.H, Z.rows, Z.units)
-    t, length, active, at = at_step(sizes[0] - 1 - s, places, sizes, rows, rows_in)
+    t, length, active, at = at_step(s, sizes[4] != 0, places, sizes, rows, rows_in)
     here = active[:, None] & units_in[None, :]
     anew = anew_at(places, sizes, t, length, active, rows)
     state_at = rows[:, None] * Z.H + units[None, :]
@@ -219,7 +219,7 @@ def _products_backward(tile, s, places, given, found, back, sizes, Z: tl.constex
     """A tile of the gradients of h W_hh'."""
     B = wide(sizes[1])
     rows, rows_in, units, units_in = tile_of(tile, B, Z.H, Z.rows, Z.units)
-    _, _, active, at = at_step(sizes[0] - 1 - s, places, sizes, rows, rows_in)
+    _, _, active, at = at_step(s, sizes[4] != 0, places, sizes, rows, rows_in)
     here = active[:, None] & units_in[None, :]
     d_hats = load_columns(back.d_hats + rows[:, None] * (Z.gates * Z.H), here, units, Z.gates, Z.H)
     hats = load_columns(given.hats + at[:, None] * (Z.gates * Z.H), here, units, Z.gates, Z.H)

@@ -8,8 +8,17 @@ import triton
 import triton.language as tl
 
 from .blocks import dot
-from .rnn_batch import before, bias_rows, lengths_of, load_either, starts_anew, token
-from .rnn_noise import masked, masked_backward
+from .rnn_batch import (
+    before,
+    bias_rows,
+    lengths_of,
+    load_either,
+    load_or_zeros,
+    starts_anew,
+    store_initial,
+    token,
+)
+from .rnn_noise import masked, masked_backward, step_back
 
 __all__ = ["backward_kernel", "forward_kernel"]
 
@@ -74,12 +83,8 @@ def forward_kernel(
     weights = ()
     for g in tl.static_range(GATES):
         weights = weights + (tl.load(w + (g * H + units[None, :]) * H + units[:, None], square, 0.0),)
-    h = tl.zeros((BLOCK_ROWS, BLOCK_UNITS), tl.float32)
-    if h0 is not None:
-        h = tl.load(h0 + state_at, tile_in, 0.0).to(tl.float32)
-    c = tl.zeros((BLOCK_ROWS, BLOCK_UNITS), tl.float32)
-    if c0 is not None:
-        c = tl.load(c0 + state_at, tile_in, 0.0).to(tl.float32)
+    h = load_or_zeros(h0, state_at, tile_in)
+    c = load_or_zeros(c0, state_at, tile_in)
     if recurrent is not None:
         factor = tl.load(recurrent + state_at, tile_in, 0.0).to(tl.float32)
     steps = tl.max(length)
@@ -183,12 +188,8 @@ def backward_kernel(
     weights = ()
     for g in tl.static_range(GATES):
         weights = weights + (tl.load(w + (g * H + units[:, None]) * H + units[None, :], square, 0.0),)
-    dh = tl.zeros((BLOCK_ROWS, BLOCK_UNITS), tl.float32)
-    if d_h_n is not None:
-        dh = tl.load(d_h_n + state_at, tile_in, 0.0).to(tl.float32)
-    carry = tl.zeros((BLOCK_ROWS, BLOCK_UNITS), tl.float32)
-    if d_c_n is not None:
-        carry = tl.load(d_c_n + state_at, tile_in, 0.0).to(tl.float32)
+    dh = load_or_zeros(d_h_n, state_at, tile_in)
+    carry = load_or_zeros(d_c_n, state_at, tile_in)
     steps = tl.max(length)
     for s in range(steps):
         t = tl.where(d == 0, steps - 1 - s, s) + tl.zeros_like(length)
@@ -254,16 +255,5 @@ def backward_kernel(
                 if resets is not None:  # of the operand: a select of the sums takes 130 registers more
                     of_column = tl.where(anew[:, None], 0.0, of_column)
                 new_dh = dot(of_column, weights[HIDDEN[k]], new_dh, PRECISION)
-        if recurrent is not None:
-            new_dh *= tl.load(recurrent + state_at, tile_in, 0.0).to(tl.float32)  # kept, it would take registers
-        if MASKED:
-            dh += tl.where(active[:, None], new_dh, 0.0)
-        else:
-            dh = tl.where(active[:, None], new_dh, dh)
-        carry = tl.where(active[:, None], new_carry, carry)
-    if d_h0 is not None:
-        if DIRECT:
-            dh += carry
-        tl.store(d_h0 + state_at, dh.to(d_h0.dtype.element_ty), tile_in)
-    if d_c0 is not None:
-        tl.store(d_c0 + state_at, carry.to(d_c0.dtype.element_ty), tile_in)
+        dh, carry = step_back(dh, new_dh, carry, new_carry, active, recurrent, state_at, tile_in, MASKED)
+    store_initial(d_h0, d_c0, dh, carry, state_at, tile_in, DIRECT)

@@ -8,7 +8,7 @@ launch runs all of them; without, a launch runs one. Each tile keeps its fp32 st
 import triton
 import triton.language as tl
 
-from .blocks import dot, product, wait_for_all
+from .blocks import dot, product, spanning, wait_for_all
 from .rnn_batch import before, bias_rows, lengths_of, load_either, starts_anew, token
 from .rnn_noise import masked, masked_backward
 
@@ -309,12 +309,11 @@ def through_gates(
             for k0 in range(0, H, BLOCK_K):
                 k = k0 + tl.arange(0, BLOCK_K)
                 k_in = k < H
+                row = spanning(HIDDEN[column] * H + k[:, None], 4 * H * H)
                 part = tl.load(
                     p_rows[:, None] + PLACE[column] * H + k[None, :], rows_in[:, None] & k_in[None, :], 0.0,
                     cache_modifier=".cg",
                 )  # fmt: skip
-                of_gate = tl.load(
-                    w + (HIDDEN[column] * H + k[:, None]) * H + units[None, :], k_in[:, None] & units_in[None, :], 0.0
-                )
+                of_gate = tl.load(w + row * H + units[None, :], k_in[:, None] & units_in[None, :], 0.0)
                 dh = dot(part, of_gate, dh, PRECISION)
     return dh

@@ -18,11 +18,12 @@ from fastseq.kernels.configs import TABLE, find
 from fastseq.kernels.devices import Device
 from fastseq.kernels.launch import Launch
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import MockTensor, compute_cache_key, create_function_from_signature
 
-__all__ = ["Resources", "check", "compile_key", "compile_launch", "faults", "loop_instructions", "unmet_rows"]
+__all__ = ["Resources", "check", "compile_key", "compile_launch", "faults", "loop_instructions", "ttir", "unmet_rows"]
 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -80,6 +81,19 @@ def faults(found: Resources, device: Device) -> list[str]:
     if found.registers > most:
         wrong.append(f"{found.registers} registers of {most}")
     return wrong
+
+
+def ttir(launch: Launch, device: Device) -> str:
+    """The kernel's first form, every function inlined, with the lines of the source: in a tenth of a second."""
+    made = _specialized(launch, device)
+    source, backend, context = made.source(), make_backend(made.target), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions = backend.get_codegen_implementation(made.options)
+    module = source.make_ir(made.target, made.options, functions, backend.get_module_map(), context)
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, made.options, source.language)
+    return str(stages["ttir"](module, {}))
 
 
 def check(launch: Launch, device: Device) -> None:

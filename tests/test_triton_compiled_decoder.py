@@ -63,17 +63,18 @@ def loop_of(name: str, cell: str = "lstm") -> LoopSpec:
 
 def launches(
     device: Device, loop: LoopSpec, dtype: torch.dtype, N: int = 64, B: int = 64, T: int = 64, S: int = 64,
-    H: int = 512, masks: bool = False,
+    H: int = 512, masks: bool = False, weights: bool = False,
 ) -> list[launch.Launch]:  # fmt: skip
-    """What a training step would start on `device`, the attention's own kernels aside."""
+    """What a training step would start on `device`, the attention's own kernels aside. weights: as results too."""
     x = tensors(loop, dtype, N, B, T, S, H, masks)
     with launch.recording(device) as started:
-        kept = decoder.forward(loop, x, False, True)[: len(KEPT)]
-        hs, contexts, outs, *_ = kept
+        kept = decoder.forward(loop, x, weights, True)[: len(KEPT)]
+        hs, contexts, outs, seen_at, *_ = kept
         assert hs is not None
         seen = None if contexts is None or loop.feed == "output" else contexts[:, -T:]
         grads = (
-            hs[-1, :, 1:], seen, None if outs is None else outs[:, 1:], None, x.feed0, list(x.h0), list(x.c0)
+            hs[-1, :, 1:], seen, None if outs is None else outs[:, 1:], seen_at if weights else None, x.feed0,
+            list(x.h0), list(x.c0),
         )  # fmt: skip
         decoder.backward(loop, grads, x, kept, [t is not None for t in x.flat()], False)
     return [one for one in started if one.kernel.__name__.startswith("decoder_")]
