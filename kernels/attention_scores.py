@@ -129,10 +129,11 @@ def _store_scores(
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
     """This program's tile of scores, -inf behind the mask."""
-    blocks = tl.cdiv(M, BLOCK_M)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    rows = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    positions = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
+    across, blocks = tl.cdiv(S, BLOCK_S), tl.cdiv(M, BLOCK_M)
+    block = tl.program_id(0) // across
+    b = (block // blocks).to(tl.int64)
+    rows = (block % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    positions = (tl.program_id(0) % across) * BLOCK_S + tl.arange(0, BLOCK_S)
     rows_in = rows < M
     attended = attended_of(mask, b, positions, S)
     tile = TILE(
@@ -216,7 +217,7 @@ def _additive(q: Tensor, keys: Tensor, v: Tensor, mask: Tensor | None, scores: T
         q, keys = _by_unit(q, blocks["BLOCK_M"]), _by_unit(keys, blocks["BLOCK_S"])
     rows, positions = (1, blocks["BLOCK_FEW_S"]) if few else (blocks["BLOCK_M"], blocks["BLOCK_S"])
     constants = {"A": units, "FEW": FEW, "FAST_TANH": fast_tanh(q.dtype, device)} | blocks
-    grid = (batch * launch.cdiv(queries, rows), launch.cdiv(source, positions))
+    grid = (batch * launch.cdiv(queries, rows) * launch.cdiv(source, positions),)
     args = (q, keys, v, mask, scores, queries, source)
     return Launch(attention_additive_kernel, grid, args, constants, config.warps, config.stages)
 
@@ -228,7 +229,7 @@ def _dot(q: Tensor, keys: Tensor, mask: Tensor | None, scores: Tensor) -> Launch
     blocks["BLOCK_A"] = fitted(blocks["BLOCK_A"], units)
     precision = launch.precision(q.dtype, launch.tf32_allowed(q, "matmul"))
     constants = {"A": units, "PRECISION": precision} | blocks
-    grid = (batch * launch.cdiv(queries, blocks["BLOCK_M"]), launch.cdiv(source, blocks["BLOCK_S"]))
+    grid = (batch * launch.cdiv(queries, blocks["BLOCK_M"]) * launch.cdiv(source, blocks["BLOCK_S"]),)
     args = (q, keys, mask, scores, queries, source)
     return Launch(attention_dot_kernel, grid, args, constants, config.warps, config.stages)
 
