@@ -85,6 +85,11 @@ class Stub:
             kernel.device_caches.clear()
 
     @property
+    def compiled(self) -> int:
+        """How many kernels were compiled, or loaded from the disk."""
+        return sum(map(_compiled, self.kernels))
+
+    @property
     def launches(self) -> int:
         """How many there were, failed ones too."""
         count: int = self.number("launches").value
@@ -156,7 +161,7 @@ def install() -> Stub:
             [*(ctypes.c_uint * 3).in_dll(stub.library, "stub_grid")], len(sent),
             [k for k, value in enumerate(sent) if not _arrived(value, got[k])],
             bool(stub.number("cooperative").value), bool(options.get("BARRIER")),
-            sum(len(cache[0]) for cache in self.device_caches.values()), stub.device,
+            _compiled(self), stub.device,
             ctypes.c_uint64.in_dll(stub.library, "stub_stream").value,
         )  # fmt: skip
         stub.launched.append(made)
@@ -168,10 +173,15 @@ def install() -> Stub:
     nvidia.library_dirs = lambda: [os.environ[FOLDER]]
     torch.cuda.device = Entered  # type: ignore[assignment,misc]
     torch.cuda.current_device = lambda: stub.device
+    torch.cuda.is_current_stream_capturing = lambda: False
     devices.of = lambda index: H200  # type: ignore[assignment]
     _triton.torch = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True))  # type: ignore[assignment]
     JITFunction.run = run  # type: ignore[method-assign]
     return stub
+
+
+def _compiled(kernel: JITFunction) -> int:
+    return sum(len(cache[0]) for cache in kernel.device_caches.values())
 
 
 def _flat(arg: Any) -> Iterator[Any]:
