@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
 import fastseq
@@ -112,6 +112,15 @@ def _sequence(of: Sizes) -> dict[str, Tensor]:
     return {"x": torch.randn(of.T, of.B, of.I), "lengths": lengths.flip(0)}
 
 
+def _with_state(of: Sizes) -> dict[str, Tensor]:
+    """Of both directions."""
+    return _sequence(of) | {name: torch.randn(2, of.B, of.H) for name in "hc"}
+
+
+def _tokens(of: Sizes) -> dict[str, Tensor]:
+    return {"x": torch.randn(2 * of.B - 1, of.I)}
+
+
 def _resets(of: Sizes) -> dict[str, Tensor]:
     return {"x": torch.randn(of.T, of.B, of.I), "resets": torch.rand(of.T, of.B) < 0.5}
 
@@ -134,14 +143,19 @@ def _targets(of: Sizes) -> dict[str, Tensor]:
     return {"y": torch.randn(of.B, of.T, of.I), **_source(of)}
 
 
+def _targets_with_state(of: Sizes) -> dict[str, Tensor]:
+    return _targets(of) | {name: torch.randn(of.B, of.H) for name in ("h", "c", "fed")}
+
+
 def _of_lengths(module: Any, of: Inputs) -> Any:
     return module(of["x"], lengths=of["lengths"])
 
 
 def _packed(module: Any, of: Inputs) -> Any:
-    steps, rows = of["x"].shape[:2]
-    ends = [max(1, steps - row) for row in range(rows)]
-    out, state = module(pack_padded_sequence(of["x"], torch.tensor(ends)))
+    """Of two steps, the second one without the last row."""
+    rows = (len(of["x"]) + 1) // 2
+    sizes = pack_padded_sequence(torch.empty(2, rows, 1), torch.tensor([2] * (rows - 1) + [1])).batch_sizes
+    out, state = module(PackedSequence(of["x"], sizes))
     return out.data, state
 
 
@@ -150,14 +164,20 @@ def _asks(module: Any, of: Inputs) -> Any:
 
 
 def _decodes(module: Any, of: Inputs) -> Any:
-    found = module(of["y"], fastseq.Memory(of["memory"], of["mask"]), need_weights=True)
+    state = None
+    if "fed" in of:
+        state = fastseq.DecoderState(((of["h"], of["c"]), (of["c"], of["h"])), of["fed"])
+    found = module(of["y"], fastseq.Memory(of["memory"], of["mask"]), state, need_weights=True)
     return found.output, found.weights, [list(layer) for layer in found.state.layers]
 
 
 NOISE: dict[str, Any] = {"zoneout": (0.2, 0.3), "recurrent_dropout": 0.4}
 _KINDS: dict[str, tuple[Callable[[Sizes, str], nn.Module], Callable[[Sizes], dict[str, Tensor]], Any]] = {
-    "lstm": (_layer("LSTM", bidirectional=True), _sequence, _of_lengths),
-    "lstm, packed": (_layer("LSTM", num_layers=2), _sequence, _packed),
+    "lstm": (
+        _layer("LSTM", bidirectional=True), _with_state,
+        lambda m, of: m(of["x"], (of["h"], of["c"]), lengths=of["lengths"]),
+    ),
+    "lstm, packed": (_layer("LSTM", num_layers=2), _tokens, _packed),
     "lstm, step by step": (_large("LSTM"), _sequence, _of_lengths),
     "lstm, noise": (_layer("LSTM", **NOISE), _sequence, _of_lengths),
     "lstm, every state": (_layer("LSTM"), _sequence, lambda m, of: m.forward_states(of["x"], lengths=of["lengths"])),
@@ -171,8 +191,8 @@ _KINDS: dict[str, tuple[Callable[[Sizes, str], nn.Module], Callable[[Sizes], dic
     "one step": (_layer("LSTM"), _sequence, lambda m, of: m(of["x"][:1])),
     "attention, additive": (_attention("additive"), _queries, _asks),
     "attention, general": (_attention("general"), _queries, _asks),
-    "luong": (_decoder("luong", num_layers=2), _targets, _decodes),
+    "luong": (_decoder("luong", num_layers=2), _targets_with_state, _decodes),
     "bahdanau": (_decoder("bahdanau"), _targets, _decodes),
     "gnmt": (_decoder("gnmt", num_layers=3), _targets, _decodes),
-}
+}  # fmt: skip
 KINDS = tuple(_KINDS)

@@ -10,6 +10,7 @@ __all__ = ["Gpu", "InBackwardToo"]
 
 _DEVICE, _IS_CUDA = Tensor.device.__get__, Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 
+_UNFILLED = (Tensor.new_empty, torch.empty, torch.empty_like)
 _OF_NUMBERS = (torch.tensor, torch.as_tensor)
 
 
@@ -39,7 +40,8 @@ class InBackwardToo(TorchFunctionMode):
 
 class Gpu(InBackwardToo):
     """Within the block tensors of the device `real`, "meta" or "cpu", say that they are on a GPU, and are made there
-    where one is asked for."""
+    where one is asked for; what nobody fills is 0, no NaN.
+    """
 
     def __init__(self, index: int = 0, real: str = "meta") -> None:
         super().__init__()
@@ -58,7 +60,7 @@ class Gpu(InBackwardToo):
         found = super().__torch_function__(function, types, [self._where(value) for value in args], kwargs)
         if function is torch._VF._pack_padded_sequence:  # type: ignore[attr-defined]
             self._sizes.append(found[1])
-        return found
+        return found.zero_() if function in _UNFILLED else found
 
     def _has(self, t: Tensor) -> bool:
         return _DEVICE(t) == self.real and not any(t is other for other in self._sizes)

@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from fastseq import _triton
 
-__all__ = ["FOLDER", "H200", "LOADED", "ROOT", "Launched", "Stub", "environment", "install", "stream_of"]
+__all__ = ["FOLDER", "H200", "LOADED", "ROOT", "Launched", "Stub", "environment", "install"]
 
 ROOT = Path(__file__).parent.parent
 FOLDER = "FASTSEQ_STUB_DRIVER"  # in the environment: where the stub lies
@@ -73,6 +73,7 @@ class Stub:
     launched: list[Launched] = field(default_factory=list)
     told: Callable[[Launched], None] | None = None  # of each launch
     device: int = 0  # the current one
+    streams: dict[int, int] = field(default_factory=lambda: {0: 0x5000, 1: 0x5001})  # the current ones
     load: Callable[[], tuple[int, ...]] = lambda: LOADED  # a kernel, onto the device
     kernels: set[JITFunction] = field(default_factory=set)  # those launched
 
@@ -104,11 +105,6 @@ class Stub:
         return 0 <= self.number("failing").value < self.launches
 
 
-def stream_of(device: int) -> int:
-    """The current stream of a device."""
-    return 0x5000 + device
-
-
 class _Driver:
     """As Triton's."""
 
@@ -128,7 +124,7 @@ class _Driver:
         return self._stub.device
 
     def get_current_stream(self, device: int) -> int:
-        return stream_of(device)
+        return self._stub.streams[device]
 
 
 def install() -> Stub:
@@ -172,6 +168,7 @@ def install() -> Stub:
     triton.runtime.driver.set_active(_Driver(stub))
     nvidia.library_dirs = lambda: [os.environ[FOLDER]]
     torch.cuda.device = Entered  # type: ignore[assignment,misc]
+    torch.cuda.device_of = lambda t: Entered(t.device)  # type: ignore[assignment,misc]
     torch.cuda.current_device = lambda: stub.device
     torch.cuda.is_current_stream_capturing = lambda: False
     devices.of = lambda index: H200  # type: ignore[assignment]
