@@ -171,6 +171,7 @@ def install() -> Stub:
     torch.cuda.device_of = lambda t: Entered(t.device)  # type: ignore[assignment,misc]
     torch.cuda.current_device = lambda: stub.device
     torch.cuda.is_current_stream_capturing = lambda: False
+    torch.nn.RNNBase.flatten_parameters = lambda self: None  # type: ignore[method-assign]  # cuDNN would
     devices.of = lambda index: H200  # type: ignore[assignment]
     _triton.torch = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True))  # type: ignore[assignment]
     JITFunction.run = run  # type: ignore[method-assign]

@@ -19,7 +19,7 @@ from fastseq.kernels.devices import DEVICES, Device
 from fastseq.kernels.launch import Launch
 
 import fastseq
-from fastseq import _triton, engine
+from fastseq import _triton, dispatch, engine
 from tests.kinds import KINDS, Kind, Sizes
 from tests.pretended import Gpu
 
@@ -35,8 +35,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     """A GPU, as far as the library can tell; its own operators are called, whatever watches PyTorch's."""
     monkeypatch.setattr(_triton, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True)))
     monkeypatch.setattr(engine, "_plans", {})
+    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda self: None)  # cuDNN would
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    for operator in dispatch.OPERATORS:  # what they import must be there before it is replaced
+        dispatch.load("triton", operator)
     for name, module in [*sys.modules.items()]:
         if name.startswith("fastseq.") and hasattr(module, "is_direct"):
             monkeypatch.setattr(module, "is_direct", lambda tensors: True)
