@@ -18,6 +18,8 @@ elif find_spec("triton") is not None:
     from tests.interpreter import patch_once
 
     patch_once()
+if "FASTSEQ_STUB_DRIVER" not in os.environ:  # tests/test_triton_launched.py gives them a process of their own
+    collect_ignore.append("stubbed")
 NO_GPU = None if os.environ.get("FASTSEQ_REHEARSE") == "1" else _gpus.no_gpu()
 if NO_GPU is not None:
     collect_ignore.append("gpu")

@@ -4,6 +4,7 @@ PyTorch built for the CPU alone records no gradients for such tensors; what back
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,14 +13,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 import fastseq
 from fastseq import _triton, crossover, dispatch, engine
 from fastseq.backends.call import RnnCall
+from fastseq.backends.decoder_call import DecoderCall, mapped
 from fastseq.checks import checked_lengths
 from fastseq.crossover import Rule
+from tests.decoder_oracle import preset as preset_case
+from tests.test_decoder_plan import REFUSED, decoder_call
 
 pytest.importorskip("triton")
 
@@ -38,7 +48,7 @@ class Indexing(TorchFunctionMode):
     """`t[...]` by views: PyTorch's own indexing asks for a driver even of a fake tensor."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is not Tensor.__getitem__:
+        if function is not Tensor.__getitem__ or not isinstance(args[0], FakeTensor):
             return function(*args, **(kwargs or {}))
         t, index = args
         index, dim = index if isinstance(index, tuple) else (index,), 0
@@ -159,6 +169,24 @@ def test_cells(kind: str, dtype: torch.dtype) -> None:
         same(s, (B, H), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("name", ["LSTM", "LSTMCell"])
+def test_autocast_answers_in_the_dtype_of_torch_nn(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a state of any dtype and without. torch.nn's GRU asks for a driver even of fake tensors."""
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    ours, stock = (faked(lambda of=of: of(I, H)) for of in (getattr(fastseq, name), getattr(nn, name)))
+    ours.backend, lead = "triton", (1,) if name == "LSTM" else ()
+    x = fake(*((T,) if name == "LSTM" else ()), B, I)
+    for state in (None, torch.float32, dtype):
+        hx = None if state is None else (fake(*lead, B, H, dtype=state), fake(*lead, B, H, dtype=state))
+        with torch.autocast("cuda", dtype):
+            found = [[t.dtype for t in tree_leaves(module(x, hx))] for module in (ours, stock)]
+        assert found[0] == found[1] == [dtype] * len(found[0])
+
+
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 def test_auto_leaves_to_torch_what_was_not_measured(kind: str) -> None:
     """Whole sequences and packed data to cuDNN, one step to PyTorch's own kernels, float64 to either."""
@@ -182,6 +210,95 @@ def test_auto_goes_on_where_triton_refuses() -> None:
     assert chosen(windowed, fake(B, H), windowed.prepare(memory())) == "reference"
     with pytest.raises(fastseq.InputError, match="backend='triton' cannot run this call: proj_size=3 is not fused"):
         faked(lambda: fastseq.LSTM(I, H, proj_size=3, backend="triton"))(fake(T, B, I))
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], torch.dtype, str]] = {
+    "a projection": (lambda: fastseq.LSTM(I, H, proj_size=3), torch.float32, "proj_size=3 is not fused"),
+    "float64": (lambda: fastseq.GRU(I, H), torch.float64, "the input is torch.float64; these kernels take float32, b"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_refused_with_a_reason(name: str) -> None:
+    """By name it raises, and `auto` goes elsewhere."""
+    build, dtype, message = LAYERS[name]
+    module, x = faked(build, dtype), fake(T, B, I, dtype=dtype)
+    explained = fastseq.explain(module, x, lengths=fake(B, dtype=torch.int64))
+    assert explained.chosen in ("torch", "reference")
+    assert message in next(verdict.reason for verdict in explained if verdict.backend == "triton")
+    module.backend = "triton"
+    with pytest.raises(fastseq.InputError, match=f"backend='triton' cannot run this call: {message}"):
+        module(x)
+
+
+def test_the_reset_before_the_product_is_refused() -> None:
+    weights = list(faked(lambda: nn.GRU(I, H)).parameters())
+    with pytest.raises(fastseq.InputError, match="cannot run this call: gru_reset_before has no fused sequence kernel"):
+        fastseq.functional.gru(fake(T, B, I), None, weights, reset_after=False, backend="triton")
+    call = RnnCall("gru_reset_before", fake(T, B, I), None, None, weights)
+    assert dispatch.choose(call, "auto").NAME == "reference"
+
+
+def test_a_cpu_tensor_is_refused() -> None:
+    with unset_fake_temporarily():
+        module, x = fastseq.GRU(I, H, backend="triton"), torch.randn(T, B, I)
+        with pytest.raises(fastseq.InputError, match="the input is on cpu; these kernels run on a GPU"):
+            module(x)
+
+
+def test_attention_refused_with_a_reason() -> None:
+    for window, dtype, message in (
+        (fastseq.LocalP(2), torch.float32, "window=2: local-p attention is not fused"),
+        (None, torch.float64, "the query is torch.float64; these kernels take"),
+    ):
+        module = faked(lambda window=window: fastseq.Attention(H, D, 6, window=window, backend="triton"), dtype)
+        keys, query = module.prepare(memory(dtype)), fake(B, T, H, dtype=dtype)
+        with pytest.raises(fastseq.InputError, match=f"backend='triton' cannot run this call: {message}"):
+            module(query, keys)
+        module.backend = "auto"
+        assert chosen(module, query, keys) == "reference"
+
+
+DECODERS = {name: REFUSED[name] for name in REFUSED if name not in ("fp16", "odd bf16")} | {
+    "fp64": (REFUSED["fp64"][0], r"y is torch.float64; these kernels take float32, bfloat16 and float16"),
+    "many layers": (
+        lambda: decoder_call(preset_case("luong", num_layers=9)), "num_layers=9 .* at most 8 layers loop",
+    ),
+    "rnn cells": (lambda: decoder_call(preset_case("luong", "rnn_tanh")), "cell='rnn_tanh' within a decoder's loop"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_refused_with_a_reason(name: str) -> None:
+    build, message = DECODERS[name]
+    with unset_fake_temporarily():
+        call = build()
+    given = mapped(lambda t: fake(*t.shape, dtype=t.dtype), (call.y, call.keys, call.state, call.params, call.masks))
+    moved = DecoderCall(call.spec, *given)
+    explained = fastseq.explain(moved)
+    assert explained.chosen in ("cuda", "reference")
+    assert re.search(message, next(verdict.reason for verdict in explained if verdict.backend == "triton"))
+    with pytest.raises(fastseq.InputError, match=rf"backend='triton' cannot run this call: .*{message}"):
+        fastseq.functional.attention_decoder(
+            moved.y, moved.keys, moved.state, moved.params, moved.spec, dropout_masks=moved.masks, backend="triton"
+        )
+
+
+def test_machines_that_cannot_run_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = faked(lambda: fastseq.GRU(I, H, backend="triton")), fake(T, B, I)
+    absent = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False))
+    for name, stand_in, message in (
+        ("_installed", lambda: False, "triton is not installed; pip install triton"),
+        ("torch", absent, "PyTorch reaches no GPU here"),
+        ("shutil.which", lambda name: None, "Triton needs a C compiler at run time and found none"),
+        ("sysconfig.get_paths", lambda: {"include": "nowhere"}, "Triton needs Python's headers at run time"),
+    ):
+        _triton._no_compiler.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(f"fastseq._triton.{name}", stand_in)
+            with pytest.raises(fastseq.InputError, match=f"backend='triton' cannot run this call: {message}"):
+                module(x)
+        _triton._no_compiler.cache_clear()
 
 
 def test_every_backend_says_why() -> None:

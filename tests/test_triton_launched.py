@@ -1,8 +1,6 @@
 """What a GPU's driver is handed when a user calls: arguments, grids, cooperation; from the module to the last call."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,27 +8,30 @@ from typing import Any
 
 import pytest
 
-triton = pytest.importorskip("triton")
-ROOT = Path(__file__).parent.parent
-INCLUDE = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+pytest.importorskip("triton")
+from tests.stub_driver import ROOT, environment
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The launches of tests/launched.py."""
-    folder = tmp_path_factory.mktemp("driver")
-    source, library = ROOT / "tests" / "native" / "driver_stub.c", folder / "libcuda.so.1"
-    compiler = os.environ.get("CC") or shutil.which("gcc") or "cc"
-    subprocess.run([compiler, "-shared", "-fPIC", f"-I{INCLUDE}", source, "-o", library], check=True)
-    (folder / "libcuda.so").symlink_to(library.name)
-    environment = os.environ | {
-        "LD_LIBRARY_PATH": str(folder), "TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT)
-    }  # fmt: skip
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the driver, and of what is compiled."""
+    return tmp_path_factory.mktemp("driver")
+
+
+def python(folder: Path, *arguments: Any) -> str:
+    """What a process with the stub for a driver prints."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.launched", folder], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+        [sys.executable, "-m", *map(str, arguments)], cwd=ROOT, env=environment(folder), capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def launched(folder: Path) -> list[dict[str, Any]]:
+    """The launches of tests/launched.py."""
+    return [json.loads(line) for line in python(folder, "tests.launched").splitlines()]
 
 
 def test_every_argument_arrives(launched: list[dict[str, Any]]) -> None:
@@ -74,3 +75,8 @@ def test_other_shapes_compile_nothing(launched: list[dict[str, Any]]) -> None:
         counts = [one["compiled"] for one in launched if one["kernel"] == kernel]
         at = [one["compiled"] for one in first if one["kernel"] == kernel]
         assert counts[-1] == at[-1], kernel
+
+
+def test_on_two_gpus(folder: Path) -> None:
+    """The tests of tests/stubbed."""
+    assert " passed" in python(folder, "pytest", "-p", "no:cacheprovider", "tests/stubbed")

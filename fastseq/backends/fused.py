@@ -41,7 +41,10 @@ def rnn(call: RnnCall, on: str) -> Results:
     one_step = one_step and call.noise is None and not call.states
     if one_step and call.resets is not None and not call.bidirectional:
         _reset(call, call.resets)
-    if one_step and call.num_layers == 1 and not call.bidirectional and _steps_directly(call, on):
+    one_step = one_step and call.num_layers == 1 and not call.bidirectional
+    if one_step and on != "cpu":
+        x = _make_dense(call)
+    if one_step and _steps_directly(call, on):
         rows, row = (x.shape[0], x.stride(0)) if call.batch_first else (x.shape[1], x.stride(1))
         hidden = call.weights[1].shape[1]
         shape = StepShape(call.cell, rows, row, (1, rows, hidden), (*x.shape[:2], hidden))
@@ -52,7 +55,7 @@ def rnn(call: RnnCall, on: str) -> Results:
 
 def rnn_cell(call: RnnCall, on: str) -> tuple[Tensor, ...]:
     """One step on the kernels of backend `on`."""
-    x = call.input
+    x = call.input if on == "cpu" else _make_dense(call)
     if _steps_directly(call, on):
         rows, hidden = x.shape[0], call.weights[1].shape[1]
         shape = StepShape(call.cell, rows, x.stride(0), (rows, hidden), None)
@@ -92,6 +95,17 @@ def _reset(call: RnnCall, resets: Tensor) -> None:
     rows = resets.reshape(-1, 1)  # [B, 1]
     call.h0, call.c0 = (None if s is None else torch.where(rows, 0.0, s) for s in (call.h0, call.c0))
     call.resets = None
+
+
+def _make_dense(call: RnnCall) -> Tensor:
+    """Its input. Tensors that the kernel of a step cannot read as they lie are copied: a layer's are more launches, and
+    to be compiled.
+    """
+    x, h0, c0 = call.input, call.h0, call.c0
+    call.input = x if x.stride(-1) == 1 else x.contiguous()
+    call.h0, call.c0 = (None if s is None else s.contiguous() for s in (h0, c0))
+    call.weights = [w.contiguous() for w in call.weights]
+    return call.input
 
 
 def _steps_directly(call: RnnCall, on: str) -> bool:

@@ -1,4 +1,5 @@
-// libcuda.so.1 for a machine without one: a launch is taken apart and kept for tests/launched.py to read, and nothing runs.
+// libcuda.so.1 for a machine without one: a launch is taken apart and kept for tests/stub_driver.py to read, or fails
+// where that asks for it, and nothing runs.
 #include <cuda.h>
 #include <string.h>
 
@@ -7,12 +8,16 @@ int stub_parameters = 0;  // how many the next launch has, set beforehand: the d
 unsigned stub_grid[3];
 int stub_cooperative;
 int stub_launches = 0;
+unsigned long long stub_stream;
+int stub_failing = -1;  // that launch, counted as stub_launches is, fails ..
+int stub_error;         // .. with this
 unsigned long long stub_values[kMost];
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters, void** extra) {
   (void)function, (void)extra;
   stub_grid[0] = config->gridDimX, stub_grid[1] = config->gridDimY, stub_grid[2] = config->gridDimZ;
-  stub_cooperative = 0, ++stub_launches;
+  stub_stream = (unsigned long long)config->hStream, stub_cooperative = 0;
+  if (stub_launches++ == stub_failing) return (CUresult)stub_error;
   for (unsigned i = 0; i < config->numAttrs; ++i)
     if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_COOPERATIVE) stub_cooperative = config->attrs[i].value.cooperative;
   for (int i = 0; i < stub_parameters && i < kMost; ++i) memcpy(&stub_values[i], parameters[i], sizeof stub_values[i]);
@@ -26,8 +31,10 @@ CUresult cuPointerGetAttribute(void* data, CUpointer_attribute attribute, CUdevi
 }
 
 CUresult cuGetErrorString(CUresult error, const char** text) {
-  (void)error;
-  *text = "stub";
+  *text = error == CUDA_ERROR_OUT_OF_MEMORY              ? "out of memory"
+          : error == CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES  ? "too many resources requested for launch"
+          : error == CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE ? "too many blocks in cooperative launch"
+                                                         : "stub";
   return CUDA_SUCCESS;
 }
 
