@@ -1,17 +1,34 @@
 """Tensors of the CPU, or without values, that say they are on a GPU."""
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Gpu", "InBackwardToo"]
+from fastseq import _triton, dispatch, engine
+
+__all__ = ["Gpu", "InBackwardToo", "reachable"]
 
 _DEVICE, _IS_CUDA = Tensor.device.__get__, Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 
 _UNFILLED = (Tensor.new_empty, torch.empty, torch.empty_like)
 _OF_NUMBERS = (torch.tensor, torch.as_tensor)
+
+
+def reachable(patch: pytest.MonkeyPatch) -> None:
+    """A GPU, as far as the library can tell; its own operators are called, whatever watches PyTorch's."""
+    patch.setattr(_triton, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True)))
+    patch.setattr(engine, "_plans", {})
+    patch.setattr(torch.nn.RNNBase, "flatten_parameters", lambda self: None)  # cuDNN would
+    for operator in dispatch.OPERATORS:  # what they import must be there before it is replaced
+        dispatch.load("triton", operator)
+    for name, module in [*sys.modules.items()]:
+        if name.startswith("fastseq.") and hasattr(module, "is_direct"):
+            patch.setattr(module, "is_direct", lambda tensors: True)
 
 
 class InBackwardToo(TorchFunctionMode):

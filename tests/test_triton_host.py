@@ -2,9 +2,7 @@
 casts as autocast asks. Tensors are without values; kernels are noted, not started.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +17,8 @@ from fastseq.kernels.devices import DEVICES, Device
 from fastseq.kernels.launch import Launch
 
 import fastseq
-from fastseq import _triton, dispatch, engine
 from tests.kinds import KINDS, Kind, Sizes
-from tests.pretended import Gpu
+from tests.pretended import Gpu, reachable
 
 H200 = next(device for device in DEVICES if device.arch == 90)
 AMD = next(device for device in DEVICES if device.backend == "hip")
@@ -32,17 +29,10 @@ SIZES = Sizes(H=48, D=20, most=300)
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
-    """A GPU, as far as the library can tell; its own operators are called, whatever watches PyTorch's."""
-    monkeypatch.setattr(_triton, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True)))
-    monkeypatch.setattr(engine, "_plans", {})
-    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda self: None)  # cuDNN would
+    """A GPU, as far as the library and autocast can tell."""
+    reachable(monkeypatch)
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
-    for operator in dispatch.OPERATORS:  # what they import must be there before it is replaced
-        dispatch.load("triton", operator)
-    for name, module in [*sys.modules.items()]:
-        if name.startswith("fastseq.") and hasattr(module, "is_direct"):
-            monkeypatch.setattr(module, "is_direct", lambda tensors: True)
     with Gpu() as mode:
         yield mode
 
