@@ -187,10 +187,11 @@ class _Analysis:
         return [None] * len(op.results) if bits is None else [self.value(op, bits)]
 
     def loop(self, op: Op) -> list[Value | None]:
-        match = re.match(r" (%\w+) = (%[\w#]+) to (%[\w#]+) step", op.text)
+        match = re.match(r" (%\w+) = (%[\w#]+) to (%[\w#]+) step (%[\w#]+)", op.text)
         assert match is not None, op.text
-        first, end = self.known[match[2]], self.known[match[3]]
-        self.known[match[1]] = Value(first.low, max(first.low, min(end.high, 2**31) - 1), first.wraps)
+        first, end, step = (self.known[name] for name in match.groups()[1:])
+        wraps = first.wraps | (end.wraps if step.low == step.high else frozenset())  # else it counts tiles
+        self.known[match[1]] = Value(first.low, max(first.low, min(end.high, 2**31) - 1), wraps)
         carried = re.findall(r"(%\w+) = (%[\w#]+)", op.text.partition("iter_args")[2])
         now = [self.known.get(initial) for _, initial in carried]
         for turn in range(4):

@@ -234,6 +234,12 @@ def carried_in_32_bits(p, T):
 
 
 @triton.jit(do_not_specialize=["S", "N"])
+def bound_in_32_bits(p, S, N):
+    for i in range(S * N):
+        tl.store(p + i, 0.0)
+
+
+@triton.jit(do_not_specialize=["S", "N"])
 def mask_in_32_bits(p, S, N):
     n = tl.program_id(0)
     tl.store(p + n.to(tl.int64) * S, 0.0, n * S < N)
@@ -257,6 +263,7 @@ def sound(p, S, T):
         (row_widened_late, 1, r"muli of .* at {} is an address"),
         (steps_in_32_bits, 2, r"muli of \[0, 2147479551\] and \[512, 512\] at {} is an address"),
         (carried_in_32_bits, 4, r"addi of .* and \[512, 512\] at {} is an address"),
+        (bound_in_32_bits, 1, r"muli of .* at {} is an address"),
         (mask_in_32_bits, 2, r"muli of .* at {} is a store's mask"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

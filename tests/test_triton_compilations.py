@@ -16,6 +16,7 @@ from fastseq.kernels import launch
 from fastseq.kernels.devices import DEVICES
 from fastseq.kernels.launch import Launch
 
+import fastseq
 from tests.compiled import compile_key
 from tests.kinds import KINDS, Kind, Sizes
 from tests.pretended import Gpu, reachable
@@ -59,12 +60,16 @@ def test_at_most_four(name: str, training: bool, noted: list[Launch]) -> None:
 
 @pytest.mark.parametrize("name", ["attention, additive", "attention, general"])
 def test_attention_in_inference_is_that_of_training(name: str, noted: list[Launch]) -> None:
-    """Its forward kernels, compiled once for both."""
-    kind, forward = Kind.of(name, Sizes(), "cuda"), []
+    """Its forward kernels, compiled once for both, though only training stores the weights."""
+    kind = Kind.of(name, Sizes(), "cuda")
+    keys = kind.module.prepare(fastseq.Memory(kind.inputs["memory"], kind.inputs["mask"]))
+    forward, stores = [], []
     for training in (True, False):
         with torch.set_grad_enabled(training):
-            kind.results()
+            kind.module(kind.inputs["query"], keys)
+        stores.append(dict(zip(noted[-1].kernel.arg_names, noted[-1].args, strict=False))["saved"])
         forward.append(compiled(noted))
+    assert stores == [1, 0]
     assert forward[0] == forward[1]
     assert len(forward[0]) == 2
 

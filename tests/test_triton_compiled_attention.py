@@ -12,12 +12,12 @@ from torch._subclasses import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from fastseq.kernels import attention, launch
+from fastseq.kernels import attention, attention_backward, launch
 from fastseq.kernels.devices import DEVICES, Device
 from fastseq.kernels.launch import Launch
 
 import fastseq.ops.attention  # noqa: F401  (the operators)
-from tests.compiled import check, loop_instructions, unmet_rows
+from tests.compiled import check, loop_instructions, ttir, unmet_rows
 
 DEVICE = {device.name: device for device in DEVICES}
 H200 = DEVICE["H200"]
@@ -106,6 +106,20 @@ def test_fits_fp16_the_largest_sizes_and_tf32() -> None:
             check(one, H200)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("additive", [True, False], ids=["additive", "dot"])
+def test_gradients_of_scores_are_read_behind_a_barrier(additive: bool) -> None:
+    """A program's threads read in the second loop what others of them stored in the first; no interpreter sees that."""
+    noted = launches(H200, torch.bfloat16, additive, (4, 1, 9, 70, 64, 64))
+    (one,) = (one for one in noted if one.kernel is attention_backward.attention_weights_backward_kernel)
+    order = re.findall(r"tt\.store|tt\.load|gpu\.barrier", ttir(one, H200))
+    assert order.count("gpu.barrier") == 1
+    at = order.index("gpu.barrier")
+    assert order[at - 1] == "tt.store"
+    assert order.count("tt.store") == 2
+    assert order[at + 1 :].count("tt.load") == 3  # the mask, weights, and what was stored
+    assert order[-1] == "tt.store"
 
 
 @pytest.mark.parametrize(

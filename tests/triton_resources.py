@@ -136,7 +136,9 @@ TOLD = (  # by the page
     "lstm_cell, fp32, H = 512",
     "lstm, bf16, H = 128",
     "lstm, TF32, H = 64",
+    "gru, bf16, H = 128",
     "lstm, lengths, bf16, H = 512",
+    "luong's decoder, a step of greedy search, fp32, H = 256",
 )
 COLUMNS = ("call", "kernel", "registers", "shared", "instructions", "tensor", "MUFU", "fp32", "limit", "at most")
 

@@ -1,7 +1,8 @@
 """A step of a beam search that stays on a GPU, for `chunked_search` to repeat. Letters as in `decoder_search`.
 
 The rules are those of fastseq/generation/search.py. Which of equal scores comes first is torch.topk's choice, of which
-PyTorch promises nothing; it is asked for the same as there, so that of equal logits both searches find the same.
+PyTorch promises nothing; it is asked for the same as there, so that of equal logits both searches find the same, but
+for scores that differ by the rounding of a division.
 
 A step of a row is stored as a link, parent * V + token: the row, of the k, whose step chose the token, and the token.
 Nothing that was found is moved when beams change their rows: the paths are read backwards at the end.

@@ -114,4 +114,4 @@ def test_warmup_leaves_nothing_to_compile(compilations: Counter[str]) -> None:
     compilations.clear()
     for T, B in ((7, 5), (30, 3), (2, 64)):
         module(torch.randn(T, B, 24, device=DEVICE))[0].sum().backward()
-    assert sum(compilations.values()) <= MOST
+    assert not compilations

@@ -1,12 +1,12 @@
-"""A greedy search: from its second step on a CUDA graph, which stands in here for one of a driver's."""
+"""A search, greedy or by beams: from its second step on a CUDA graph, which stands in here for one of a driver's."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 
-import fastseq
 from tests.seq2seq_models import model
 from tests.stub_driver import Stub
 
@@ -46,9 +46,9 @@ class Graph:
 GRAPHS: list[Graph] = []
 
 
-@pytest.fixture
-def searched(gpus: Stub, monkeypatch: pytest.MonkeyPatch) -> fastseq.Seq2Seq:
-    """A model whose search takes all of its steps."""
+@pytest.fixture(params=[1, 3], ids=["greedy", "beams"])
+def searched(request: pytest.FixtureRequest, gpus: Stub, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """A search that takes all of its steps."""
 
     @contextmanager
     def entered(stream: Stream) -> Iterator[None]:
@@ -65,16 +65,12 @@ def searched(gpus: Stub, monkeypatch: pytest.MonkeyPatch) -> fastseq.Seq2Seq:
     GRAPHS.clear()
     of = model("luong")
     of.decoder.backend = "triton"
-    return of
+    return lambda: of.generate(torch.arange(2)[:, None], max_new_tokens=STEPS, num_beams=request.param)
 
 
-def search(of: fastseq.Seq2Seq) -> None:
-    of.generate(torch.arange(2)[:, None], max_new_tokens=STEPS)
-
-
-def test_a_graph_repeats_the_step(searched: fastseq.Seq2Seq, gpus: Stub) -> None:
+def test_a_graph_repeats_the_step(searched: Callable[[], Any], gpus: Stub) -> None:
     """Gradients are not recorded, though the caller's mode would; the recording has a stream of its own."""
-    search(searched)
+    searched()
     assert [graph.traits for graph in GRAPHS] == [(1, 1, STEPS - 1)]
     first, second = gpus.launched
     assert first.kernel == second.kernel == "decoder_forward.decoder_forward"
@@ -83,19 +79,19 @@ def test_a_graph_repeats_the_step(searched: fastseq.Seq2Seq, gpus: Stub) -> None
 
 
 @pytest.mark.parametrize("step", [0, 1])
-def test_a_step_that_fails(step: int, searched: fastseq.Seq2Seq, gpus: Stub) -> None:
+def test_a_step_that_fails(step: int, searched: Callable[[], Any], gpus: Stub) -> None:
     """By itself, or while it is recorded: the recording ends, and the next search has a new one."""
-    search(searched)
+    searched()
     expected = gpus.launched[:]
     GRAPHS.clear()
     gpus.launched.clear()
     gpus.fail(step, 701)
     with pytest.raises(RuntimeError, match="too many resources"):
-        search(searched)
+        searched()
     assert gpus.failed
     assert [graph.traits for graph in GRAPHS] == [(1, 1, 0)] * step
     GRAPHS.clear()
     gpus.launched.clear()
-    search(searched)
+    searched()
     assert gpus.launched == expected
     assert [graph.traits for graph in GRAPHS] == [(1, 1, STEPS - 1)]
