@@ -93,6 +93,9 @@ def _need_pairs(entries: Sequence[Entry], options: argparse.Namespace) -> None:
         raise SystemExit(
             f"no case of --set {', '.join(options.set)} matches --rows; of other sets: {', '.join(sets) or 'none'}"
         )
+    lacking = [entry.case.unavailable() for entry in entries]
+    if lacking and None not in lacking:
+        raise SystemExit(f"no row of --set {', '.join(options.set)} can run here: {lacking[0]}")
     peers = set(options.peers)
     pairs = {pair for entry in entries for pair in entry.pairs}
     if pairs and not any(peers.issuperset(pair) for pair in pairs):

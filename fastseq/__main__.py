@@ -9,6 +9,7 @@ import torch
 
 import fastseq
 from fastseq import _cpus, _gpus, _native, crossover, dispatch
+from fastseq._triton import interprets
 
 LOST = {
     "cpu": "LSTM and GRU on the CPU run on stock PyTorch: no speed-up, no fused variable length, no fused cells",
@@ -52,7 +53,10 @@ def _gpus_here() -> Iterator[tuple[str, str]]:
 def _backends() -> Iterator[tuple[str, str]]:
     yield "backend", "state"
     for name, reason in fastseq.backends().items():
-        yield f"  {name}", "available" if reason is None else f"absent: {reason}"
+        how = " (interpreted on CPU tensors, very slowly: TRITON_INTERPRET is set)" * (
+            name == "triton" and interprets()
+        )
+        yield f"  {name}", f"available{how}" if reason is None else f"absent: {reason}"
         if reason is not None and name in LOST:
             yield "", f"lost: {LOST[name]}"
 

@@ -11,7 +11,7 @@ from .backends.call import RnnCall
 from .backends.decoder_call import AttentionCall, DecoderCall
 from .backends.fused import without_frozen
 from .checks import check_call, check_cell
-from .dispatch import BACKENDS, Call, candidates, check_name, load, obstacle
+from .dispatch import BACKENDS, Call, candidates, check_name, load, obstacle, use_backend
 from .generation.native import unfit
 from .modules.dropin import CELLS, DROP_INS, LAYERS, call_of, not_reached
 from .modules.seq2seq import Seq2Seq
@@ -84,10 +84,9 @@ def _made(module: Any, as_call: Any, input: Any, hx: Any, lengths: Any, resets: 
         )
     if resets is not None or (lengths is not None and "lengths" not in takes):
         raise TypeError(f"{kind} takes no {'resets' if lengths is None else 'lengths'}")
-    if lengths is None:
-        made: Call = as_call(input, hx)
-        return made
-    made = as_call(input, lengths=lengths) if hx is None else as_call(input, hx, lengths=lengths)
+    given = [input] if hx is None and lengths is not None else [input, hx]
+    with use_backend("auto"):  # a Seq2Seq's encoder runs, on whatever can, before its decoder is looked at
+        made: Call = as_call(*given) if lengths is None else as_call(*given, lengths=lengths)
     return made
 
 
@@ -115,7 +114,7 @@ def _call(module: nn.Module, input: Any, hx: Any, lengths: Any, resets: Any) -> 
         return call, True
     if not isinstance(module, tuple(LAYERS)):
         ours = ", ".join(stock.__name__ for stock in DROP_INS)
-        raise TypeError(f"explain takes an {ours}, Encoder, Attention or Decoder, got {type(module).__name__}")
+        raise TypeError(f"explain takes an {ours}, Encoder, Attention, Decoder or Seq2Seq, got {type(module).__name__}")
     call = call_of(module, input, hx)
     if isinstance(input, PackedSequence):
         engine.set_packed(call, input, lengths, resets)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks import cudnn, equality, graphs, peers, programs, runner, timing
+from benchmarks.__main__ import main as benchmarks_main
 from benchmarks.cases import LayerCase
 from benchmarks.decoder_cases import AttentionCase, CorpusCase, DecoderCase
 from benchmarks.generate_cases import GenerateCase
@@ -135,6 +136,8 @@ def test_rows_are_measured_in_rehearsal(
     assert "bahdanau-lstm-train" in capsys.readouterr().out
     assert command.main(["show", str(tmp_path / "bench.jsonl")]) == 0
     assert "peer's time over ours" in capsys.readouterr().out
+    assert command.main(["show", str(tmp_path / "none.jsonl")]) == 2
+    assert "there is no file" in capsys.readouterr().err
 
 
 def test_a_lost_process_costs_its_row_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +220,24 @@ def test_gpu_tests_rehearse_on_the_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     assert "the time that gpu-test has for this file is over" in done.stdout
     assert "passed" not in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_gpu_tests_that_are_named_without_a_gpu() -> None:
+    """Are skipped, and say what would run them."""
+    env = {name: value for name, value in os.environ.items() if name != "FASTSEQ_REHEARSE"}
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "tests/gpu/test_first_call.py"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "needs a GPU; FASTSEQ_REHEARSE=1 has it run on the CPU" in done.stdout
+    assert "passed" not in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_set_that_cannot_run_is_refused() -> None:
+    """Nothing else is measured in its place."""
+    with pytest.raises(SystemExit, match="no row of --set gpu-small can run here: "):
+        benchmarks_main(["run", "--set", "gpu-small"])
 
 
 def test_gpu_tests_rehearse_on_the_cuda_kernels() -> None:

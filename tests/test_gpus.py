@@ -50,6 +50,14 @@ def test_the_machine_report_names_them() -> None:
     assert "No crossover was measured on this machine" in said
 
 
+def test_the_machine_report_tells_of_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "interprets", lambda: True)
+    monkeypatch.setattr(report.fastseq, "backends", lambda: {"cpu": None, "triton": None})
+    said = report.report()
+    assert "  triton     available (interpreted on CPU tensors, very slowly: TRITON_INTERPRET is set)\n" in said
+    assert "  cpu        available\n" in said
+
+
 @pytest.mark.usefixtures("two_gpus")
 def test_the_machine_report_tells_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     here = crossover.Rule("triton", "twice as fast", device="cuda", machine="Some H200")

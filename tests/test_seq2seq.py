@@ -263,6 +263,15 @@ def test_explain_and_repr() -> None:
     assert of.as_call(SRC, TGT[:, :-1], LENGTHS).keys.mask is not None
     assert of.encoder.as_call(SRC, LENGTHS).lengths.tolist() == list(LENGTHS)
     assert str(fastseq.explain(of.encoder, SRC, lengths=LENGTHS)) == str(fastseq.explain(of.encoder, SRC, LENGTHS))
+    with fastseq.use_backend("torch"):  # which has no decoder; the encoder runs nevertheless
+        assert "cannot run this call, which raises" in str(fastseq.explain(of, SRC, TGT[:, :-1], lengths=LENGTHS))
+    with fastseq.use_backend("triton"):
+        told = fastseq.explain(of, SRC, TGT[:, :-1], lengths=LENGTHS)
+    assert all(verdict.chosen or verdict.reason for verdict in told)
+    with pytest.raises(TypeError, match=r"Encoder, Attention, Decoder or Seq2Seq, got Sequential"):
+        fastseq.explain(torch.nn.Sequential(), SRC)
+    with pytest.raises(TypeError, match=r"generate has no option 'no_repeat_ngram'"):
+        of.why_stepwise(SRC, no_repeat_ngram=2)
     with pytest.raises(TypeError, match="needs tgt_in"):
         fastseq.explain(of, SRC)
     with pytest.raises(TypeError, match="needs src"):

@@ -85,6 +85,12 @@ def _show(file: Path) -> int:
     from .bench import read
     from .tables import rows_table, sets_table
 
+    if not file.is_file():
+        print(
+            f"error: there is no file {file}; `make gpu-bench OUT=dir` writes dir/bench.jsonl on a machine with a GPU",
+            file=sys.stderr,
+        )
+        return 2
     _, lines = read(file)
     rows = [row_from_dict(line["row"]) for line in lines if "row" in line]
     print_table(rows_table(rows))

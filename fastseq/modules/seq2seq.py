@@ -1,5 +1,6 @@
 """fastseq.Seq2Seq: an encoder, a decoder and a vocabulary: its loss, its searches, its file."""
 
+import inspect
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -367,6 +368,8 @@ class Seq2Seq(nn.Module):
         self, src: Any, src_lengths: Lengths = None, *, max_new_tokens: int = 1, **options: Any
     ) -> str | None:
         """Why `generate(src, src_lengths, **options)` would step from Python; None: it runs in the kernels' loop."""
+        for name in options.keys() - inspect.signature(Seq2Seq.generate).parameters.keys():
+            raise TypeError(f"generate has no option {name!r}; its options: {inspect.signature(Seq2Seq.generate)}")
         memory, request = self._asked(src, src_lengths, max_new_tokens=max_new_tokens, **options)
         keys, state = self.decoder.prepare(memory), self.decoder.init_state(memory)
         return self._stepwise_for(request) or refuses_native(*self._native(keys, state, request), self.decoder.backend)

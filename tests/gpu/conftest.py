@@ -8,7 +8,14 @@ import torch
 from tests.emulated import emulated
 from tests.gpu.place import BACKEND, REHEARSES
 
-__all__ = ["emulated", "needs_gpu", "no_tf32", "not_of_cuda", "rehearsed_on_cuda"]
+__all__ = ["emulated", "needs_gpu", "no_tf32", "not_of_cuda", "rehearsed_on_cuda", "there_is_a_gpu"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def there_is_a_gpu() -> None:
+    """Where a file of this folder is named without one."""
+    if not REHEARSES and not torch.cuda.is_available():
+        pytest.skip("needs a GPU; FASTSEQ_REHEARSE=1 has it run on the CPU")
 
 
 @pytest.fixture(autouse=True)
