@@ -10,7 +10,19 @@ import fastseq
 from fastseq import Decoder, GenerateOutput, Memory, Seq2Seq
 from fastseq.backends import decoder_cpu
 
-__all__ = ["BOS", "EOS", "PAD", "PRESETS", "Recall", "in_float64", "log_likelihood", "model", "native_searches", "same"]
+__all__ = [
+    "BOS",
+    "EOS",
+    "OPTIONS",
+    "PAD",
+    "PRESETS",
+    "Recall",
+    "in_float64",
+    "log_likelihood",
+    "model",
+    "native_searches",
+    "same",
+]
 
 PAD, BOS, EOS = 0, 1, 2
 B, S, H, WIDTH = 4, 5, 12, 6
@@ -37,6 +49,17 @@ PRESETS: list[tuple[str, dict[str, Any]]] = [
     ("conditional_gru", {"cell": "lstm"}),
     ("bentrevett", {}),
     ("bentrevett", {"combine": "maxout", "feed": "context", "cell": "lstm"}),
+]
+
+# Of searches, beside their beams.
+OPTIONS: list[dict[str, Any]] = [
+    {"min_new_tokens": 5},
+    {"decoder_input_ids": [[5, 6], [7, 8], [8, 3], [4, 4]]},
+    {"decoder_input_ids": [[BOS, 5], [BOS, 8], [BOS, 3], [BOS, 4]], "min_new_tokens": 2},
+    {"length_penalty": 0.0},
+    {"length_penalty": 2.0},
+    {"length_penalty": -1.0},
+    {"length_penalty": 0.6, "length_norm": "wu"},
 ]
 
 

@@ -24,7 +24,7 @@ from fastseq.ops.chunked_beams import Beams
 from fastseq.ops.chunked_greedy import Rows, State
 from fastseq.ops.decoder_search import Search, Vocabulary
 from tests.replayed import Recording, replays
-from tests.seq2seq_models import BOS, EOS, PAD, PRESETS, B, in_float64, model, same
+from tests.seq2seq_models import BOS, EOS, OPTIONS, PAD, PRESETS, B, in_float64, model, same
 
 ALL = torch.arange(B)[:, None]
 NAMES = [f"{name}{''.join(f'-{k}={v}' for k, v in options.items())}" for name, options in PRESETS]
@@ -79,17 +79,6 @@ def test_every_decoder(name: str, options: dict[str, Any], k: int) -> None:
         asked = {"max_new_tokens": 7, "num_beams": k, "num_return_sequences": min(k, 2)}
         asked["return_weights"] = of.decoder.attention is not None
         same(check(of, **asked), in_float64(of, ALL, **asked))
-
-
-OPTIONS: list[dict[str, Any]] = [
-    {"min_new_tokens": 5},
-    {"decoder_input_ids": [[5, 6], [7, 8], [8, 3], [4, 4]]},
-    {"decoder_input_ids": [[BOS, 5], [BOS, 8], [BOS, 3], [BOS, 4]], "min_new_tokens": 2},
-    {"length_penalty": 0.0},
-    {"length_penalty": 2.0},
-    {"length_penalty": -1.0},
-    {"length_penalty": 0.6, "length_norm": "wu"},
-]
 
 
 @pytest.mark.parametrize("stops", STOPS)

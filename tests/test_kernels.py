@@ -156,6 +156,11 @@ def padded(t: Tensor) -> Tensor:
     return view.copy_(t)
 
 
+def misaligned(t: Tensor) -> Tensor:
+    """`t`, contiguous, one element off an alignment."""
+    return t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t)
+
+
 def reordered(t: Tensor) -> Tensor:
     """`t` with its first two dimensions exchanged in memory."""
     return t if t.dim() < 2 else t.transpose(0, 1).contiguous().transpose(0, 1)

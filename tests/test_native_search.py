@@ -12,7 +12,19 @@ import fastseq
 from fastseq import InputError, Seq2Seq, _native
 from fastseq.ops import decoder_search as ops
 from tests.isa import VARIANTS, choose
-from tests.seq2seq_models import BOS, EOS, PAD, PRESETS, B, in_float64, log_likelihood, model, native_searches, same
+from tests.seq2seq_models import (
+    BOS,
+    EOS,
+    OPTIONS,
+    PAD,
+    PRESETS,
+    B,
+    in_float64,
+    log_likelihood,
+    model,
+    native_searches,
+    same,
+)
 
 if _native.C is None:
     pytest.skip(str(_native.reason), allow_module_level=True)
@@ -45,17 +57,6 @@ def test_every_decoder(
         found = of.generate(ALL, max_new_tokens=7, return_weights=attends, **search)
         assert len(searches) == seed + 1
         same(found, in_float64(of, ALL, max_new_tokens=7, return_weights=attends, **search))
-
-
-OPTIONS: list[dict[str, Any]] = [
-    {"min_new_tokens": 5},
-    {"decoder_input_ids": [[5, 6], [7, 8], [8, 3], [4, 4]]},
-    {"decoder_input_ids": [[BOS, 5], [BOS, 8], [BOS, 3], [BOS, 4]], "min_new_tokens": 2},
-    {"length_penalty": 0.0},
-    {"length_penalty": 2.0},
-    {"length_penalty": -1.0},
-    {"length_penalty": 0.6, "length_norm": "wu"},
-]
 
 
 @pytest.mark.parametrize(

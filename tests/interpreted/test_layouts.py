@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fastseq
 from tests.kinds import KINDS, Kind, Sizes
-from tests.test_kernels import padded, reordered, sliced
+from tests.test_kernels import misaligned, padded, reordered, sliced
 
 SMALL = Sizes(T=2, B=3, S=4, I=3, H=4, D=5, most=17)
 Layout = Callable[[Tensor], Tensor]
@@ -32,10 +32,6 @@ def same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 def laid(t: Tensor, layout: Layout) -> Tensor:
     """Lengths, which have no NaN to lie between, at every second place."""
     return torch.stack((t, t + 1), -1)[..., 0] if t.dtype == torch.int64 else layout(t)
-
-
-def misaligned(t: Tensor) -> Tensor:
-    return torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t)
 
 
 def laid_parameters(kind: Kind, layout: Layout) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.kinds import KINDS, Kind, Sizes
 from tests.stub_driver import Stub
-from tests.test_kernels import reordered, sliced
+from tests.test_kernels import misaligned, reordered, sliced
 
 SIZES = Sizes(I=32, H=48, D=32, most=300)
 
@@ -19,10 +19,6 @@ def kernels_of(gpus: Stub, kind: Kind, grads: Sequence[Tensor], inputs: dict[str
     torch.autograd.backward(kind.results(**inputs), grads)
     assert not any(one.lost for one in gpus.launched)
     return [(one.kernel, one.compiled) for one in gpus.launched]
-
-
-def misaligned(t: Tensor) -> Tensor:
-    return torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t)
 
 
 def padded(t: Tensor) -> Tensor:
